@@ -1,0 +1,524 @@
+"""`CompressedCache`: a Transformers `Cache` whose full-attention layers live in paged stores under a policy's rule.
+
+A forward is one step. Its new tokens are appended layer by layer; when the last compressed layer is done, the windows
+that are due are sealed in all of them and the step is committed. A step that fails is taken back.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
+
+from .attention import attach, calls_sdpa, check_supported, decoder_config, is_attached, real_tokens, unwrap
+from .config import KaraConfig, is_int, require
+from .layer import Step, StoreLayer
+from .policy import KaraPolicy
+from .report import CacheReport
+from .sequence import Kind, Sequence
+from .storage import MemoryMeter, PagedStore
+
+# Layers that hold full attention together with something else.
+_UNSUPPORTED_LAYERS = (LinearAttentionAndFullAttentionLayer, DynamicIndexedLayer)
+
+
+class Binding:
+    """The model a cache belongs to, held weakly; copies of a cache belong to the same one."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.config = decoder_config(model)
+        self.name = type(model).__name__
+        self.direct = calls_sdpa(model)
+        self._modules = weakref.WeakSet(module for module in model.modules() if hasattr(module, "layer_idx"))
+
+    def __contains__(self, module: torch.nn.Module | None) -> bool:
+        return module in self._modules or (module is None and self.direct)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
+        return self
+
+
+class CompressedCache(Cache):
+    """A cache whose full-attention layers keep what `policy` decides; the other layers are Transformers' own.
+
+    `get_seq_length()` is the number of tokens seen, so positions and masks are those of the full cache; `report()` says
+    how many are kept. Attaches itself to `model` (see `kara_hf.attach`); needs no other call.
+
+    Args:
+        model: a Transformers causal LM, which may be wrapped by PEFT.
+        policy: which tokens survive.
+        max_bytes: cap on `report().resident_bytes`; the step that would pass it raises `PoolExhausted` and is taken
+        back.
+
+    Raises:
+        TypeError: `model` is no Transformers model.
+        ValueError: the model or a setting is not supported; the message says why.
+    """
+
+    def __init__(self, model: Any, *, policy: KaraPolicy, max_bytes: int | None = None):
+        inner = unwrap(model)
+        check_supported(inner)
+        _check_max_bytes(max_bytes, inner, policy.config.block_size)
+        self.policy = policy
+        self.binding = Binding(inner)
+        self.meter = MemoryMeter(max_bytes)
+        super().__init__(layers=self._make_layers())
+        self.sequences: list[Sequence] = []
+        self.columns = 0  # tokens seen, padding included
+        self._solid_columns = 0  # how many of the newest columns are padding in no sequence
+        self._drafting = False
+        self._step: Step | None = None
+        attach(inner)
+
+    # ------------------------------------------------------------------------------------------------------- observing
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the cache, or -1 while it is empty."""
+        return len(self.sequences) or -1
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: `crop` cannot bring evicted tokens back."""
+        return False
+
+    def report(self) -> CacheReport:
+        """Tokens and bytes held now; see `CacheReport`."""
+        self._take_back()
+        layers = [layer for layer in self._store_layers if layer.store is not None]
+        seen = [sequence.tokens for sequence in self.sequences]
+        full = nominal = 0
+        kept = []
+        for layer in layers:
+            store = layer.stored()
+            full += sum(seen) * store.lengths.shape[1] * store.token_bytes
+            nominal += int(store.lengths.sum()) * store.token_bytes
+            kept.append(torch.from_numpy(store.lengths.astype(np.int64)))
+        heads = max((lengths.shape[1] for lengths in kept), default=0)
+        padded = [torch.nn.functional.pad(lengths, (0, heads - lengths.shape[1])) for lengths in kept]
+        others = [layer for layer in self.layers if not isinstance(layer, StoreLayer)]
+        return CacheReport(
+            seen=torch.tensor(seen, dtype=torch.long),
+            kept=torch.stack(padded) if padded else torch.zeros(0, 0, 0, dtype=torch.long),
+            layers=[layer.index for layer in layers],
+            full_bytes=full,
+            nominal_bytes=nominal,
+            resident_bytes=self.meter.held,
+            peak_bytes=self.meter.peak,
+            other_bytes=sum(tensor.nbytes for layer in others for tensor in _tensors(vars(layer))),
+        )
+
+    def kept_positions(self, layer_idx: int, sequence: int = 0, head: int = 0) -> torch.Tensor:
+        """True positions of the tokens that one head of one layer stores, ``[T]`` int64, ascending.
+
+        Positions count the sequence's own tokens from 0, padding left out.
+
+        Raises:
+            IndexError: there is no such layer, sequence or head, or the layer is not compressed.
+        """
+        store = self._row(layer_idx, sequence, head)
+        return store.read(sequence, head)[2].sort().values.cpu()
+
+    def chunks(self, layer_idx: int, sequence: int = 0, head: int = 0) -> list[tuple[int, int, Kind]]:
+        """The kept positions as runs ``(start, end, kind)``, `end` exclusive, in order.
+
+        Kinds: "prompt" (pinned), "sealed" (a chunk that survived its window), "open" (waiting to be sealed) and
+        "recent" (the newest tokens, always whole). Raises as `kept_positions`.
+        """
+        positions = self.kept_positions(layer_idx, sequence, head).numpy()
+        state = self.sequences[sequence]
+        recent = state.tokens - min(self.policy.config.recent, state.open)
+        limits: list[tuple[int, Kind]] = [(segment.stop, segment.kind) for segment in state.segments]
+        limits += [(recent, "open"), (state.tokens, "recent")]
+        runs: list[tuple[int, int, Kind]] = []
+        begin = 0
+        for stop, kind in limits:
+            end = int(np.searchsorted(positions, stop))
+            part = positions[begin:end]
+            for run in np.split(part, np.flatnonzero(np.diff(part) != 1) + 1) if len(part) else ():
+                runs.append((int(run[0]), int(run[-1]) + 1, kind))
+            begin = end
+        return runs
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding columns included: what positions and masks of the next step count from."""
+        return self.columns
+
+    # -------------------------------------------------------------------------------------------------- rearranging it
+    def reset(self) -> None:
+        """Empties the cache and gives its memory back; it can then start over with any batch."""
+        for layer in self._store_layers:
+            layer.clear()
+        self.layers = self._make_layers()
+        self.meter = MemoryMeter(self.meter.max_bytes)
+        self.sequences = []
+        self.columns = self._solid_columns = 0
+        self._drafting = False
+        self._step = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Makes sequence i the same as sequence ``beam_idx[i]`` was, by reference to its blocks."""
+        self._take_back()
+        super().reorder_cache(beam_idx)
+        self.sequences = [self.sequences[b] for b in beam_idx.tolist()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence `repeats` times, by reference to its blocks."""
+        self._take_back()
+        super().batch_repeat_interleave(repeats)
+        self.sequences = [sequence for sequence in self.sequences for _ in range(repeats)]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the sequences at `indices` ``[n]`` int64, in that order; the memory of the others is given back."""
+        self._take_back()
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        super().batch_select_indices(indices)
+        self.sequences = [self.sequences[b] for b in indices.tolist()]
+
+    def activate_past_recording(self) -> None:
+        """Called by assisted decoding: short steps from now on are drafts, which `crop` may take back, not new
+        turns.
+        """
+        super().activate_past_recording()
+        self._drafting = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the newest ``-tokens_to_remove`` tokens of every sequence (a count below or equal to 0, as in
+        Transformers).
+
+        Raises:
+            ValueError: some of them are sealed already: what was evicted around them cannot be brought back. Nothing is
+                removed then.
+        """
+        self._take_back()
+        count = -int(tokens_to_remove)
+        if count < 0:
+            raise ValueError(
+                f"crop({-count}) is not possible: pass the number of tokens to remove as a negative number"
+            )
+        if count > self._solid_columns:
+            raise ValueError(
+                f"crop({-count}) would reach back past the last {self._solid_columns} columns, where sequences of "
+                "this batch have padding; crop fewer tokens or reset() the cache"
+            )
+        after = []
+        for number, sequence in enumerate(self.sequences):
+            cropped = sequence.cropped(count)
+            if cropped is None:
+                raise ValueError(
+                    f"crop({-count}) would reach into a sealed window of sequence {number}, of which only the last "
+                    f"{sequence.open} "
+                    "tokens are still open: what was evicted around sealed tokens is gone. Crop fewer tokens, draft "
+                    "fewer than "
+                    f"recent={self.policy.config.recent} at once, or make the cache with a larger `recent`"
+                )
+            after.append(cropped)
+        for layer in self.layers:
+            if not isinstance(layer, StoreLayer):
+                layer.crop(-count)
+        if count == 0:
+            return
+        if count == self.columns:
+            self.reset()
+            return
+        for layer in self._store_layers:
+            layer.stored().crop(np.full(len(after), count))
+        self.sequences = after
+        self.columns -= count
+        self._solid_columns -= count
+
+    # --------------------------------------------------------------------------------------------------- one step of it
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by attention modules. Keys ``[B, H, S, Dk]``, values ``[B, H, S, Dv]``.
+
+        Raises:
+            RuntimeError: the model's attention function is not ours, so what is stored would be lost on it.
+            ValueError: the batch has another size than the cache, or there is no token.
+        """
+        layer = self.layers[layer_idx]
+        step = self._step
+        if step is None or layer_idx <= step.last_layer:
+            unanswered = any(each.pending is not None for each in self._store_layers)
+            self._take_back()
+            self._check(key_states, unanswered)
+            step = self._step = Step(new=key_states.shape[2], first=self.columns == 0)
+        elif any(each.pending is not None for each in self._store_layers):
+            self._take_back()
+            self._check(key_states, unanswered=True)
+        step.last_layer = layer_idx
+        if not isinstance(layer, StoreLayer) and not step.first:
+            step.before[layer_idx] = copy.copy(vars(layer))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check(self, keys: torch.Tensor, unanswered: bool) -> None:
+        """Raises if this cache cannot take `keys`; nothing has changed then."""
+        binding = self.binding
+        if unanswered or not (binding.direct or is_attached(binding.config)):
+            raise RuntimeError(
+                f"the attention of {binding.name} does not answer for this cache (its implementation is "
+                f"{binding.config._attn_implementation!r}), or another model was given it; call "
+                "kara_hf.attach(model) with the "
+                "model that uses the cache, or pass it a cache that was made for it"
+            )
+        if self.sequences and keys.shape[0] != len(self.sequences):
+            raise ValueError(
+                f"the batch has {keys.shape[0]} sequences and the cache holds {len(self.sequences)}; use a new cache "
+                "or reset() for "
+                "a new batch, batch_repeat_interleave() or batch_select_indices() to change this one"
+            )
+        if keys.shape[2] == 0:
+            raise ValueError("the prompt is empty (0 new tokens); pass at least one token")
+
+    def _prepare(
+        self,
+        layer: StoreLayer,
+        module: torch.nn.Module | None,
+        query: torch.Tensor,
+        attention_mask: Any,
+        transformed: bool,
+    ) -> Step:
+        """Checks a layer's turn; at the first compressed layer of a step also finds out what the step brings."""
+        step = self._step
+        if step is None or layer.pending is None:
+            raise ValueError(
+                f"layer {layer.index} of {self.binding.name} has its keys read twice in a step (layers that share "
+                "keys), which a "
+                "compressed cache does not support"
+            )
+        if module not in self.binding:
+            raise ValueError(
+                f"this cache was made for another model than the {type(module).__name__} that uses it; make one with "
+                "KaraCache(model) for each model"
+            )
+        if transformed and not hasattr(module, "kv_lora_rank"):
+            raise ValueError(
+                f"{type(module).__name__} computes with its keys after the cache returned them, in a way that is not "
+                "known to be "
+                "safe when tokens are missing; this model is not supported"
+            )
+        layer.latent = transformed
+        if not step.prepared:
+            self._begin(step, query, attention_mask)
+        return step
+
+    def _begin(self, step: Step, query: torch.Tensor, attention_mask: Any) -> None:
+        """Finds out what a step brings, and makes room for it in every layer before anything is stored."""
+        batch, config = query.shape[0], self.policy.config
+        step.real = self._real(attention_mask, step)
+        step.counts = np.full(batch, step.new) if step.real is None else step.real.sum(1).cpu().numpy()
+        if step.first and not step.counts.all():
+            row = int(np.flatnonzero(step.counts == 0)[0])
+            raise ValueError(f"sequence {row} of the batch is nothing but padding; leave it out or give it a token")
+        drafts = self._drafting and step.new <= config.recent + 1
+        step.pinned = (step.first or (step.new > 1 and not drafts)) and not config.compress_prompt
+        if step.first:
+            self.sequences = [Sequence()] * batch
+        step.after = [s.extended(int(n), step.pinned) for s, n in zip(self.sequences, step.counts, strict=True)]
+        tokens = torch.tensor([sequence.tokens for sequence in self.sequences], dtype=torch.int32)[:, None]
+        offset = torch.arange(step.new) if step.real is None else (step.real.cumsum(1) - 1).clamp(min=0)
+        step.positions = (tokens.to(offset.device) + offset).to(torch.int32).to(query.device)
+        if not step.first:
+            for layer in self._store_layers:
+                layer.stored().reserve(step.new)
+        step.prepared = True
+
+    def _real(self, attention_mask: Any, step: Step) -> torch.Tensor | None:
+        """Which new tokens are real, ``[B, S]`` bool, or None for all; refuses masks whose meaning would be lost."""
+        if step.first:
+            return real_tokens(attention_mask, step.new)
+        if attention_mask is None:
+            return None
+        seen = self.columns + step.new
+        columns = attention_mask.shape[-1] if isinstance(attention_mask, torch.Tensor) else -1
+        if columns == seen and attention_mask.ndim == 4:  # of a model that asks its own mask function
+            return real_tokens(attention_mask[..., -step.new :], step.new)
+        if columns != step.new or attention_mask.ndim != 2 or attention_mask.dtype != torch.bool:
+            raise ValueError(
+                f"the attention mask that reaches the attention of {self.binding.name} is not made of 0 and 1 for "
+                f"each of the {seen} "
+                "tokens seen (ALiBi, a bias or a hand-made mask?), which a compressed cache would lose; pass a 2-D "
+                "mask over all "
+                "tokens to a model with rotary or no position encoding"
+            )
+        return None if bool(attention_mask.all()) else attention_mask
+
+    def _finish(self, layer: StoreLayer, step: Step) -> None:
+        """After a layer's attention: seals a first forward layer by layer, any other one when all layers are done."""
+        if step.first:
+            self._seal([layer], step.after)
+        if layer is not self._store_layers[-1]:
+            return
+        if not step.first:
+            self._seal(self._store_layers, step.after)
+        self.sequences = [sequence.sealed(self.policy) for sequence in step.after]
+        for each in self._store_layers:
+            each.expanded = None
+        self.columns += step.new
+        self._solid_columns = self._solid_columns + step.new if step.real is None else 0
+        step.complete = True
+
+    def _seal(self, layers: list[StoreLayer], sequences: list[Sequence]) -> None:
+        """Seals the windows that are due. Everything is chosen before anything is changed."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for number, sequence in enumerate(sequences):
+            due = self.policy.windows_due(sequence.open)
+            if due and self.policy.compresses:
+                groups.setdefault((due, sequence.open), []).append(number)
+        plan = []
+        for (due, open_tokens), members in groups.items():
+            index = np.array(members)
+            settled = np.array([sequences[b].settled for b in members], np.int32)
+            ordinals = [sequences[b].windows for b in members]
+            plan += [
+                (layer, index, settled, due, layer.select(index, settled, due, open_tokens, ordinals))
+                for layer in layers
+            ]
+        for layer, index, settled, due, slots in plan:
+            layer.seal(index, settled, due, slots)
+        if plan:
+            filled = np.array([sequence.sealed(self.policy).open for sequence in sequences])
+            for layer in layers:
+                if layer.queries is not None:
+                    layer.queries.trim(filled, self.policy.open_limit + 1)
+
+    def _take_back(self) -> None:
+        """Undoes a step that was not completed: a first one by emptying the cache, a later one layer by layer."""
+        step = self._step
+        self._step = None
+        for layer in self._store_layers:
+            layer.pending = layer.expanded = None
+        if step is None or step.complete:
+            return
+        if step.first:
+            self.reset()
+            return
+        for layer in step.appended:
+            layer.stored().crop(step.counts)
+        for index, before in step.before.items():
+            vars(self.layers[index]).clear()
+            vars(self.layers[index]).update(before)
+
+    # ------------------------------------------------------------------------------------------------------ setting up
+    def _make_layers(self) -> list[Any]:
+        """Transformers' own layers for this model, with ours in place of every full-attention one."""
+        layers: list[Any] = DynamicCache(config=self.binding.config).layers
+        mixed = sorted({type(layer).__name__ for layer in layers if isinstance(layer, _UNSUPPORTED_LAYERS)})
+        shares = ("num_kv_shared_layers", "kv_sharing_modes")
+        if mixed or any(getattr(self.binding.config, name, None) for name in shares):
+            what = " and ".join(mixed) or "layers that share the keys of other layers"
+            raise ValueError(f"{self.binding.name} has {what}, which a compressed cache does not support")
+        layers = [
+            StoreLayer(self, index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(layers)
+        ]
+        self._store_layers = [layer for layer in layers if isinstance(layer, StoreLayer)]
+        if not self._store_layers:
+            raise ValueError(
+                f"{self.binding.name} has no full-attention layer, so there is nothing to compress; use "
+                "Transformers' own cache"
+            )
+        return layers
+
+    def _row(self, layer_idx: int, sequence: int, head: int) -> PagedStore:
+        self._take_back()
+        layers = {layer.index: layer for layer in self._store_layers}
+        if layer_idx not in layers or layers[layer_idx].store is None:
+            raise IndexError(
+                f"layer {layer_idx} stores nothing here; compressed layers are {sorted(layers)}"
+                + ("" if self.sequences else ", and the cache is empty")
+            )
+        store = layers[layer_idx].stored()
+        batch, heads = store.lengths.shape
+        if not (0 <= sequence < batch and 0 <= head < heads):
+            raise IndexError(
+                f"sequence {sequence}, head {head} is not there; layer {layer_idx} has {batch} sequences of {heads} "
+                "KV heads"
+            )
+        return store
+
+
+def _check_max_bytes(max_bytes: int | None, model: PreTrainedModel, block_size: int) -> None:
+    """Raises ValueError if `max_bytes` could not hold one block."""
+    config: Any = decoder_config(model)
+    config = (getattr(config, "per_layer_config", None) or [config])[0]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    block = block_size * 2 * head_dim * model.dtype.itemsize
+    require(
+        max_bytes is None or (is_int(max_bytes) and max_bytes >= block),
+        "max_bytes",
+        max_bytes,
+        f"None or at least one block of keys and values, {block} bytes",
+    )
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested containers."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+class KaraCache(CompressedCache):
+    """Kara (arXiv 2607.01237): keeps the same share of every window of generated tokens and never returns to it.
+
+        out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.25))
+
+    Args:
+        model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
+        retention: share of each window's tokens that every KV head keeps, in (0, 1].
+        window: tokens in a window; a multiple of `block_size`. Sealed once `recent` more tokens stand behind it.
+        recent: newest tokens that are always kept whole.
+        score: "bidirectional" (the paper), or a control: "causal", "random", "random-chunks", "recency"; see
+            `kara_hf.policy.register_score`.
+        anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.
+        compress_prompt: walk the prompt in windows too. Otherwise the prompt and every later turn (a step of several
+            tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.
+        block_size: slots per block.
+        max_bytes: cap on resident bytes; the step that would pass it raises `PoolExhausted` and is taken back.
+        seed: of the random scores.
+
+    Raises:
+        TypeError: `model` is no Transformers model.
+        ValueError: the model or a setting is not supported; the message names it, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        retention: float = KaraConfig.retention,
+        window: int = KaraConfig.window,
+        recent: int = KaraConfig.recent,
+        score: str = KaraConfig.score,
+        anchor_share: float = KaraConfig.anchor_share,
+        compress_prompt: bool = KaraConfig.compress_prompt,
+        block_size: int = KaraConfig.block_size,
+        max_bytes: int | None = None,
+        seed: int = KaraConfig.seed,
+    ):
+        config = KaraConfig(
+            retention=retention,
+            window=window,
+            recent=recent,
+            score=score,
+            anchor_share=anchor_share,
+            compress_prompt=compress_prompt,
+            block_size=block_size,
+            seed=seed,
+        )
+        super().__init__(model, policy=KaraPolicy(config), max_bytes=max_bytes)

@@ -1,0 +1,22 @@
+"""The operations on paged rows: each file holds one op, its plain-torch reference and its checked entry point."""
+
+from .append import append, append_reference, slot_index
+from .attend import attend, attend_masked, attend_reference
+from .compact import compact, compact_reference
+from .rows import Rows, gather_rows
+from .window_scores import window_scores, window_scores_reference
+
+__all__ = [
+    "Rows",
+    "append",
+    "append_reference",
+    "attend",
+    "attend_masked",
+    "attend_reference",
+    "compact",
+    "compact_reference",
+    "gather_rows",
+    "slot_index",
+    "window_scores",
+    "window_scores_reference",
+]

@@ -1,0 +1,74 @@
+"""append: write new tokens behind the last stored token of their rows.
+
+    rows       Rows, modified in place: keys, values, positions (not lengths: the store counts)
+    keys       [B, H, S, Dk]  new keys, dtype of the pool
+    values     [B, H, S, Dv]  new values
+    positions  [B, S] int32   true position of each new token
+    real       [B, S] bool or None   False marks padding, which is not written; None: every token is real
+
+Blocks for every real token must be in the tables already, owned by one row alone. S = 0 writes nothing.
+"""
+
+import torch
+
+from .rows import Rows, gather_rows
+
+
+def slot_index(table: torch.Tensor, slots: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Flat pool slot (``block * P + offset``) of logical slots `slots` ``[B, H, n]``: ``[B, H, n]`` int64."""
+    blocks = table.gather(2, (slots // block_size).long()).long()
+    return blocks * block_size + slots % block_size
+
+
+def append_reference(
+    rows: Rows,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    real: torch.Tensor | None = None,
+) -> None:
+    """One token at a time; the specification of `append`."""
+    batch, heads, new, _ = keys.shape
+    size = rows.block_size
+    for b in range(batch):
+        for h in range(heads):
+            slot = int(rows.lengths[b, h])
+            for s in range(new):
+                if real is not None and not real[b, s]:
+                    continue
+                key_block, value_block = (
+                    int(rows.key_table[b, h, slot // size]),
+                    int(rows.value_table[b, h, slot // size]),
+                )
+                rows.keys[key_block, slot % size] = keys[b, h, s]
+                rows.values[value_block, slot % size] = values[b, h, s]
+                rows.positions[value_block, slot % size] = positions[b, s]
+                slot += 1
+
+
+def append(
+    rows: Rows,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    real: torch.Tensor | None = None,
+) -> None:
+    """Writes keys, values and positions of new tokens into `rows`; see the module's contract."""
+    new, stop = keys.shape[2], rows.max_length + keys.shape[2]
+    if real is None and rows.uniform and rows.contiguous:
+        for pool, source in ((rows.keys, keys), (rows.values, values), (rows.positions, positions[:, None])):
+            gather_rows(pool, rows.key_table, stop, contiguous=True)[:, :, rows.max_length :] = source
+        return
+
+    heads = keys.shape[1]
+    if real is None:
+        offset = torch.arange(new, device=keys.device, dtype=torch.int32).expand(keys.shape[0], new)
+    else:
+        offset = real.cumsum(1, dtype=torch.int32) - 1
+    slots = rows.lengths[:, :, None] + offset[:, None].clamp(min=0)
+    chosen = slice(None) if real is None else real[:, None].expand(-1, heads, -1).reshape(-1)
+    where_key = slot_index(rows.key_table, slots, rows.block_size).reshape(-1)[chosen]
+    where_value = slot_index(rows.value_table, slots, rows.block_size).reshape(-1)[chosen]
+    rows.keys.flatten(0, 1)[where_key] = keys.flatten(0, 2)[chosen]
+    rows.values.flatten(0, 1)[where_value] = values.flatten(0, 2)[chosen]
+    rows.positions.flatten()[where_value] = positions[:, None].expand(-1, heads, -1).reshape(-1)[chosen]

@@ -1,0 +1,63 @@
+"""window_scores: how much attention every token of a window receives from the queries of that window.
+
+    queries   [B, Hq, W, D]  as attention saw them (after RoPE and any norm)
+    keys      [B, H, W, D]
+    scaling   factor on q.k; softcap as in attend
+    causal    False: every query attends to every key of the window, in both directions (Kara, arXiv 2607.01237)
+              True: only to keys that are not behind it
+
+Returns ``[B, H, W]`` float32: s[j] = mean over the G query heads and the W queries of softmax_j(q_i . k_j * scaling),
+the softmax over the keys of the window. Each row sums to 1. Nothing is modified.
+"""
+
+import torch
+
+
+def window_scores_reference(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """One sequence and query head at a time; the specification of `window_scores`."""
+    batch, query_heads, window, _ = queries.shape
+    heads = keys.shape[1]
+    group = query_heads // heads
+    scores = torch.zeros(batch, heads, window, dtype=torch.float32, device=keys.device)
+    for b in range(batch):
+        for hq in range(query_heads):
+            logits = queries[b, hq].float() @ keys[b, hq // group].float().T * scaling
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            if causal:
+                logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf"))
+            scores[b, hq // group] += logits.softmax(-1).mean(0) / group
+    return scores
+
+
+def window_scores(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Mean attention that each key of the window receives; see the module's contract."""
+    batch, query_heads, window, _ = queries.shape
+    heads = keys.shape[1]
+    if query_heads % heads or keys.shape[2] != window:
+        raise ValueError(
+            f"queries {tuple(queries.shape)} and keys {tuple(keys.shape)} do not fit; expected [B, G * H, W, D] and "
+            "[B, H, W, D]"
+        )
+    grouped = queries.float().reshape(batch, heads, -1, queries.shape[-1])
+    logits = grouped @ keys.float().transpose(-1, -2) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if causal:
+        later = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
+        logits = logits.masked_fill(later.repeat(query_heads // heads, 1), float("-inf"))
+    return logits.softmax(-1).mean(2)

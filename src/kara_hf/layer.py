@@ -1,0 +1,286 @@
+"""One compressed layer: what happens between a model's `update` and the answer of its attention."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from .attention import AttentionFunction, CarriedKey, StoredLength
+from .kernels import attend, attend_masked, gather_rows
+from .policy import Window
+from .sequence import Sequence
+from .storage import PagedStore, QueryBuffer
+
+if TYPE_CHECKING:
+    from .cache import CompressedCache
+
+# Arguments of attention functions that are tensors and are honoured, or do not matter to attention over a store.
+_KNOWN_TENSORS = {"s_aux", "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k"}
+
+
+@dataclass
+class Step:
+    """One forward in progress."""
+
+    new: int
+    first: bool
+    last_layer: int = -1
+    complete: bool = False
+    prepared: bool = False
+    real: torch.Tensor | None = None
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    pinned: bool = False
+    positions: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    after: list[Sequence] = field(default_factory=list)
+    appended: list["StoreLayer"] = field(default_factory=list)
+    before: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def hidden_on(self, device: torch.device) -> torch.Tensor | None:
+        """How many newer real tokens each new token must not see, ``[B, S]`` int32; None where no token is padding."""
+        if self.real is None:
+            return None
+        real = self.real.to(device)
+        return (real.sum(1, keepdim=True) - real.cumsum(1)).to(torch.int32)
+
+
+class StoreLayer(CacheLayerMixin):
+    """One full-attention layer of a `CompressedCache`: its store, the queries of its open tokens, and its attention."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: "CompressedCache", index: int):
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.store: PagedStore | None = None
+        self.queries: QueryBuffer | None = None
+        self.scaling: float = 1.0
+        self.softcap: float | None = None
+        self.latent = False
+        self.expanded: torch.Tensor | None = None
+        self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    # ------------------------------------------------------------------------------- what Transformers asks of a layer
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Holds the new keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` until attention takes them.
+
+        Where the model expands what the cache holds before it attends (multi-head latent attention), returns everything
+        stored with the new tokens behind it; otherwise the new tokens.
+        """
+        self.is_initialized = True
+        self.pending = (key_states, value_states)
+        if self.latent and self.store is not None:
+            rows = self.store.rows()
+            past_keys = gather_rows(rows.keys, rows.key_table, rows.max_length, rows.contiguous)
+            past_values = gather_rows(rows.values, rows.value_table, rows.max_length, rows.contiguous)
+            key_states = torch.cat([past_keys, key_states], dim=2)
+            value_states = torch.cat([past_values, value_states], dim=2)
+        return CarriedKey.of(key_states, self), value_states
+
+    def get_seq_length(self) -> int:
+        return self.cache.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return StoredLength(self.cache.columns + query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.fork(beam_idx.cpu().numpy())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.fork(np.arange(len(self.cache.sequences)).repeat(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.fork(indices.cpu().numpy())
+
+    # --------------------------------------------------------------------------------------------------- one attention
+    def attend(
+        self,
+        own: AttentionFunction,
+        module: torch.nn.Module | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        *,
+        transformed: bool,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Stores the pending tokens and attends over everything stored; see `kara_hf.attention.Layer`."""
+        cache = self.cache
+        try:
+            step = cache._prepare(self, module, query, attention_mask, transformed)
+            self.scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            self.softcap = kwargs.get("softcap")
+            if step.first:
+                result = own(module, query, key, value, attention_mask, **kwargs)
+                self._append(step, query)
+            else:
+                _refuse(kwargs, cache.binding.name)
+                settings: dict[str, Any] = {
+                    "scaling": self.scaling,
+                    "softcap": self.softcap,
+                    "sinks": kwargs.get("s_aux"),
+                }
+                if self.latent:
+                    out = attend_masked(query, key, value, self._latent_mask(step, key), **settings)
+                    self._append(step, query)
+                else:
+                    self._append(step, query)
+                    out = attend(query, self.stored().rows(), hidden=step.hidden_on(query.device), **settings)
+                result = out.transpose(1, 2).contiguous(), None
+            if self.latent:
+                self.expanded = key
+            cache._finish(self, step)
+        except BaseException:
+            cache._take_back()
+            raise
+        return result
+
+    def _latent_mask(self, step: Step, key: torch.Tensor) -> torch.Tensor:
+        """Which of the expanded keys, stored ones first and new ones behind, a new query sees: ``[B, 1, S, M + S]``."""
+        rows = self.stored().rows()
+        if key.shape[2] != rows.max_length + step.new:
+            raise ValueError(
+                f"layer {self.index} attends to {key.shape[2]} keys where {rows.max_length + step.new} are stored; "
+                "this kind of "
+                "latent attention is not supported"
+            )
+        stored = torch.arange(rows.max_length, device=key.device) < rows.lengths[:, :1, None, None]
+        new = torch.ones(step.new, step.new, dtype=torch.bool, device=key.device).tril()
+        if step.real is not None:
+            new = new & step.real.to(key.device)[:, None, None]
+        batch = key.shape[0]
+        return torch.cat([stored.expand(batch, 1, step.new, -1), new.expand(batch, 1, step.new, -1)], dim=3)
+
+    def _append(self, step: Step, query: torch.Tensor) -> None:
+        """Stores the pending tokens, and their queries where a window will be scored with them."""
+        assert self.pending is not None
+        cache = self.cache
+        keys, values = self.pending
+        device = keys.device
+        real = None if step.real is None else step.real.to(device)
+        if step.new > 1 or device.type == "cpu":  # on a GPU a decode step must not wait for the answer
+            finite = keys.isfinite().all(-1).all(1) & values.isfinite().all(-1).all(1)
+            if not bool((finite if real is None else finite | ~real).all()):
+                raise ValueError(
+                    f"keys or values of layer {self.index} are NaN or infinite; load the model in bfloat16 or float32"
+                )
+        if self.store is None:
+            self.store = PagedStore(
+                keys.shape[:2],
+                (keys.shape[-1], values.shape[-1]),
+                dtype=keys.dtype,
+                device=device,
+                block_size=cache.policy.config.block_size,
+                meter=cache.meter,
+            )
+        self.store.append(keys, values, step.positions.to(device), real)
+        step.appended.append(self)
+        if cache.policy.needs_queries and not step.pinned:
+            if self.queries is None:
+                self.queries = QueryBuffer(
+                    query.shape[0], query.shape[1], query.shape[3], query.dtype, device, cache.meter
+                )
+            self.queries.append(query, np.array([sequence.open for sequence in cache.sequences]), real)
+        self.pending = None
+
+    # ----------------------------------------------------------------------------------------------------- its storage
+    def _stored(self) -> PagedStore:
+        assert self.store is not None, "nothing is stored yet"
+        return self.store
+
+    def select(
+        self, sequences: np.ndarray, settled: np.ndarray, windows: int, open_tokens: int, ordinals: list[int]
+    ) -> torch.Tensor:
+        """Slots that survive when the next `windows` windows of the named sequences seal: ``[b, H, n]`` int32."""
+        policy, config, store = self.cache.policy, self.cache.policy.config, self.stored()
+        survivors = []
+        index = torch.from_numpy(sequences).to(store.device)
+        for number in range(windows):
+            start = settled + number * config.window
+            kept = policy.select(
+                Window(
+                    rows=store.lengths.shape[1],
+                    keys=self._window_keys(sequences, start),
+                    queries=None
+                    if self.queries is None
+                    else self.queries.window(index, number * config.window, (number + 1) * config.window),
+                    scaling=self.scaling,
+                    softcap=self.softcap,
+                    layer=self.index,
+                    ordinals=[ordinal + number for ordinal in ordinals],
+                    keep=config.kept_per_window,
+                    anchors=config.anchors,
+                    seed=config.seed,
+                )
+            )
+            survivors.append(kept.to(torch.int32) + store.slots(start, 1))
+        done = windows * config.window
+        survivors.append(store.slots(settled + done, open_tokens - done))
+        return torch.cat(survivors, dim=2)
+
+    def _window_keys(self, sequences: np.ndarray, start: np.ndarray) -> torch.Tensor:
+        """Keys of the window at slots `start` ``[b]``, as attention saw them: ``[b, H, W, D]``."""
+        store, width = self.stored(), self.cache.policy.config.window
+        if self.expanded is None:
+            return store.window(sequences, start, width)
+        slots = store.slots(start, width)[:, 0].long()
+        index = torch.from_numpy(sequences).to(store.device)
+        return self.expanded[index[:, None], :, slots].transpose(1, 2)
+
+    def seal(self, sequences: np.ndarray, settled: np.ndarray, windows: int, slots: torch.Tensor) -> None:
+        """Keeps `slots` of the named sequences from `settled` on, and forgets the queries of their sealed windows."""
+        store = self.stored()
+        store.keep(sequences, settled, slots)
+        if self.queries is not None:
+            self.queries.drop(torch.from_numpy(sequences).to(store.device), windows * self.cache.policy.config.window)
+
+    def fork(self, index: np.ndarray) -> None:
+        if self.store is not None:
+            self.store.fork(index)
+        if self.queries is not None:
+            self.queries.fork(torch.from_numpy(index))
+
+    def clear(self) -> None:
+        for held in (self.store, self.queries):
+            if held is not None:
+                held.release()
+        self.store = self.queries = self.pending = None
+        self.is_initialized = False
+
+    def reset(self) -> None:
+        self.clear()
+
+
+def _refuse(kwargs: dict[str, Any], model: str) -> None:
+    """Raises ValueError for arguments of an attention function that attention over a store would leave out."""
+    if kwargs.get("dropout"):
+        raise ValueError(
+            f"{model} applies attention dropout={kwargs['dropout']} while it uses a cache; call model.eval()"
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True is not possible with a compressed cache; see kept_positions() and chunks()"
+        )
+    if kwargs.get("is_causal") is False:
+        raise ValueError(
+            f"{model} attends in both directions (is_causal=False), which a compressed cache does not support"
+        )
+    for name, value in kwargs.items():
+        if name == "sliding_window" and value is not None:
+            raise ValueError(
+                f"{model} limits full attention to a window of {value} tokens by an argument, which a compressed "
+                "cache does not support"
+            )
+        if isinstance(value, torch.Tensor) and name not in _KNOWN_TENSORS:
+            raise ValueError(f"{model} passes {name!r} to its attention, which a compressed cache does not support")

@@ -1,0 +1,56 @@
+"""Kara: when a window closes and which of its tokens survive (arXiv 2607.01237)."""
+
+import torch
+
+from ..config import KaraConfig
+from .scores import SCORES, Window
+from .token2chunk import token2chunk, top_tokens
+
+
+class KaraPolicy:
+    """Decides per window of W tokens; every KV head of every layer keeps the same number k of them.
+
+    Args:
+        config: the settings.
+    """
+
+    def __init__(self, config: KaraConfig):
+        self.config = config
+        self.score = SCORES[config.score]
+
+    @property
+    def compresses(self) -> bool:
+        return self.config.kept_per_window < self.config.window
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the queries of open tokens must be held until their window seals."""
+        return self.compresses and self.score.queries
+
+    @property
+    def open_limit(self) -> int:
+        """Open tokens that a sequence has at most once its due windows are sealed: W + R - 1."""
+        return self.config.window + self.config.recent - 1
+
+    def windows_due(self, open_tokens: int) -> int:
+        """Windows to seal when `open_tokens` are stored behind the last sealed window: one while W + R or more
+        remain.
+        """
+        return max(0, (open_tokens - self.config.recent) // self.config.window)
+
+    def select(self, window: Window) -> torch.Tensor:
+        """Tokens of a window that survive where fewer than all do, ``[b, H, k]`` int64, ascending.
+
+        Raises:
+            ValueError: a score is NaN, which means NaN in the model's keys or queries.
+        """
+        scores = self.score.rank(window)
+        if scores.isnan().any():
+            raise ValueError(
+                f"the {self.config.score} scores of layer {window.layer} are NaN: the model's queries or keys are "
+                "not finite; "
+                "load it in bfloat16 or float32"
+            )
+        if self.score.chunks:
+            return token2chunk(scores, window.keep, window.anchors)
+        return top_tokens(scores, window.keep)

@@ -1,0 +1,152 @@
+"""Scores: what ranks the tokens of a window. Adding one is one function under `register_score`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels import window_scores
+from .token2chunk import token2chunk
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a score may look at: one window of W tokens in one layer, for b sequences.
+
+    Attributes:
+        rows: H, rows that a sequence has in the store: its KV heads, or 1 where all heads share one latent row.
+        keys: ``[b, H, W, D]``, as attention saw them; of every query head where a latent row is expanded.
+        queries: ``[b, Hq, W, D]`` of the same tokens, or None for a score registered with ``queries=False``.
+        scaling: the layer's factor on q.k.
+        softcap: the layer's soft cap on logits, or None.
+        layer: index of the layer.
+        ordinals: for each of the b sequences, how many windows it had sealed before this one.
+        keep: k, tokens that will be kept per head.
+        anchors: m, tokens that Token2Chunk picks singly.
+        seed: of the cache.
+    """
+
+    rows: int
+    keys: torch.Tensor
+    queries: torch.Tensor | None
+    scaling: float
+    softcap: float | None
+    layer: int
+    ordinals: list[int]
+    keep: int
+    anchors: int
+    seed: int
+
+    def attention(self, causal: bool = False) -> torch.Tensor:
+        """Mean attention from the window's queries to each of its keys, ``[b, H, W]`` float32, over the heads of a
+        row.
+        """
+        assert self.queries is not None, "the score is registered with queries=False"
+        scores = window_scores(self.queries, self.keys, scaling=self.scaling, softcap=self.softcap, causal=causal)
+        return scores.unflatten(1, (self.rows, -1)).mean(2)
+
+    def random(self, width: int) -> torch.Tensor:
+        """Uniform numbers ``[b, H, width]`` that depend on seed, layer, head and ordinal alone, not on batch-mates."""
+        rows = []
+        for ordinal in self.ordinals:
+            generator = torch.Generator().manual_seed(hash((self.seed, self.layer, ordinal)) % 2**63)
+            rows.append(torch.rand(self.rows, width, generator=generator))
+        return torch.stack(rows).to(self.keys.device)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A ranking and how it is used.
+
+    Attributes:
+        rank: from a `Window` to scores ``[b, H, W]``, larger is better.
+        queries: whether it needs the window's queries, which must then be held until the window seals.
+        chunks: whether Token2Chunk expands its best tokens; otherwise the k best are kept.
+    """
+
+    rank: Callable[[Window], torch.Tensor]
+    queries: bool
+    chunks: bool
+
+
+SCORES: dict[str, Score] = {}
+
+
+def register_score(
+    name: str, *, queries: bool = False, chunks: bool = False
+) -> Callable[[Callable[[Window], torch.Tensor]], Callable[[Window], torch.Tensor]]:
+    """Makes a function from `Window` to scores ``[b, H, W]`` selectable as ``score=name``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(rank: Callable[[Window], torch.Tensor]) -> Callable[[Window], torch.Tensor]:
+        if name in SCORES:
+            raise ValueError(f"score {name!r} is registered already; choose another name")
+        SCORES[name] = Score(rank, queries, chunks)
+        return rank
+
+    return register
+
+
+@register_score("bidirectional", queries=True, chunks=True)
+def bidirectional(window: Window) -> torch.Tensor:
+    """Mean attention from all queries of the window to each key, in both directions (Kara, arXiv 2607.01237)."""
+    return window.attention()
+
+
+@register_score("causal", queries=True, chunks=True)
+def causal(window: Window) -> torch.Tensor:
+    """The same under a causal mask: early keys collect votes from many queries and late ones from few."""
+    return window.attention(causal=True)
+
+
+@register_score("random")
+def random(window: Window) -> torch.Tensor:
+    """Random tokens: the null hypothesis of every score."""
+    return window.random(window.keys.shape[2])
+
+
+@register_score("random-chunks", queries=True)
+def random_chunks(window: Window) -> torch.Tensor:
+    """Chunks as long as those that Token2Chunk makes of the bidirectional scores, at random places."""
+    scores = bidirectional(window)
+    kept = token2chunk(scores, window.keep, window.anchors)
+    taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, kept, True)
+    return shuffle_runs(taken, window.random(scores.shape[2] + 1)).float()
+
+
+@register_score("recency")
+def recency(window: Window) -> torch.Tensor:
+    """The last tokens of the window."""
+    batch, _, width, _ = window.keys.shape
+    return torch.arange(width, device=window.keys.device, dtype=torch.float32).expand(batch, window.rows, width)
+
+
+def shuffle_runs(taken: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Puts the runs of True in `taken` ``[..., W]`` at random places without joining or cutting any.
+
+    Args:
+        taken: ``[..., W]`` bool.
+        noise: ``[..., W + 1]`` independent uniform numbers.
+
+    Returns:
+        ``[..., W]`` bool with the same run lengths, every arrangement equally likely.
+    """
+    width = taken.shape[-1]
+    padded = torch.nn.functional.pad(taken.reshape(-1, width), (0, 1))
+    follows = torch.nn.functional.pad(padded[:, :-1], (1, 0))
+    # Items to shuffle: a run with the blank behind it, and every other blank. One blank more than the window has closes
+    # the last run, and whatever comes last then ends with a blank that can be dropped.
+    heads = ~follows
+    item = heads.cumsum(1) - 1
+    lengths = torch.zeros_like(item).scatter_add_(1, item, torch.ones_like(item))
+    order = noise.reshape(-1, width + 1).masked_fill(lengths == 0, 2.0).argsort(1)
+    ends = lengths.gather(1, order).cumsum(1)
+    starts = torch.zeros_like(ends).scatter_(1, order, ends - lengths.gather(1, order))
+    first = torch.zeros_like(item).scatter_reduce_(
+        1, item, torch.arange(width + 1, device=item.device).expand_as(item), "amin", include_self=False
+    )
+    place = starts.gather(1, item) + torch.arange(width + 1, device=item.device) - first.gather(1, item)
+    return torch.zeros_like(padded).scatter_(1, place, padded)[:, :width].view_as(taken)

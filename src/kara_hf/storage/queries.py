@@ -1,0 +1,70 @@
+"""The queries of tokens that are not sealed yet: what a window is scored with when its turn comes."""
+
+import numpy as np
+import torch
+
+from .meter import MemoryMeter
+
+
+class QueryBuffer:
+    """Queries of every sequence's open tokens, oldest first, ``[B, Hq, C, D]``; all bytes go through the meter.
+
+    How many of a sequence's C places are in use is the caller's knowledge: it is the number of its open tokens.
+    """
+
+    def __init__(
+        self, sequences: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, meter: MemoryMeter
+    ):
+        self.meter = meter
+        self.buffer = meter.zeros((sequences, heads, 0, dim), dtype, device)
+
+    def append(self, queries: torch.Tensor, filled: np.ndarray, real: torch.Tensor | None = None) -> None:
+        """Adds `queries` ``[B, Hq, S, D]`` behind the `filled` ``[B]`` places in use; `real` ``[B, S]`` leaves
+        padding out.
+        """
+        new = queries.shape[2]
+        self._resize(max(self.buffer.shape[2], int(filled.max(initial=0)) + new))
+        if real is None and (filled == filled[0]).all():
+            self.buffer[:, :, int(filled[0]) : int(filled[0]) + new] = queries
+            return
+        for b, start in enumerate(filled.tolist()):
+            chosen = queries[b] if real is None else queries[b][:, real[b]]
+            self.buffer[b, :, start : start + chosen.shape[1]] = chosen
+
+    def window(self, sequences: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Queries of places `start` to `stop` of the named sequences: ``[b, Hq, stop - start, D]``."""
+        return self.buffer[sequences, :, start:stop]
+
+    def drop(self, sequences: torch.Tensor, first: int) -> None:
+        """Forgets the oldest `first` queries of the named sequences."""
+        rest = self.buffer[sequences, :, first:]
+        self.buffer[sequences, :, : rest.shape[2]] = rest
+
+    def trim(self, filled: np.ndarray, room: int) -> None:
+        """Gives memory back down to `room` places, or as many as are in use."""
+        needed = max(room, int(filled.max(initial=0)))
+        if self.buffer.shape[2] > needed:
+            self._resize(needed)
+
+    def fork(self, index: torch.Tensor) -> None:
+        """Makes sequence i a copy of sequence ``index[i]``."""
+        self._replace(self.buffer.index_select(0, index.to(self.buffer.device)))
+
+    def release(self) -> None:
+        """Stops counting what is held here; the object is not used afterwards."""
+        self.meter.drop(self.buffer)
+
+    def _resize(self, places: int) -> None:
+        if places == self.buffer.shape[2]:
+            return
+        old = self.buffer
+        self.meter.require((places - old.shape[2]) * old[:, :, :0].new_empty(*old.shape[:2], 1, old.shape[3]).nbytes)
+        fresh = old.new_zeros(*old.shape[:2], places, old.shape[3])
+        same = min(places, old.shape[2])
+        fresh[:, :, :same] = old[:, :, :same]
+        self._replace(fresh)
+
+    def _replace(self, buffer: torch.Tensor) -> None:
+        self.meter.count(buffer)
+        self.meter.drop(self.buffer)
+        self.buffer = buffer
