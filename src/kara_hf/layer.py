@@ -195,7 +195,7 @@ class StoreLayer(CacheLayerMixin):
         self.pending = None
 
     # ----------------------------------------------------------------------------------------------------- its storage
-    def _stored(self) -> PagedStore:
+    def stored(self) -> PagedStore:
         assert self.store is not None, "nothing is stored yet"
         return self.store
 
