@@ -356,38 +356,39 @@ class CompressedCache(Cache):
     def _finish(self, layer: StoreLayer, step: Step) -> None:
         """After a layer's attention: seals a first forward layer by layer, any other one when all layers are done."""
         if step.first:
-            self._seal([layer], step.after)
+            self._seal([layer], step)
+            layer.hold_open(step)
         if layer is not self._store_layers[-1]:
             return
         if not step.first:
-            self._seal(self._store_layers, step.after)
+            self._seal(self._store_layers, step)
         self.sequences = [sequence.sealed(self.policy) for sequence in step.after]
         for each in self._store_layers:
-            each.expanded = None
+            each.let_go()
         self.columns += step.new
         self._solid_columns = self._solid_columns + step.new if step.real is None else 0
         step.complete = True
 
-    def _seal(self, layers: list[StoreLayer], sequences: list[Sequence]) -> None:
+    def _seal(self, layers: list[StoreLayer], step: Step) -> None:
         """Seals the windows that are due. Everything is chosen before anything is changed."""
         groups: dict[tuple[int, int], list[int]] = {}
-        for number, sequence in enumerate(sequences):
+        for number, sequence in enumerate(step.after):
             due = self.policy.windows_due(sequence.open)
             if due and self.policy.compresses:
                 groups.setdefault((due, sequence.open), []).append(number)
         plan = []
         for (due, open_tokens), members in groups.items():
             index = np.array(members)
-            settled = np.array([sequences[b].settled for b in members], np.int32)
-            ordinals = [sequences[b].windows for b in members]
-            plan += [
-                (layer, index, settled, due, layer.select(index, settled, due, open_tokens, ordinals))
-                for layer in layers
-            ]
+            settled = np.array([step.after[b].settled for b in members], np.int32)
+            ordinals = [step.after[b].windows for b in members]
+            for layer in layers:
+                plan.append(
+                    (layer, index, settled, due, layer.select(step, index, settled, due, open_tokens, ordinals))
+                )
         for layer, index, settled, due, slots in plan:
             layer.seal(index, settled, due, slots)
-        if plan:
-            filled = np.array([sequence.sealed(self.policy).open for sequence in sequences])
+        if plan and not step.first:
+            filled = np.array([sequence.sealed(self.policy).open for sequence in step.after])
             for layer in layers:
                 if layer.queries is not None:
                     layer.queries.trim(filled, self.policy.open_limit + 1)
@@ -397,7 +398,7 @@ class CompressedCache(Cache):
         step = self._step
         self._step = None
         for layer in self._store_layers:
-            layer.pending = layer.expanded = None
+            layer.let_go()
         if step is None or step.complete:
             return
         if step.first:

@@ -60,6 +60,7 @@ class StoreLayer(CacheLayerMixin):
         self.softcap: float | None = None
         self.latent = False
         self.expanded: torch.Tensor | None = None
+        self.fresh: torch.Tensor | None = None
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # ------------------------------------------------------------------------------- what Transformers asks of a layer
@@ -123,7 +124,7 @@ class StoreLayer(CacheLayerMixin):
             self.softcap = kwargs.get("softcap")
             if step.first:
                 result = own(module, query, key, value, attention_mask, **kwargs)
-                self._append(step, query)
+                self._append(step, query, key)
             else:
                 _refuse(kwargs, cache.binding.name)
                 settings: dict[str, Any] = {
@@ -133,37 +134,42 @@ class StoreLayer(CacheLayerMixin):
                 }
                 if self.latent:
                     out = attend_masked(query, key, value, self._latent_mask(step, key), **settings)
-                    self._append(step, query)
+                    self._append(step, query, key)
                 else:
-                    self._append(step, query)
+                    self._append(step, query, key)
                     out = attend(query, self.stored().rows(), hidden=step.hidden_on(query.device), **settings)
                 result = out.transpose(1, 2).contiguous(), None
-            if self.latent:
-                self.expanded = key
             cache._finish(self, step)
         except BaseException:
             cache._take_back()
             raise
         return result
 
-    def _latent_mask(self, step: Step, key: torch.Tensor) -> torch.Tensor:
-        """Which of the expanded keys, stored ones first and new ones behind, a new query sees: ``[B, 1, S, M + S]``."""
-        rows = self.stored().rows()
-        if key.shape[2] != rows.max_length + step.new:
+    def _latent_seen(self, step: Step, keys: int, device: torch.device) -> torch.Tensor:
+        """Which of the expanded keys, stored ones first and new ones behind, hold a token: ``[B, M + S]`` bool."""
+        rows = None if self.store is None else self.store.rows()
+        past = 0 if rows is None else rows.max_length
+        if keys != past + step.new:
             raise ValueError(
-                f"layer {self.index} attends to {key.shape[2]} keys where {rows.max_length + step.new} are stored; "
-                "this kind of "
-                "latent attention is not supported"
+                f"layer {self.index} attends to {keys} keys where {past + step.new} are stored; this kind of latent "
+                "attention is not supported"
             )
-        stored = torch.arange(rows.max_length, device=key.device) < rows.lengths[:, :1, None, None]
-        new = torch.ones(step.new, step.new, dtype=torch.bool, device=key.device).tril()
+        new = torch.ones(len(step.counts), step.new, dtype=torch.bool, device=device)
         if step.real is not None:
-            new = new & step.real.to(key.device)[:, None, None]
-        batch = key.shape[0]
-        return torch.cat([stored.expand(batch, 1, step.new, -1), new.expand(batch, 1, step.new, -1)], dim=3)
+            new = step.real.to(device)
+        if rows is None:
+            return new
+        stored = torch.arange(past, device=device) < rows.lengths[:, :1]
+        return torch.cat([stored, new], dim=1)
 
-    def _append(self, step: Step, query: torch.Tensor) -> None:
-        """Stores the pending tokens, and their queries where a window will be scored with them."""
+    def _latent_mask(self, step: Step, key: torch.Tensor) -> torch.Tensor:
+        """Which of the expanded keys ``[B, Hq, M + S, D]`` each new query sees: ``[B, 1, S, M + S]`` bool."""
+        seen = self._latent_seen(step, key.shape[2], key.device)[:, None, None]
+        causal = torch.ones(step.new, key.shape[2], dtype=torch.bool, device=key.device).tril(key.shape[2] - step.new)
+        return seen & causal
+
+    def _append(self, step: Step, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Stores the pending tokens, and holds what windows are scored with: queries, and keys that were expanded."""
         assert self.pending is not None
         cache = self.cache
         keys, values = self.pending
@@ -175,6 +181,14 @@ class StoreLayer(CacheLayerMixin):
                 raise ValueError(
                     f"keys or values of layer {self.index} are NaN or infinite; load the model in bfloat16 or float32"
                 )
+        scored = cache.policy.needs_queries and not step.pinned
+        due = max(cache.policy.windows_due(sequence.open) for sequence in step.after) * cache.policy.config.window
+        if self.latent and due:
+            order = _in_order(self._latent_seen(step, key.shape[2], device))
+            settled = torch.tensor([sequence.settled for sequence in step.after], device=device)[:, None]
+            places = (settled + torch.arange(due, device=device)).clamp(max=key.shape[2] - 1)
+            columns = order.gather(1, places)[:, None, :, None]
+            self.expanded = key.gather(2, columns.expand(-1, key.shape[1], -1, key.shape[3]))
         if self.store is None:
             self.store = PagedStore(
                 keys.shape[:2],
@@ -186,13 +200,29 @@ class StoreLayer(CacheLayerMixin):
             )
         self.store.append(keys, values, step.positions.to(device), real)
         step.appended.append(self)
-        if cache.policy.needs_queries and not step.pinned:
-            if self.queries is None:
-                self.queries = QueryBuffer(
-                    query.shape[0], query.shape[1], query.shape[3], query.dtype, device, cache.meter
-                )
+        if scored and self.queries is None:
+            self.queries = QueryBuffer(*query.shape[:2], query.shape[3], query.dtype, device, cache.meter)
+        if scored and step.first:  # a whole prompt's queries are at hand; only those of its open end are held
+            self.fresh = query
+        elif scored:
+            assert self.queries is not None
             self.queries.append(query, np.array([sequence.open for sequence in cache.sequences]), real)
         self.pending = None
+
+    def hold_open(self, step: Step) -> None:
+        """After the windows of a first forward are sealed: holds the queries of what is left open."""
+        query, self.fresh = self.fresh, None
+        if query is None or self.queries is None:
+            return
+        policy = self.cache.policy
+        sealed = [policy.windows_due(sequence.open) * policy.config.window for sequence in step.after]
+        filled = np.zeros(len(sealed), np.int64)
+        if step.real is None:
+            self.queries.append(query[:, :, sealed[0] :], filled)
+        else:
+            real = step.real.to(query.device)
+            rest = real & (real.cumsum(1) > torch.tensor(sealed, device=query.device)[:, None])
+            self.queries.append(query, filled, rest)
 
     # ----------------------------------------------------------------------------------------------------- its storage
     def stored(self) -> PagedStore:
@@ -200,50 +230,56 @@ class StoreLayer(CacheLayerMixin):
         return self.store
 
     def select(
-        self, sequences: np.ndarray, settled: np.ndarray, windows: int, open_tokens: int, ordinals: list[int]
+        self,
+        step: Step,
+        sequences: np.ndarray,
+        settled: np.ndarray,
+        windows: int,
+        open_tokens: int,
+        ordinals: list[int],
     ) -> torch.Tensor:
         """Slots that survive when the next `windows` windows of the named sequences seal: ``[b, H, n]`` int32."""
         policy, config, store = self.cache.policy, self.cache.policy.config, self.stored()
-        survivors = []
+        width = config.window
         index = torch.from_numpy(sequences).to(store.device)
+        survivors = []
         for number in range(windows):
-            start = settled + number * config.window
-            kept = policy.select(
-                Window(
-                    rows=store.lengths.shape[1],
-                    keys=self._window_keys(sequences, start),
-                    queries=None
-                    if self.queries is None
-                    else self.queries.window(index, number * config.window, (number + 1) * config.window),
-                    scaling=self.scaling,
-                    softcap=self.softcap,
-                    layer=self.index,
-                    ordinals=[ordinal + number for ordinal in ordinals],
-                    keep=config.kept_per_window,
-                    anchors=config.anchors,
-                    seed=config.seed,
-                )
+            start = settled + number * width
+            first, last = number * width, (number + 1) * width
+            window = Window(
+                rows=store.lengths.shape[1],
+                keys=store.window(sequences, start, width)
+                if self.expanded is None
+                else self.expanded[index, :, first:last],
+                queries=self._queries(step, index, first, last),
+                scaling=self.scaling,
+                softcap=self.softcap,
+                layer=self.index,
+                ordinals=[ordinal + number for ordinal in ordinals],
+                keep=config.kept_per_window,
+                anchors=config.anchors,
+                seed=config.seed,
             )
-            survivors.append(kept.to(torch.int32) + store.slots(start, 1))
-        done = windows * config.window
-        survivors.append(store.slots(settled + done, open_tokens - done))
+            survivors.append(policy.select(window).to(torch.int32) + store.slots(start, 1))
+        survivors.append(store.slots(settled + windows * width, open_tokens - windows * width))
         return torch.cat(survivors, dim=2)
 
-    def _window_keys(self, sequences: np.ndarray, start: np.ndarray) -> torch.Tensor:
-        """Keys of the window at slots `start` ``[b]``, as attention saw them: ``[b, H, W, D]``."""
-        store, width = self.stored(), self.cache.policy.config.window
-        if self.expanded is None:
-            return store.window(sequences, start, width)
-        slots = store.slots(start, width)[:, 0].long()
-        index = torch.from_numpy(sequences).to(store.device)
-        return self.expanded[index[:, None], :, slots].transpose(1, 2)
+    def _queries(self, step: Step, sequences: torch.Tensor, first: int, last: int) -> torch.Tensor | None:
+        """Queries of the open tokens `first` to `last` of the named sequences, ``[b, Hq, last - first, D]``."""
+        if self.fresh is None:
+            return None if self.queries is None else self.queries.window(sequences, first, last)
+        if step.real is None:
+            return self.fresh[sequences, :, first:last]
+        columns = _in_order(step.real.to(self.fresh.device))[sequences, first:last]
+        return self.fresh[sequences[:, None], :, columns].transpose(1, 2)
 
     def seal(self, sequences: np.ndarray, settled: np.ndarray, windows: int, slots: torch.Tensor) -> None:
         """Keeps `slots` of the named sequences from `settled` on, and forgets the queries of their sealed windows."""
         store = self.stored()
         store.keep(sequences, settled, slots)
-        if self.queries is not None:
-            self.queries.drop(torch.from_numpy(sequences).to(store.device), windows * self.cache.policy.config.window)
+        if self.queries is not None and self.fresh is None:
+            index = torch.from_numpy(sequences).to(store.device)
+            self.queries.drop(index, windows * self.cache.policy.config.window)
 
     def fork(self, index: np.ndarray) -> None:
         if self.store is not None:
@@ -255,11 +291,21 @@ class StoreLayer(CacheLayerMixin):
         for held in (self.store, self.queries):
             if held is not None:
                 held.release()
-        self.store = self.queries = self.pending = None
+        self.store = self.queries = None
+        self.let_go()
         self.is_initialized = False
+
+    def let_go(self) -> None:
+        """Forgets what belongs to a step alone."""
+        self.pending = self.expanded = self.fresh = None
 
     def reset(self) -> None:
         self.clear()
+
+
+def _in_order(valid: torch.Tensor) -> torch.Tensor:
+    """Column of the first, second, ... True of each row of `valid` ``[B, n]``; the others behind: ``[B, n]`` int64."""
+    return (~valid).to(torch.int8).argsort(dim=1, stable=True)
 
 
 def _refuse(kwargs: dict[str, Any], model: str) -> None:

@@ -5,6 +5,8 @@ import torch
 
 from .meter import MemoryMeter
 
+GROWTH = 32  # places added at once
+
 
 class QueryBuffer:
     """Queries of every sequence's open tokens, oldest first, ``[B, Hq, C, D]``; all bytes go through the meter.
@@ -23,7 +25,9 @@ class QueryBuffer:
         padding out.
         """
         new = queries.shape[2]
-        self._resize(max(self.buffer.shape[2], int(filled.max(initial=0)) + new))
+        needed = int(filled.max(initial=0)) + new
+        if needed > self.buffer.shape[2]:
+            self._resize(-(-needed // GROWTH) * GROWTH)
         if real is None and (filled == filled[0]).all():
             self.buffer[:, :, int(filled[0]) : int(filled[0]) + new] = queries
             return
@@ -41,8 +45,8 @@ class QueryBuffer:
         self.buffer[sequences, :, : rest.shape[2]] = rest
 
     def trim(self, filled: np.ndarray, room: int) -> None:
-        """Gives memory back down to `room` places, or as many as are in use."""
-        needed = max(room, int(filled.max(initial=0)))
+        """Gives memory back down to `room` places, or as many as are in use, rounded up."""
+        needed = -(-max(room, int(filled.max(initial=0))) // GROWTH) * GROWTH
         if self.buffer.shape[2] > needed:
             self._resize(needed)
 
@@ -55,8 +59,6 @@ class QueryBuffer:
         self.meter.drop(self.buffer)
 
     def _resize(self, places: int) -> None:
-        if places == self.buffer.shape[2]:
-            return
         old = self.buffer
         self.meter.require((places - old.shape[2]) * old[:, :, :0].new_empty(*old.shape[:2], 1, old.shape[3]).nbytes)
         fresh = old.new_zeros(*old.shape[:2], places, old.shape[3])
