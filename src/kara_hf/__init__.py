@@ -1,21 +1,34 @@
 """KV-cache compression for Hugging Face Transformers that frees the bytes it says it frees.
 
-out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.25))
+    out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.25))
+
+Names are loaded when they are first used, so that importing the package costs nothing and changes nothing.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .attention import attach, detach
-from .cache import CompressedCache, KaraCache
-from .config import KaraConfig
-from .policy import KaraPolicy, register_score
-from .report import CacheReport
-from .storage import PoolExhausted
+if TYPE_CHECKING:
+    from .attention import attach, detach
+    from .cache import CompressedCache, KaraCache
+    from .config import KaraConfig
+    from .policy import KaraPolicy, register_score
+    from .report import CacheReport
+    from .storage import PoolExhausted
 
-try:
-    __version__ = version("kara_hf")
-except PackageNotFoundError:  # a checkout on the path that was never installed
-    __version__ = "0+unknown"
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CacheReport": "report",
+    "CompressedCache": "cache",
+    "KaraCache": "cache",
+    "KaraConfig": "config",
+    "KaraPolicy": "policy",
+    "PoolExhausted": "storage",
+    "attach": "attention",
+    "detach": "attention",
+    "register_score": "policy",
+}
 
 __all__ = [
     "CacheReport",
@@ -28,3 +41,13 @@ __all__ = [
     "detach",
     "register_score",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -43,6 +43,15 @@ class Binding:
     def __contains__(self, module: torch.nn.Module | None) -> bool:
         return module in self._modules or (module is None and self.direct)
 
+    def unanswered(self) -> RuntimeError:
+        """What to raise when keys were stored and no attention function of ours took them up."""
+        return RuntimeError(
+            f"the attention of {self.name} does not answer for this cache (its implementation is "
+            f"{self.config._attn_implementation!r}), or another model was given it; call kara_hf.attach(model) with "
+            "the "
+            "model that uses the cache, or pass it a cache that was made for it"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
         return self
 
@@ -263,14 +272,8 @@ class CompressedCache(Cache):
 
     def _check(self, keys: torch.Tensor, unanswered: bool) -> None:
         """Raises if this cache cannot take `keys`; nothing has changed then."""
-        binding = self.binding
-        if unanswered or not (binding.direct or is_attached(binding.config)):
-            raise RuntimeError(
-                f"the attention of {binding.name} does not answer for this cache (its implementation is "
-                f"{binding.config._attn_implementation!r}), or another model was given it; call "
-                "kara_hf.attach(model) with the "
-                "model that uses the cache, or pass it a cache that was made for it"
-            )
+        if unanswered or not (self.binding.direct or is_attached(self.binding.config)):
+            raise self.binding.unanswered()
         if self.sequences and keys.shape[0] != len(self.sequences):
             raise ValueError(
                 f"the batch has {keys.shape[0]} sequences and the cache holds {len(self.sequences)}; use a new cache "
@@ -296,6 +299,8 @@ class CompressedCache(Cache):
                 "keys), which a "
                 "compressed cache does not support"
             )
+        if module is None and not self.binding.direct:
+            raise self.binding.unanswered()
         if module not in self.binding:
             raise ValueError(
                 f"this cache was made for another model than the {type(module).__name__} that uses it; make one with "
@@ -367,7 +372,7 @@ class CompressedCache(Cache):
             each.let_go()
         self.columns += step.new
         self._solid_columns = self._solid_columns + step.new if step.real is None else 0
-        step.complete = True
+        step.close()
 
     def _seal(self, layers: list[StoreLayer], step: Step) -> None:
         """Seals the windows that are due. Everything is chosen before anything is changed."""

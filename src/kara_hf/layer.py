@@ -37,6 +37,10 @@ class Step:
     appended: list["StoreLayer"] = field(default_factory=list)
     before: dict[int, dict[str, Any]] = field(default_factory=dict)
 
+    def close(self) -> None:
+        """Marks the step as committed and lets go of its tensors."""
+        self.complete, self.real, self.positions = True, None, torch.zeros(0)
+
     def hidden_on(self, device: torch.device) -> torch.Tensor | None:
         """How many newer real tokens each new token must not see, ``[B, S]`` int32; None where no token is padding."""
         if self.real is None:
@@ -201,7 +205,7 @@ class StoreLayer(CacheLayerMixin):
         self.store.append(keys, values, step.positions.to(device), real)
         step.appended.append(self)
         if scored and self.queries is None:
-            self.queries = QueryBuffer(*query.shape[:2], query.shape[3], query.dtype, device, cache.meter)
+            self.queries = QueryBuffer(query.shape[0], query.shape[1], query.shape[3], query.dtype, device, cache.meter)
         if scored and step.first:  # a whole prompt's queries are at hand; only those of its open end are held
             self.fresh = query
         elif scored:

@@ -51,9 +51,10 @@ class Sequence:
         tokens = self.tokens + count
         if not pinned:
             return replace(self, tokens=tokens, open=self.open + count)
-        start = self.tokens - self.open
-        prompt = Segment("prompt", start, tokens, tokens - start)
-        return Sequence(tokens, 0, (*self.segments, prompt))
+        start, before = self.tokens - self.open, self.segments
+        if before and before[-1].kind == "prompt":  # the next chunk of the same prompt
+            start, before = before[-1].start, before[:-1]
+        return Sequence(tokens, 0, (*before, Segment("prompt", start, tokens, tokens - start)))
 
     def sealed(self, policy: KaraPolicy) -> "Sequence":
         """With every window that is due turned into a sealed segment."""

@@ -1,0 +1,246 @@
+"""Runs of the `kara-hf` command: one model, one prompt, either cache, measured in the same way."""
+
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+from transformers.utils import logging
+
+from .attention import detach
+from .cache import KaraCache
+from .config import KaraConfig
+from .display import Run
+from .evaluation.tasks import Problem, final_answer
+
+TITLES = {"full": "full cache", "kara": "KaraCache"}
+
+
+class Runner:
+    """A loaded model that runs a prompt under the full cache ("full") or under `KaraCache` ("kara").
+
+    Args:
+        name: hub id or folder of a causal LM.
+        settings: of `KaraConfig`.
+        max_bytes: cap on `KaraCache`, or None.
+        device: name, or None for a GPU if there is one.
+        dtype: name, or "auto" for what the model was saved in.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Attributes:
+        limit: positions that the model has.
+
+    Raises:
+        ValueError: a setting, the device or the model's name is not possible; nothing was loaded then.
+        OSError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        *,
+        max_bytes: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+    ):
+        self.config = KaraConfig(**settings)
+        self.settings = settings
+        self.max_bytes = max_bytes
+        self.device = find_device(device)
+        local = is_folder(name)
+        self.name = Path(name).name if local else name
+        logging.set_verbosity_error()
+        if local:  # a download shows how far it is
+            logging.disable_progress_bar()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, ImportError) as error:
+            reason = textwrap.shorten(str(error), 240, placeholder=" ...")
+            raise OSError(
+                f"model={name!r} cannot be loaded; give a hub id or the folder of a causal LM ({reason})"
+            ) from error
+        self.model = model.to(self.device).eval()
+        self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+    def encode(self, prompt: str, *, chat: bool) -> torch.Tensor:
+        """Token ids ``[1, S]`` of a prompt, inside the model's chat template if it has one and `chat` is set."""
+        if chat and self.tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+            encoded = self.tokenizer.apply_chat_template(messages, **options)
+        else:
+            encoded = self.tokenizer(prompt, return_tensors="pt")
+        return encoded["input_ids"].to(self.device)
+
+    def run(
+        self, caches: list[str], ids: torch.Tensor, *, max_new_tokens: int, stream: bool, problem: Problem | None
+    ) -> list[Run]:
+        """Continues the prompt `ids` ``[1, S]`` greedily, once under each cache named and after a warm-up.
+
+        Shows a progress bar on stderr, or with `stream` the text on stdout. `problem` is what the prompt asks, if its
+        answer is known.
+
+        Raises:
+            ValueError: the model has not so many positions, or the cache does not support it.
+            PoolExhausted: `max_bytes` is too low.
+        """
+        if ids.shape[1] + max_new_tokens > self.limit:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} is not possible behind a prompt of {ids.shape[1]}: the model has "
+                f"{self.limit} positions; lower max_new_tokens or shorten the prompt"
+            )
+        columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console = Console(stderr=True)
+        hidden = stream or not console.is_terminal
+        with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+            task = progress.add_task("warm-up", total=len(caches))
+            for cache in caches:
+                self._make_cache(cache)  # refuses a model or a setting before anything runs
+            for cache in caches:
+                self._warm_up(cache, ids)
+                progress.advance(task)
+            progress.remove_task(task)
+            runs = []
+            for cache in caches:
+                if stream:
+                    print(f"--- {TITLES[cache]}", flush=True)
+                task = progress.add_task(TITLES[cache], total=max_new_tokens)
+                watch = Watch(partial(progress.advance, task), self._text_streamer() if stream else None)
+                runs.append(self._run(cache, ids, max_new_tokens, watch, problem))
+                progress.update(task, total=watch.count)
+        return runs
+
+    def _run(self, cache: str, ids: torch.Tensor, max_new_tokens: int, watch: "Watch", problem: Problem | None) -> Run:
+        store = self._make_cache(cache)
+        new = self._generate(ids, store, max_new_tokens, watch)[0, ids.shape[1] :]
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        held = held_by_kara(store) if isinstance(store, KaraCache) else held_by_full(store)
+        answered: dict[str, Any] = {}
+        if problem is not None:
+            answered = {"answer": final_answer(text), "expected": problem.answer, "correct": problem.grade(text)}
+        return Run(name=TITLES[cache], text=text, new_tokens=len(new), decode_rate=watch.rate, **held, **answered)
+
+    def _make_cache(self, cache: str, **changes: Any) -> DynamicCache | KaraCache:
+        if cache == "full":
+            detach(self.model)  # so that the comparison is with the model as it is without this package
+            return DynamicCache(config=self.model.config)
+        return KaraCache(self.model, **{"max_bytes": self.max_bytes, **self.settings, **changes})
+
+    def _warm_up(self, cache: str, ids: torch.Tensor) -> None:
+        """Pays the costs of first calls: one window is sealed within a prompt, then a few tokens are decoded."""
+        length = min(self.config.window + self.config.recent, self.limit - 4)
+        ids = ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
+        self._generate(ids, self._make_cache(cache, compress_prompt=True, max_bytes=None), 4, None)
+
+    def _generate(
+        self, ids: torch.Tensor, store: DynamicCache | KaraCache, max_new_tokens: int, streamer: "Watch | None"
+    ) -> torch.Tensor:
+        return self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=store,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            streamer=streamer,
+        )
+
+    def _text_streamer(self) -> TextStreamer:
+        return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+class Watch:
+    """A streamer that counts and times the tokens of one run.
+
+    Args:
+        on_token: called after each token.
+        echo: another streamer that is given everything too, or None.
+    """
+
+    def __init__(self, on_token: Callable[[], None], echo: TextStreamer | None = None):
+        self.on_token, self.echo = on_token, echo
+        self.count = -1  # the prompt is streamed first
+        self.first = self.last = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second behind the first one, so that the prompt's own forward is left out; None without any."""
+        return (self.count - 1) / (self.last - self.first) if self.count > 1 else None
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.count += 1
+        self.last = time.perf_counter()
+        if self.count == 1:
+            self.first = self.last
+        if self.count > 0:
+            self.on_token()
+        if self.echo is not None:
+            self.echo.put(tokens)
+
+    def end(self) -> None:
+        if self.echo is not None:
+            self.echo.end()
+
+
+def held_by_kara(cache: KaraCache) -> dict[str, Any]:
+    """The fields of `Run` that say what the first sequence of the cache holds."""
+    report = cache.report()
+    heads = [(i, head) for i, kept in enumerate(report.kept[:, 0]) for head in kept.nonzero()[:, 0].tolist()]
+    return {
+        "seen": int(report.seen[0]),
+        "kept": [int(report.kept[i, 0, head]) for i, head in heads],
+        "nominal_bytes": report.nominal_bytes + report.other_bytes,
+        "resident_bytes": report.resident_bytes + report.other_bytes,
+        "peak_bytes": report.peak_bytes + report.other_bytes,
+        "rows": [cache.chunks(report.layers[i], 0, head) for i, head in heads],
+    }
+
+
+def held_by_full(cache: DynamicCache) -> dict[str, Any]:
+    """The same for Transformers' own cache: its tensors' bytes. It grows by copying, so the largest was there twice."""
+    tensors = [leaf for layer in cache.layers for leaf in tree_leaves(vars(layer)) if isinstance(leaf, torch.Tensor)]
+    sizes, seen = [tensor.nbytes for tensor in tensors], cache.get_seq_length()
+    return {
+        "seen": seen,
+        "kept": [seen],
+        "nominal_bytes": sum(sizes),
+        "resident_bytes": sum(sizes),
+        "peak_bytes": sum(sizes) + max(sizes),
+    }
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model's name is a folder of one; raises ValueError if it can only be a folder and is none."""
+    path = Path(name)
+    if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"model={name!r} is a folder without config.json; give the folder of a saved model or a hub id"
+        )
+    if not path.is_dir() and (not name or name[0] in "./~" or name.count("/") > 1 or path.exists()):
+        raise ValueError(f"model={name!r} is no folder; give the folder of a saved model or a hub id")
+    return path.is_dir()
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, or without a name a GPU if there is one; raises ValueError if it is not there."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        found = ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()) if accelerator)]
+        raise ValueError(f"device={name!r} is not there; torch {torch.__version__} sees {', '.join(found)}") from error
+    return device

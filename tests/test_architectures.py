@@ -1,0 +1,133 @@
+"""Every architecture either gives DynamicCache's tokens and the promised savings, or refuses with its reason.
+
+The results are the table in docs/architectures.md; ``KARA_UPDATE_DOCS=1 pytest -n 0 tests/test_architectures.py``
+writes it.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, build
+from transformers import DynamicCache
+
+from kara_hf import KaraCache, detach
+
+DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"
+PROMPT, NEW = 20, 60
+KARA = {"window": 16, "recent": 8, "block_size": 8}
+
+REFUSED = {
+    "bloom": "takes its attention function from its config",
+    "falcon-alibi": "adds a bias to its attention scores",
+    "falcon-h1": "LinearAttentionAndFullAttentionLayer",
+    "gemma3n": "share the keys of other layers",
+    "gemma4": "share the keys of other layers",
+    "gptj": "takes its attention function from its config",
+    "mamba2": "no full-attention layer",
+    "minimax": "uses cache of its own",
+    "mistral-sliding": "no full-attention layer",
+    "mpt": "takes its attention function from its config",
+    "zamba2": "LinearAttentionAndFullAttentionLayer",
+}
+
+_rows: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def docs_table():
+    yield
+    if "KARA_UPDATE_DOCS" in os.environ:
+        DOCS.write_text(
+            "# Architectures\n\n"
+            "Tiny random models, float32, CPU, greedy. *exact*: with `retention=1.0`, two prompts of 20 tokens give "
+            "the same 60\n"
+            "tokens as `DynamicCache`, also in a left-padded batch. *kept*: tokens a head of a compressed layer "
+            "stores of the 79\n"
+            "seen with `retention=0.25, window=16, recent=8`, as promised: 20 of the prompt, 4 of each of 3 windows, "
+            "11 open. What is\n"
+            "not supported raises `ValueError` with the reason shown. This table is written and checked by\n"
+            "`tests/test_architectures.py`.\n\n"
+            "| architecture | model | compressed layers | result | kept of seen |\n|---|---|---|---|---|\n"
+            + "\n".join(_rows[name] for name in ARCHITECTURES if name in _rows)
+            + "\n"
+        )
+
+
+def document(name: str, model: str, *cells: str) -> None:
+    row = f"| {name} | {model} | " + " | ".join(cells) + " |"
+    _rows[name] = row
+    if "KARA_UPDATE_DOCS" not in os.environ:
+        assert row in DOCS.read_text().splitlines(), f"{DOCS} does not say what was found: {row}"
+
+
+def load(name: str):
+    model = build(name)
+    implementations = ARCHITECTURES[name].implementations
+    if model.config.get_text_config(decoder=True)._attn_implementation not in implementations:
+        model.set_attn_implementation(implementations[0])
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in REFUSED])
+def test_supported(name):
+    model = load(name)
+    ids = torch.randint(3, 100, (2, PROMPT))
+    settings = {"max_new_tokens": NEW, "do_sample": False}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    cache = KaraCache(model, retention=1.0, **KARA)
+    assert (
+        model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings).tolist()
+        == expected.tolist()
+    )
+
+    if ARCHITECTURES[name].padding:
+        padded, mask = ids.clone(), torch.ones_like(ids)
+        padded[1, :7], mask[1, :7] = 0, 0
+        expected = model.generate(
+            padded, attention_mask=mask, past_key_values=DynamicCache(config=model.config), **settings
+        )
+        cache = KaraCache(model, retention=1.0, **KARA)
+        actual = model.generate(padded, attention_mask=mask, past_key_values=cache, **settings)
+        assert actual.tolist() == expected.tolist()
+        assert cache.report().seen.tolist() == [PROMPT + NEW - 1, PROMPT + NEW - 1 - 7]
+
+    cache = KaraCache(model, retention=0.25, **KARA)
+    model.generate(ids, past_key_values=cache, attention_mask=torch.ones_like(ids), **settings)
+    report = cache.report()
+    open_tokens = (NEW - 1) - 3 * 16
+    assert report.kept.unique().tolist() == [PROMPT + 3 * 4 + open_tokens]
+    assert report.nominal_bytes * (PROMPT + NEW - 1) == report.full_bytes * (PROMPT + 3 * 4 + open_tokens)
+    rows = report.kept.numel()
+    stored = report.nominal_bytes // int(report.kept.sum())
+    blocks = -(-(int(report.kept.max()) // 8 + 1) * 9 // 8) + 1  # documented slack: an eighth, and a block being filled
+    queries = sum(layer.queries.buffer.nbytes for layer in cache._store_layers if layer.queries is not None)
+    assert report.resident_bytes <= rows * blocks * (8 * (stored + 4) + 2 * 4) + rows * 4 + queries
+    document(
+        name,
+        type(model).__name__,
+        f"{len(report.layers)} of {len(cache.layers)}",
+        "exact",
+        f"{int(report.kept.max())} of 79",
+    )
+    detach(model)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused(name):
+    model = load(name)
+    ids = torch.randint(3, 100, (1, PROMPT))
+    with pytest.raises(ValueError, match=REFUSED[name]) as error:
+        cache = KaraCache(model, **KARA)
+        try:
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, past_key_values=cache)
+        finally:
+            assert cache.report().seen.tolist() == []  # nothing is left half-stored
+    reason = str(error.value).partition(";")[0].partition(", which")[0]
+    if name != "minimax":
+        document(name, type(model).__name__, "0", f"refused: {reason}", "")
+    assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False).shape == (
+        1,
+        PROMPT + 2,
+    )
