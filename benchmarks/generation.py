@@ -3,7 +3,8 @@
     python benchmarks/generation.py                        # CPU, one thread per core
     python benchmarks/generation.py --device cuda --dtype bfloat16
 
-Three questions, each answered by paired steps in one process (both caches take turns, so that a busy machine slows both):
+Three questions, each answered by paired steps in one process (both caches take turns, so that a busy machine slows
+both):
 
 - equal: both caches store the same tokens (retention 1). Ratio of the step times; 1 is as fast.
 - compressed: both have seen the same tokens, ours stores a share of them. Ratio of tokens/s; larger is faster.
@@ -59,9 +60,7 @@ def step(model: Any, cache: Any, token: torch.Tensor, position: int) -> float:
 
 
 @torch.no_grad()
-def measure(
-    model: Any, *, batch: int, seen: int, steps: int, what: str, **settings: Any
-) -> dict[str, Any]:
+def measure(model: Any, *, batch: int, seen: int, steps: int, what: str, **settings: Any) -> dict[str, Any]:
     """Fills both caches with one prompt of `seen` tokens and then takes paired decode steps."""
     device = next(model.parameters()).device
     ids = torch.randint(0, model.config.vocab_size, (batch, seen), device=device)
@@ -115,7 +114,9 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     batch: Annotated[int, typer.Option(help="sequences")] = 4,
     seen: Annotated[int, typer.Option(help="tokens seen before the timed steps of the long case")] = 8192,
-    out: Annotated[Path, typer.Option(help="JSON file of rows")] = Path(__file__).parent / "results" / "generation.json",
+    out: Annotated[Path, typer.Option(help="JSON file of rows")] = Path(__file__).parent
+    / "results"
+    / "generation.json",
     smoke: Annotated[bool, typer.Option(help="a few short steps, nothing written")] = False,
 ) -> None:
     """Measures and prints the table; writes the rows."""
@@ -130,7 +131,9 @@ def main(
     if smoke:
         cases = [dict(case, seen=96, steps=40, window=32, recent=8) for case in cases]
     rows = [measure(model, batch=batch, **case) for case in cases]
-    table = Table("case", "seen", "kept", "step ms, dense", "step ms, kara", "ratio", "speed-up", "compression", "bytes")
+    table = Table(
+        "case", "seen", "kept", "step ms, dense", "step ms, kara", "ratio", "speed-up", "compression", "bytes"
+    )
     for row in rows:
         table.add_row(
             row["what"],
@@ -146,7 +149,9 @@ def main(
     console.print(table)
     if not smoke:
         origin = provenance(device)
-        update_rows(out, [row | {"dtype": dtype, "provenance": origin} for row in rows], ("what", "batch", "seen", "dtype"))
+        update_rows(
+            out, [row | {"dtype": dtype, "provenance": origin} for row in rows], ("what", "batch", "seen", "dtype")
+        )
         console.print(f"written to {out}")
 
 

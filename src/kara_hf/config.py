@@ -65,7 +65,12 @@ class KaraConfig:
             "block_size",
         )
         require(is_int(self.recent) and self.recent >= 0, "recent", self.recent, "a whole number of tokens from 0 on")
-        require(self.score in SCORES, "score", self.score, f"one of {', '.join(sorted(SCORES))}")
+        require(
+            isinstance(self.score, str) and self.score in SCORES,
+            "score",
+            self.score,
+            f"one of {', '.join(sorted(SCORES))}",
+        )
         require(
             is_number(self.anchor_share) and 0 < self.anchor_share <= 1,
             "anchor_share",

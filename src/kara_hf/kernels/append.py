@@ -65,7 +65,11 @@ def append(
         offset = torch.arange(new, device=keys.device, dtype=torch.int32).expand(keys.shape[0], new)
     else:
         offset = real.cumsum(1, dtype=torch.int32) - 1
-    slots = rows.lengths[:, :, None] + offset[:, None].clamp(min=0)
+    slots = rows.lengths[:, :, None] + offset[:, None]
+    if real is not None:
+        if not real.any():
+            return
+        slots = slots.masked_fill(~real[:, None], 0)  # padding needs no block: any that exists stands in
     chosen = slice(None) if real is None else real[:, None].expand(-1, heads, -1).reshape(-1)
     where_key = slot_index(rows.key_table, slots, rows.block_size).reshape(-1)[chosen]
     where_value = slot_index(rows.value_table, slots, rows.block_size).reshape(-1)[chosen]

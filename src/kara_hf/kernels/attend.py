@@ -70,6 +70,8 @@ def attend(
             "heads "
             f"and key size {rows.keys.shape[-1]}; expected [B, G * H, S, Dk]"
         )
+    if rows.max_length == 0:
+        return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
     keys = gather_rows(rows.keys, rows.key_table, rows.max_length, rows.contiguous)
     values = gather_rows(rows.values, rows.value_table, rows.max_length, rows.contiguous)
     if new == 1 and hidden is None and rows.uniform:

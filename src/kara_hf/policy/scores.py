@@ -114,7 +114,7 @@ def random_chunks(window: Window) -> torch.Tensor:
     scores = bidirectional(window)
     kept = token2chunk(scores, window.keep, window.anchors)
     taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, kept, True)
-    return shuffle_runs(taken, window.random(scores.shape[2] + 1)).float()
+    return shuffle_runs(taken, window.random(scores.shape[2] + 1)).float() + 0 * scores  # NaN stays NaN
 
 
 @register_score("recency")

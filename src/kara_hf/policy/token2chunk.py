@@ -35,10 +35,13 @@ def token2chunk(scores: torch.Tensor, keep: int, anchors: int) -> torch.Tensor:
     taken.scatter_(1, picked, True)
 
     if anchors > 1:
-        total = torch.nn.functional.pad(scores.double().cumsum(1), (1, 0))
+        # The tokens behind the i-th anchor add up in place i; nothing from outside a gap enters its sum.
+        behind = taken.cumsum(1)
+        total = torch.zeros(scores.shape[0], anchors + 1, dtype=torch.float64, device=scores.device)
+        total.scatter_add_(1, behind, scores.double().masked_fill(taken, 0.0))
         left, right = picked[:, :-1], picked[:, 1:]
         size = right - left - 1
-        mean = (total.gather(1, right) - total.gather(1, left + 1)) / size  # an empty gap has 0 / 0
+        mean = total[:, 1:anchors] / size  # an empty gap has 0 / 0
         order = mean.nan_to_num(nan=float("-inf")).argsort(dim=1, descending=True, stable=True)
         sizes = size.gather(1, order)
         budget = torch.full_like(sizes[:, 0], keep - anchors)

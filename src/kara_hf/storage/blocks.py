@@ -61,6 +61,7 @@ class Blocks:
     # ------------------------------------------------------------------------------------------------- what others do
     def grow(self, counts: np.ndarray) -> None:
         """Gives every row at least `counts` ``[B, H]`` blocks. Raises `PoolExhausted` before anything changes."""
+        self.meter.require(self.growth(counts))
         counts = np.maximum(counts, self.counts)
         new = int((counts - self.counts).sum())
         if new == 0:
@@ -126,6 +127,16 @@ class Blocks:
         wanted = (columns >= first[..., None]) & (columns < self.counts[..., None])
         return bool((self.refs[self._host[wanted]] > 1).any())
 
+    def growth(self, counts: np.ndarray) -> int:
+        """Bytes that `grow` to `counts` takes."""
+        counts = np.maximum(counts, self.counts)
+        blocks = int((counts - self.counts).sum()) - self.free_blocks
+        return max(0, blocks) * self.block_bytes + self.table_bytes(counts) - self.table.nbytes
+
+    def table_bytes(self, counts: np.ndarray) -> int:
+        """Bytes of the table on the device if rows had `counts` ``[B, H]`` blocks."""
+        return counts.size * int(counts.max(initial=0)) * self.table.itemsize
+
     def release(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
         for tensor in (*self.pools, self.table):
@@ -177,7 +188,8 @@ class Blocks:
         moved = np.zeros(max(len(self.refs), 1), np.int64)
         moved[ids] = place[first]
         blocks = int(takes.sum()) + spare
-        self.meter.require((blocks - self.held_blocks) * self.block_bytes)
+        table_bytes = self.table_bytes(counts) - self.table.nbytes
+        self.meter.require((blocks - self.held_blocks) * self.block_bytes + table_bytes)
 
         source, target = self._ids(ids), self._ids(place[first])
         in_place = self.contiguous and bool((counts == counts.flat[0]).all())

@@ -25,7 +25,7 @@ class MemoryMeter:
 
     def require(self, more: int) -> None:
         """Raises `PoolExhausted` if holding `more` bytes in addition would pass the cap."""
-        if self.max_bytes is not None and self.held + more > self.max_bytes:
+        if more > 0 and self.max_bytes is not None and self.held + more > self.max_bytes:
             raise PoolExhausted(
                 f"the cache holds {self.held} bytes and needs {more} more, past max_bytes={self.max_bytes}; raise "
                 "max_bytes, "

@@ -101,6 +101,7 @@ class PagedStore:
             return
         needed = -(-(self.lengths + tokens) // self.block_size)
         needed = np.where(needed > self.keys.counts, needed + (needed * HEADROOM).astype(np.int32), needed)
+        self.meter.require(self.keys.growth(needed) + self.values.growth(needed))  # both grow or neither does
         self.keys.grow(needed)
         self.values.grow(needed)
         for blocks in (self.keys, self.values):  # a shared last block is about to be written
@@ -142,7 +143,9 @@ class PagedStore:
         self._fit()
 
     def fork(self, index: np.ndarray) -> None:
-        used = self._used()
+        used, lengths = self._used(), self.lengths[index]
+        tables = sum(blocks.table_bytes(used[index]) - blocks.table.nbytes for blocks in (self.keys, self.values))
+        self.meter.require(tables + lengths.nbytes - self.lengths.nbytes)
         for blocks in (self.keys, self.values):
             blocks.fork(index, used)
         self.lengths = self.lengths[index]

@@ -52,6 +52,7 @@ class QueryBuffer:
 
     def fork(self, index: torch.Tensor) -> None:
         """Makes sequence i a copy of sequence ``index[i]``."""
+        self.meter.require((len(index) - self.buffer.shape[0]) * self.buffer[:1].nbytes)
         self._replace(self.buffer.index_select(0, index.to(self.buffer.device)))
 
     def release(self) -> None:

@@ -1,0 +1,543 @@
+"""The ops on paged rows: each against its reference, and against attention written out in float64."""
+
+import importlib
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kara_hf.kernels import (
+    Rows,
+    append,
+    append_reference,
+    attend,
+    attend_masked,
+    attend_reference,
+    compact,
+    compact_reference,
+    gather_rows,
+    slot_index,
+    window_scores,
+    window_scores_reference,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "shuffled"]
+NAN = float("nan")
+
+
+def ids(cases):
+    return [case.name for case in cases]
+
+
+def dtype_id(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+def make_rows(lengths, *, block_size, dims=(8, 8), dtype=torch.float32, layout="shuffled", room=0, unused=NAN):
+    """Rows of the given `lengths` [B][H] with random tokens, and room for `room` more; other slots hold `unused`.
+
+    A contiguous layout has row after row in both pools. A shuffled one has blocks anywhere, different for keys and
+    values, blocks that nobody uses, and -1 behind the last block of each row.
+    """
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    counts = -(-(lengths + room) // block_size)
+    width = max(int(counts.max()), 1)
+    total = lengths.numel() * width
+
+    def pool_and_table(*shape):
+        if layout == "contiguous":
+            return unused_pool(total, *shape), torch.arange(total, dtype=torch.int32).view(*lengths.shape, width)
+        table = torch.randperm(total + 3)[:total].to(torch.int32).view(*lengths.shape, width)
+        return unused_pool(total + 3, *shape), table.masked_fill(torch.arange(width) >= counts[..., None], -1)
+
+    def unused_pool(blocks, *shape):
+        pool = torch.full((blocks, block_size, *shape), unused, dtype=dtype)
+        return pool * torch.randn_like(pool).sign()
+
+    keys, key_table = pool_and_table(dims[0])
+    values, value_table = pool_and_table(dims[1])
+    positions = torch.full(values.shape[:2], -7, dtype=torch.int32)
+    for b, row_lengths in enumerate(lengths.tolist()):
+        for h, length in enumerate(row_lengths):
+            for slot in range(length):
+                at = slot % block_size
+                keys[key_table[b, h, slot // block_size], at] = torch.randn(dims[0]).to(dtype)
+                block = value_table[b, h, slot // block_size]
+                values[block, at] = torch.randn(dims[1]).to(dtype)
+                positions[block, at] = 3 * slot + 1
+    longest = int(lengths.max())
+    uniform = bool((lengths == longest).all())
+    return Rows(keys, values, positions, key_table, value_table, lengths, longest, uniform, layout == "contiguous")
+
+
+def clone(rows):
+    pools = {name: getattr(rows, name).clone() for name in ("keys", "values", "positions")}
+    return replace(rows, **pools)
+
+
+def read_row(rows, b, h, length=None):
+    """Keys [T, Dk], values [T, Dv], positions [T] of one row, slot by slot."""
+    size = rows.block_size
+    slots = range(int(rows.lengths[b, h]) if length is None else length)
+    keys = [rows.keys[rows.key_table[b, h, s // size], s % size] for s in slots]
+    values = [rows.values[rows.value_table[b, h, s // size], s % size] for s in slots]
+    positions = [rows.positions[rows.value_table[b, h, s // size], s % size] for s in slots]
+    return (
+        torch.stack(keys) if keys else rows.keys.new_zeros(0, rows.keys.shape[-1]),
+        torch.stack(values) if values else rows.values.new_zeros(0, rows.values.shape[-1]),
+        torch.stack(positions) if positions else rows.positions.new_zeros(0),
+    )
+
+
+def assert_same_pools(got, expected):
+    for name in ("keys", "values", "positions"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_error_bounded(got, plain, exact):
+    """`got` is at most twice as far from `exact` as `plain` torch in the same dtype.
+
+    Where `plain` happens to be nearly exact, what float32 accumulation and rounding to the dtype cost is allowed.
+    """
+    assert got.isfinite().all()
+    if not exact.numel():
+        return
+    error, allowed = ((out.double() - exact).abs().max().item() for out in (got, plain))
+    unavoidable = max(4 * torch.finfo(torch.float32).eps, torch.finfo(got.dtype).eps / 2) * exact.abs().max().item()
+    assert error <= max(2 * allowed, unavoidable), f"error {error:.3g}, plain torch {allowed:.3g}"
+
+
+# --------------------------------------------------------------------------------------------------------------- attend
+@dataclass(frozen=True)
+class AttendCase:
+    """hidden: per sequence and new token, how many of the newest stored tokens it does not see; None is causal."""
+
+    name: str
+    lengths: list
+    group: int = 1
+    new: int = 1
+    dims: tuple = (8, 8)
+    hidden: list | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    block_sizes: tuple = (4, 16)
+
+
+ATTEND_CASES = [
+    AttendCase("one-token", [[1]]),
+    AttendCase("block-minus-1", [[3, 3], [3, 3]], group=4),
+    AttendCase("block-exact", [[4, 4], [4, 4]], group=4),
+    AttendCase("block-plus-1", [[5, 5], [5, 5]], group=4),
+    AttendCase("uniform-33", [[33, 33]], group=2),
+    AttendCase("uneven-rows", [[1, 15], [16, 17], [70, 2]], group=4),
+    AttendCase("empty-row", [[0, 5], [9, 1]], group=2),
+    AttendCase("nothing-stored", [[0, 0]], group=2),
+    AttendCase("value-size-differs", [[5, 9], [31, 2]], group=2, dims=(24, 16)),
+    AttendCase("value-wider-than-key", [[17, 17]], dims=(16, 24)),
+    AttendCase("several-queries", [[19, 19], [19, 19]], group=4, new=5),
+    AttendCase("several-queries-uneven", [[5, 6], [40, 17]], group=4, new=5),
+    AttendCase("only-the-new", [[6, 6]], group=2, new=6),
+    AttendCase("more-than-a-chunk", [[263, 270]], group=2, new=261, block_sizes=(16,)),
+    AttendCase(
+        "padding-left-and-none", [[8, 8], [11, 11]], group=2, new=4, hidden=[[2, 2, 1, 0], [3, 2, 1, 0]], dims=(24, 16)
+    ),
+    AttendCase("all-padding", [[0, 0], [7, 7]], group=2, new=2, hidden=[[0, 0], [0, 0]]),
+    AttendCase("sees-none-sees-all", [[3, 3]], group=2, new=2, hidden=[[3, 0]]),
+    AttendCase("one-query-hidden", [[6, 6], [6, 6]], new=1, hidden=[[2], [0]]),
+    AttendCase("softcap", [[5, 33], [16, 1]], group=4, softcap=0.7),
+    AttendCase("softcap-uniform", [[17, 17]], group=2, softcap=2.0),
+    AttendCase("softcap-several", [[9, 9], [21, 21]], group=2, new=4, softcap=0.7),
+    AttendCase("softcap-padding", [[0, 0], [8, 8]], new=2, hidden=[[0, 0], [1, 0]], softcap=0.7),
+    AttendCase("softcap-nothing-stored", [[0, 0]], softcap=0.7),
+    AttendCase("sinks", [[5, 33], [16, 1]], group=4, sinks=True),
+    AttendCase("sinks-several", [[9, 9], [21, 21]], group=2, new=4, sinks=True),
+    AttendCase("sinks-padding", [[0, 0], [8, 8]], group=2, new=2, hidden=[[0, 0], [1, 0]], sinks=True),
+    AttendCase("sinks-softcap", [[5, 7]], group=4, new=3, softcap=0.7, sinks=True, dims=(24, 16)),
+]
+
+
+def attend_inputs(case, dtype, block_size, layout, unused=6.0):
+    rows = make_rows(
+        case.lengths, block_size=block_size, dims=case.dims, dtype=dtype, layout=layout, unused=unused, room=2
+    )
+    batch, heads = rows.lengths.shape
+    query = 2 * torch.randn(batch, heads * case.group, case.new, case.dims[0])
+    return (
+        query.to(dtype),
+        rows,
+        {
+            "scaling": 0.8 * case.dims[0] ** -0.5,
+            "hidden": None if case.hidden is None else torch.tensor(case.hidden, dtype=torch.int32),
+            "softcap": case.softcap,
+            "sinks": torch.randn(heads * case.group) if case.sinks else None,
+        },
+    )
+
+
+def attend_plain(query, rows, dtype, *, scaling, hidden, softcap, sinks):
+    """Attention row by row in plain torch, every step in `dtype`."""
+    batch, query_heads, new, _ = query.shape
+    group = query_heads // rows.lengths.shape[1]
+    out = torch.zeros(batch, query_heads, new, rows.values.shape[-1], dtype=dtype)
+    for b in range(batch):
+        for hq in range(query_heads):
+            keys, values, _ = read_row(rows, b, hq // group)
+            order = torch.arange(len(keys))
+            unseen = torch.arange(new - 1, -1, -1) if hidden is None else hidden[b]
+            mask = order < (len(keys) - unseen)[:, None]
+            logits = query[b, hq].to(dtype) @ keys.to(dtype).T * scaling
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            logits = logits.masked_fill(~mask, float("-inf"))
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[hq].to(dtype).expand(new, 1)], dim=1)
+            seeing = mask.any(1)
+            weights = logits[seeing].softmax(1)[:, : len(keys)]
+            out[b, hq, seeing] = weights @ values.to(dtype)
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+def test_attend(case, dtype, layout):
+    for block_size in case.block_sizes:
+        query, rows, settings = attend_inputs(case, dtype, block_size, layout)
+        exact = attend_plain(query, rows, torch.float64, **settings)
+        plain = attend_plain(query, rows, dtype, **settings)
+        before = clone(rows)
+        got = attend(query, rows, **settings)
+        assert got.shape == exact.shape and got.dtype == dtype
+        assert_error_bounded(got, plain, exact)
+        assert_same_pools(rows, before)
+        if case.new < 50:
+            assert_error_bounded(attend_reference(query, rows, **settings), plain, exact)
+
+
+@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
+def test_attend_never_lets_unused_slots_matter(case, dtype):
+    """Any finite number may lie in slots past a row's length and in blocks that no row uses."""
+    results = []
+    for unused in (0.0, 1.0, 6e4):
+        torch.manual_seed(1)
+        query, rows, settings = attend_inputs(case, dtype, case.block_sizes[0], "shuffled", unused=unused)
+        results.append(attend(query, rows, **settings))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+def test_attend_reads_contiguous_rows_as_it_reads_others(case):
+    query, rows, settings = attend_inputs(case, torch.float32, case.block_sizes[0], "contiguous")
+    got, expected = (attend(query, replace(rows, contiguous=flag), **settings) for flag in (True, False))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("new", [1, 3])
+def test_attend_against_torch(group, new):
+    """The same as `scaled_dot_product_attention` on the dense rows with an explicit mask."""
+    rows = make_rows([[9, 17], [3, 6]], block_size=4, dims=(24, 16), unused=1.0)
+    query = torch.randn(2, 2 * group, new, 24)
+    longest = rows.max_length
+    keys, values = torch.zeros(2, 2, longest, 24), torch.zeros(2, 2, longest, 16)
+    mask = torch.zeros(2, 2, new, longest, dtype=torch.bool)
+    for b in range(2):
+        for h in range(2):
+            length = int(rows.lengths[b, h])
+            keys[b, h, :length], values[b, h, :length], _ = read_row(rows, b, h)
+            for s in range(new):
+                mask[b, h, s, : length - (new - 1 - s)] = True
+    spread = [part.repeat_interleave(group, dim=1) for part in (keys, values, mask)]
+    expected = F.scaled_dot_product_attention(query, spread[0], spread[1], attn_mask=spread[2], scale=0.3)
+    torch.testing.assert_close(attend(query, rows, scaling=0.3), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attend_in_chunks_of_queries_gives_what_one_chunk_gives(monkeypatch):
+    query, rows, settings = attend_inputs(
+        AttendCase("", [[20, 9]], group=2, new=8, softcap=3.0), torch.float32, 4, "shuffled"
+    )
+    whole = attend(query, rows, **settings)
+    monkeypatch.setattr(importlib.import_module("kara_hf.kernels.attend"), "QUERY_CHUNK", 3)
+    torch.testing.assert_close(attend(query, rows, **settings), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7], ids=["plain", "softcap"])
+@pytest.mark.parametrize("mask_heads", [1, 2])
+def test_attend_masked(mask_heads, softcap):
+    """The dense form under any mask; a query that sees nothing gets zeros."""
+    query, keys, values = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 4)
+    mask = torch.rand(2, mask_heads, 3, 5) < 0.5
+    mask[0, 0, 1] = False
+    got = attend_masked(query, keys, values, mask, 0.4, softcap)
+    logits = query.double() @ keys.double().repeat_interleave(3, 1).transpose(2, 3) * 0.4
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    wide = mask.expand(2, 2, 3, 5).repeat_interleave(3, 1)
+    weights = logits.masked_fill(~wide, float("-inf")).softmax(3).nan_to_num(0.0)
+    expected = (weights @ values.double().repeat_interleave(3, 1)).float()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert (got[0, :3, 1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 1, 8), (2, 4, 1, 7), (3, 4, 1, 8)], ids=["heads-no-multiple", "key-size", "batch"]
+)
+def test_attend_refuses_shapes_that_do_not_fit(shape):
+    rows = make_rows([[3, 3], [3, 3]], block_size=4)
+    with pytest.raises(ValueError, match=r"expected \[B, G \* H, S, Dk\]"):
+        attend(torch.zeros(shape), rows, scaling=1.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- append
+@dataclass(frozen=True)
+class AppendCase:
+    """real: per sequence a string, one character per new token, "." for padding."""
+
+    name: str
+    lengths: list
+    new: int
+    real: list | None = None
+    dims: tuple = (8, 8)
+
+
+APPEND_CASES = [
+    AppendCase("no-tokens", [[3, 3]], 0),
+    AppendCase("first-token", [[0, 0], [0, 0]], 1),
+    AppendCase("fills-a-block", [[3, 3], [3, 3]], 1),
+    AppendCase("opens-a-block", [[4, 4], [4, 4]], 1),
+    AppendCase("crosses-blocks", [[3, 3], [3, 3]], 14, dims=(24, 16)),
+    AppendCase("uneven-one", [[0, 15], [16, 17]], 1),
+    AppendCase("uneven-many", [[0, 15], [16, 70]], 9, dims=(24, 16)),
+    AppendCase("padded-left", [[0, 0], [0, 0]], 6, real=["..RRRR", "RRRRRR"]),
+    AppendCase("padded-right-and-middle", [[5, 2], [4, 4]], 6, real=["RRR...", "R.R..R"]),
+    AppendCase("padding-only", [[5, 4], [7, 0]], 3, real=["...", "R.R"]),
+    AppendCase("padding-nowhere", [[5, 4], [7, 0]], 3, real=["RRR", "RRR"]),
+]
+
+
+def append_inputs(case, dtype, block_size, layout):
+    rows = make_rows(
+        case.lengths, block_size=block_size, dims=case.dims, dtype=dtype, layout=layout, room=max(case.new, 1)
+    )
+    batch, heads = rows.lengths.shape
+    keys = torch.randn(batch, heads, case.new, case.dims[0]).to(dtype)
+    values = torch.randn(batch, heads, case.new, case.dims[1]).to(dtype)
+    positions = torch.randint(0, 999, (batch, case.new), dtype=torch.int32)
+    real = None
+    if case.real is not None:
+        real = torch.tensor([[mark == "R" for mark in marks] for marks in case.real])
+    return rows, keys, values, positions, real
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", APPEND_CASES, ids=ids(APPEND_CASES))
+def test_append(case, dtype, layout):
+    """Every slot of the pools is as the reference leaves it, those nobody writes included."""
+    for block_size in (1, 4, 16):
+        rows, *new = append_inputs(case, dtype, block_size, layout)
+        expected = clone(rows)
+        append_reference(expected, *new)
+        append(rows, *new)
+        assert_same_pools(rows, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", APPEND_CASES, ids=ids(APPEND_CASES))
+def test_append_reads_back(case, layout):
+    """Old tokens in front, real new ones behind, in order."""
+    rows, keys, values, positions, real = append_inputs(case, torch.float32, 4, layout)
+    old = clone(rows)
+    append(rows, keys, values, positions, real)
+    for b in range(rows.lengths.shape[0]):
+        chosen = slice(None) if real is None else real[b]
+        for h in range(rows.lengths.shape[1]):
+            added = (keys[b, h, chosen], values[b, h, chosen], positions[b, chosen])
+            length = int(rows.lengths[b, h]) + len(added[2])
+            for got, before, extra in zip(read_row(rows, b, h, length), read_row(old, b, h), added, strict=True):
+                assert torch.equal(got, torch.cat([before, extra]))
+
+
+def test_append_needs_no_block_for_padding():
+    """A full row that gets no real token needs no further block."""
+    rows = make_rows([[4], [2]], block_size=4)
+    new = torch.randn(2, 1, 1, 8), torch.randn(2, 1, 1, 8), torch.tensor([[9], [9]], dtype=torch.int32)
+    real = torch.tensor([[False], [True]])
+    expected = clone(rows)
+    append_reference(expected, *new, real)
+    append(rows, *new, real)
+    assert_same_pools(rows, expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- compact
+@dataclass(frozen=True)
+class CompactCase:
+    """keep: how many survive at or behind each sequence's start."""
+
+    name: str
+    lengths: list
+    sequences: list
+    start: list
+    keep: int
+    dims: tuple = (8, 8)
+
+
+COMPACT_CASES = [
+    CompactCase("none-survive", [[9, 9]], [0], [3], 0),
+    CompactCase("all-survive", [[9, 9]], [0], [0], 9),
+    CompactCase("one-of-many", [[33, 33], [20, 20]], [0], [16], 1),
+    CompactCase("starts-on-a-block", [[40, 40], [40, 40]], [0, 1], [16, 16], 7),
+    CompactCase("starts-inside-a-block", [[41, 41], [41, 41]], [0, 1], [17, 5], 13),
+    CompactCase("out-of-order-sequences", [[30, 30], [9, 9], [50, 50]], [2, 0], [20, 3], 10, (24, 16)),
+    CompactCase("ragged-heads", [[30, 21], [9, 9]], [0], [4], 17, (24, 16)),
+    CompactCase("no-sequence", [[5, 5]], [], [], 2),
+]
+
+
+def compact_inputs(case, dtype, block_size, layout):
+    rows = make_rows(case.lengths, block_size=block_size, dims=case.dims, dtype=dtype, layout=layout)
+    slots = torch.zeros(len(case.sequences), rows.lengths.shape[1], case.keep, dtype=torch.int32)
+    for i, (b, start) in enumerate(zip(case.sequences, case.start, strict=True)):
+        for h in range(slots.shape[1]):
+            chosen = torch.randperm(int(rows.lengths[b, h]) - start)[: case.keep].sort().values
+            slots[i, h] = start + chosen
+    sequences = torch.tensor(case.sequences, dtype=torch.int64)
+    return rows, sequences, torch.tensor(case.start, dtype=torch.int32), slots
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", COMPACT_CASES, ids=ids(COMPACT_CASES))
+def test_compact(case, dtype, layout):
+    for block_size in (1, 4, 16):
+        rows, sequences, start, slots = compact_inputs(case, dtype, block_size, layout)
+        expected = clone(rows)
+        compact_reference(expected, sequences, start, slots)
+        compact(rows, sequences, start, slots)
+        assert_same_pools(rows, expected)
+
+
+@pytest.mark.parametrize("case", COMPACT_CASES, ids=ids(COMPACT_CASES))
+def test_compact_reads_back(case):
+    """Key, value and position of every survivor move together; what lies in front and other rows do not change."""
+    rows, sequences, start, slots = compact_inputs(case, torch.float32, 4, "shuffled")
+    old = clone(rows)
+    compact(rows, sequences, start, slots)
+    for b in range(rows.lengths.shape[0]):
+        for h in range(rows.lengths.shape[1]):
+            before = read_row(old, b, h)
+            if b not in case.sequences:
+                pairs = zip(read_row(rows, b, h), before, strict=True)
+            else:
+                i = case.sequences.index(b)
+                order = torch.cat([torch.arange(case.start[i]), slots[i, h].long()])
+                pairs = ((got, was[order]) for got, was in zip(read_row(rows, b, h, len(order)), before, strict=True))
+            for got, expected in pairs:
+                assert torch.equal(got, expected)
+
+
+def test_compact_reads_all_before_it_writes():
+    """Survivors that move backwards over each other, in an order of the caller's."""
+    rows = make_rows([[8]], block_size=4)
+    old = read_row(rows, 0, 0)
+    order = [7, 0, 6, 1, 5, 2, 4, 3]
+    slots = torch.tensor([[order]], dtype=torch.int32)
+    compact(rows, torch.tensor([0]), torch.tensor([0], dtype=torch.int32), slots)
+    for got, was in zip(read_row(rows, 0, 0), old, strict=True):
+        assert torch.equal(got, was[order])
+
+
+# -------------------------------------------------------------------------------------------------------- window_scores
+@dataclass(frozen=True)
+class ScoreCase:
+    name: str
+    shape: tuple  # B, H, W, D
+    group: int = 1
+    softcap: float | None = None
+    causal: bool = False
+
+
+SCORE_CASES = [
+    ScoreCase("one-token", (1, 1, 1, 8)),
+    ScoreCase("two-tokens", (1, 2, 2, 8), group=4),
+    ScoreCase("odd-window", (2, 2, 13, 24), group=4),
+    ScoreCase("block-of-16", (2, 1, 16, 16)),
+    ScoreCase("causal", (2, 2, 13, 24), group=4, causal=True),
+    ScoreCase("softcap", (2, 2, 17, 8), group=2, softcap=0.7),
+    ScoreCase("softcap-causal", (1, 2, 17, 8), group=2, softcap=0.7, causal=True),
+    ScoreCase("window-65", (1, 1, 65, 8), group=2),
+]
+
+
+def written_out(queries, keys, scaling, softcap, causal):
+    """kara.md's formula, one attention weight after another in Python's float64."""
+    batch, query_heads, window, _ = queries.shape
+    heads = keys.shape[1]
+    group = query_heads // heads
+    scores = torch.zeros(batch, heads, window, dtype=torch.float64)
+    for b in range(batch):
+        for hq in range(query_heads):
+            logits = (queries[b, hq].double() @ keys[b, hq // group].double().T * scaling).tolist()
+            for i, row in enumerate(logits):
+                row = row[: i + 1] if causal else row
+                row = row if softcap is None else [softcap * math.tanh(logit / softcap) for logit in row]
+                weights = [math.exp(logit - max(row)) for logit in row]
+                for j, weight in enumerate(weights):
+                    scores[b, hq // group, j] += weight / math.fsum(weights) / (group * window)
+    return scores
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", SCORE_CASES, ids=ids(SCORE_CASES))
+def test_window_scores(case, dtype):
+    batch, heads, window, dim = case.shape
+    queries = 2 * torch.randn(batch, heads * case.group, window, dim).to(dtype)
+    keys = torch.randn(batch, heads, window, dim).to(dtype)
+    settings = {"scaling": dim**-0.5, "softcap": case.softcap, "causal": case.causal}
+    exact = written_out(queries, keys, **settings)
+    got = window_scores(queries, keys, **settings)
+    reference = window_scores_reference(queries, keys, **settings)
+    assert got.shape == exact.shape and got.dtype == reference.dtype == torch.float32
+    torch.testing.assert_close(got.sum(-1), torch.ones(batch, heads), rtol=1e-5, atol=1e-5)
+    assert (got >= 0).all()
+    # Half-precision inputs are scored in float32 as well, so the bound is float32's own error for all of them.
+    ulp = 4 * torch.finfo(torch.float32).eps * exact.max()
+    assert (got - exact).abs().max() <= max(2 * (reference - exact).abs().max(), ulp)
+    assert (reference - exact).abs().max() <= 16 * ulp
+
+
+def test_window_scores_count_votes_in_both_directions():
+    """With equal keys every token gets the same share; under a causal mask the early ones get more."""
+    queries, keys = torch.randn(1, 2, 8, 4), torch.ones(1, 1, 8, 4)
+    torch.testing.assert_close(window_scores(queries, keys, scaling=1.0), torch.full((1, 1, 8), 1 / 8))
+    assert (window_scores(queries, keys, scaling=1.0, causal=True).diff() < 0).all()
+
+
+@pytest.mark.parametrize("keys", [(1, 2, 5, 4), (1, 3, 6, 4)], ids=["window", "heads-no-multiple"])
+def test_window_scores_refuse_shapes_that_do_not_fit(keys):
+    with pytest.raises(ValueError, match="do not fit"):
+        window_scores(torch.zeros(1, 4, 6, 4), torch.zeros(keys), scaling=1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_gather_rows_and_slot_index(block_size, layout):
+    """Both find the slots that reading one by one finds; only a contiguous layout is read in place."""
+    rows = make_rows([[0, 5], [17, 16]], block_size=block_size, layout=layout, unused=1.0)
+    gathered = gather_rows(rows.keys, rows.key_table, 17, rows.contiguous)
+    assert (gathered.untyped_storage().data_ptr() == rows.keys.untyped_storage().data_ptr()) == rows.contiguous
+    for b in range(2):
+        for h in range(2):
+            length = int(rows.lengths[b, h])
+            keys, _, positions = read_row(rows, b, h)
+            assert torch.equal(gathered[b, h, :length], keys)
+            slots = torch.arange(length, dtype=torch.int32).view(1, 1, -1)
+            flat = slot_index(rows.value_table[b : b + 1, h : h + 1], slots, block_size)
+            assert flat.dtype == torch.int64
+            assert torch.equal(rows.positions.flatten()[flat[0, 0]], positions)
