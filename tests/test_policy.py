@@ -52,7 +52,7 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize(("name", "value", "expected"), BAD_SETTINGS, ids=lambda part: str(part)[:24])
 def test_a_bad_setting_is_named_with_its_value_and_the_remedy(name, value, expected):
     with pytest.raises(ValueError) as error:
-        KaraConfig(**{name: value})
+        KaraPolicy(KaraConfig(**{name: value}))
     assert str(error.value).startswith(f"{name}={value!r} is not possible: {name} must be {expected}")
 
 
@@ -341,7 +341,7 @@ def test_a_new_score_is_one_function():
     finally:
         del SCORES["largest-key"]
     with pytest.raises(ValueError, match="largest-key"):
-        KaraConfig(score="largest-key")
+        KaraPolicy(KaraConfig(score="largest-key"))
 
 
 # --------------------------------------------------------------------------------------------------------------- policy

@@ -60,7 +60,8 @@ class CompressedCache(Cache):
     """A cache whose full-attention layers keep what `policy` decides; the other layers are Transformers' own.
 
     `get_seq_length()` is the number of tokens seen, so positions and masks are those of the full cache; `report()` says
-    how many are kept. Attaches itself to `model` (see `kara_hf.attach`); needs no other call.
+    how many are kept. What is stored is detached: no gradient flows into the past. Attaches itself to `model` (see
+    `kara_hf.attach`); needs no other call.
 
     Args:
         model: a Transformers causal LM, which may be wrapped by PEFT.

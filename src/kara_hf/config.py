@@ -27,7 +27,7 @@ class KaraConfig:
         retention: share of a window's tokens that each KV head keeps, in (0, 1].
         window: tokens in a window; a multiple of `block_size`.
         recent: newest tokens that are always kept whole.
-        score: name of the score that ranks a window's tokens (see `kara_hf.policy.SCORES`).
+        score: name of the score that ranks a window's tokens; `KaraPolicy` refuses one that is not registered.
         anchor_share: share of the kept tokens that are picked singly, by score, before Token2Chunk fills gaps between
             them, in (0, 1]; 1 is plain top-k.
         compress_prompt: whether the prompt is walked in windows too; otherwise it is kept whole.
@@ -48,8 +48,6 @@ class KaraConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        from .policy.scores import SCORES
-
         require(
             is_number(self.retention) and 0 < self.retention <= 1, "retention", self.retention, "a number in (0, 1]"
         )
@@ -65,12 +63,6 @@ class KaraConfig:
             "block_size",
         )
         require(is_int(self.recent) and self.recent >= 0, "recent", self.recent, "a whole number of tokens from 0 on")
-        require(
-            isinstance(self.score, str) and self.score in SCORES,
-            "score",
-            self.score,
-            f"one of {', '.join(sorted(SCORES))}",
-        )
         require(
             is_number(self.anchor_share) and 0 < self.anchor_share <= 1,
             "anchor_share",

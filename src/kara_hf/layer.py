@@ -80,7 +80,7 @@ class StoreLayer(CacheLayerMixin):
         stored with the new tokens behind it; otherwise the new tokens.
         """
         self.is_initialized = True
-        self.pending = (key_states, value_states)
+        self.pending = (key_states.detach(), value_states.detach())
         if self.latent and self.store is not None:
             rows = self.store.rows()
             past_keys = gather_rows(rows.keys, rows.key_table, rows.max_length, rows.contiguous)
@@ -207,10 +207,10 @@ class StoreLayer(CacheLayerMixin):
         if scored and self.queries is None:
             self.queries = QueryBuffer(query.shape[0], query.shape[1], query.shape[3], query.dtype, device, cache.meter)
         if scored and step.first:  # a whole prompt's queries are at hand; only those of its open end are held
-            self.fresh = query
+            self.fresh = query.detach()
         elif scored:
             assert self.queries is not None
-            self.queries.append(query, np.array([sequence.open for sequence in cache.sequences]), real)
+            self.queries.append(query.detach(), np.array([sequence.open for sequence in cache.sequences]), real)
         self.pending = None
 
     def hold_open(self, step: Step) -> None:

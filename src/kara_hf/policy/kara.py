@@ -2,7 +2,7 @@
 
 import torch
 
-from ..config import KaraConfig
+from ..config import KaraConfig, require
 from .scores import SCORES, Window
 from .token2chunk import token2chunk, top_tokens
 
@@ -12,9 +12,14 @@ class KaraPolicy:
 
     Args:
         config: the settings.
+
+    Raises:
+        ValueError: `config.score` is not registered.
     """
 
     def __init__(self, config: KaraConfig):
+        known = isinstance(config.score, str) and config.score in SCORES
+        require(known, "score", config.score, f"one of {', '.join(sorted(SCORES))}")
         self.config = config
         self.score = SCORES[config.score]
 
