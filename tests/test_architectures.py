@@ -40,18 +40,13 @@ def docs_table():
     yield
     if "KARA_UPDATE_DOCS" in os.environ:
         DOCS.write_text(
-            "# Architectures\n\n"
-            "Tiny random models, float32, CPU, greedy. *exact*: with `retention=1.0`, two prompts of 20 tokens give "
-            "the same 60\n"
-            "tokens as `DynamicCache`, also in a left-padded batch. *kept*: tokens a head of a compressed layer "
-            "stores of the 79\n"
-            "seen with `retention=0.25, window=16, recent=8`, as promised: 20 of the prompt, 4 of each of 3 windows, "
-            "11 open. What is\n"
-            "not supported raises `ValueError` with the reason shown. This table is written and checked by\n"
-            "`tests/test_architectures.py`.\n\n"
-            "| architecture | model | compressed layers | result | kept of seen |\n|---|---|---|---|---|\n"
-            + "\n".join(_rows[name] for name in ARCHITECTURES if name in _rows)
-            + "\n"
+            "# Architectures\n\nTiny random models, float32, CPU, greedy. *exact*: with `retention=1.0`, two "
+            "prompts of 20 tokens give the same 60\ntokens as `DynamicCache`, also in a left-padded batch. *kept*: "
+            "tokens a head of a compressed layer stores of the 79\nseen with `retention=0.25, window=16, recent=8`, "
+            "as promised: 20 of the prompt, 4 of each of 3 windows, 11 open. What is\nnot supported raises "
+            "`ValueError` with the reason shown. This table is written and checked "
+            "by\n`tests/test_architectures.py`.\n\n| architecture | model | compressed layers | result | kept of "
+            "seen |\n|---|---|---|---|---|\n" + "\n".join(_rows[name] for name in ARCHITECTURES if name in _rows) + "\n"
         )
 
 

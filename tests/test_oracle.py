@@ -51,7 +51,7 @@ def evicted_of(cache: KaraCache, columns: int, padding: list[int]) -> dict[int, 
 
 
 @pytest.mark.parametrize("score", sorted(SCORES))
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt-oss", "qwen3-next"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt-oss", "qwen3-next", "deepseek-v3"])
 def test_scores(name, score):
     if name != "llama" and score not in ("bidirectional", "random"):
         pytest.skip("one model tries every score")

@@ -138,8 +138,7 @@ def unwrap(model: Any) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
             f"expected a Transformers model (PreTrainedModel) or one wrapped by PEFT, got {type(model).__name__}; "
-            "load it with "
-            "AutoModelForCausalLM.from_pretrained"
+            "load it with AutoModelForCausalLM.from_pretrained"
         )
     return inner
 
@@ -161,9 +160,9 @@ def check_supported(model: PreTrainedModel) -> None:
         )
     if own is None or not (model._can_set_attn_implementation() or calls_sdpa(model)):
         raise ValueError(
-            f"{name} neither takes its attention function from its config (Transformers' AttentionInterface) nor calls "
-            f"scaled_dot_product_attention (attn_implementation={own!r}), so a compressed cache cannot reach it; "
-            "load it with "
+            f"{name} neither takes its attention function from its config (Transformers' AttentionInterface) nor "
+            f"calls scaled_dot_product_attention (attn_implementation={own!r}), so a compressed cache cannot reach "
+            "it; load it with "
             'attn_implementation="sdpa" if it has that, or use another model class'
         )
 
@@ -337,9 +336,8 @@ def real_tokens(attention_mask: Any, tokens: int) -> torch.Tensor | None:
             lowest = torch.finfo(last.dtype).min
             if ((last != 0) & (last > lowest / 2)).any():
                 raise ValueError(
-                    "the model adds a bias to its attention scores (ALiBi or relative positions), which a compressed "
-                    "cache "
-                    "would lose; use a model with rotary or no position encoding"
+                    "the model adds a bias to its attention scores (ALiBi or relative positions), which a "
+                    "compressed cache would lose; use a model with rotary or no position encoding"
                 )
             last = last == 0
         if last.shape[1] > 1 and (last != last[:, :1]).any():

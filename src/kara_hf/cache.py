@@ -5,55 +5,21 @@ that are due are sealed in all of them and the step is committed. A step that fa
 """
 
 import copy
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import (
-    Cache,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
-)
+from transformers.cache_utils import Cache, DynamicLayer
 
-from .attention import attach, calls_sdpa, check_supported, decoder_config, is_attached, real_tokens, unwrap
-from .config import KaraConfig, is_int, require
+from .attention import attach, real_tokens, unwrap
+from .binding import Binding, check_max_bytes
+from .config import KaraConfig
 from .layer import Step, StoreLayer
 from .policy import KaraPolicy
 from .report import CacheReport
 from .sequence import Kind, Sequence
 from .storage import MemoryMeter, PagedStore
-
-# Layers that hold full attention together with something else.
-_UNSUPPORTED_LAYERS = (LinearAttentionAndFullAttentionLayer, DynamicIndexedLayer)
-
-
-class Binding:
-    """The model a cache belongs to, held weakly; copies of a cache belong to the same one."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.config = decoder_config(model)
-        self.name = type(model).__name__
-        self.direct = calls_sdpa(model)
-        self._modules = weakref.WeakSet(module for module in model.modules() if hasattr(module, "layer_idx"))
-
-    def __contains__(self, module: torch.nn.Module | None) -> bool:
-        return module in self._modules or (module is None and self.direct)
-
-    def unanswered(self) -> RuntimeError:
-        """What to raise when keys were stored and no attention function of ours took them up."""
-        return RuntimeError(
-            f"the attention of {self.name} does not answer for this cache (its implementation is "
-            f"{self.config._attn_implementation!r}), or another model was given it; call kara_hf.attach(model) with "
-            "the "
-            "model that uses the cache, or pass it a cache that was made for it"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
-        return self
 
 
 class CompressedCache(Cache):
@@ -76,10 +42,9 @@ class CompressedCache(Cache):
 
     def __init__(self, model: Any, *, policy: KaraPolicy, max_bytes: int | None = None):
         inner = unwrap(model)
-        check_supported(inner)
-        _check_max_bytes(max_bytes, inner, policy.config.block_size)
-        self.policy = policy
         self.binding = Binding(inner)
+        check_max_bytes(max_bytes, inner, policy.config.block_size)
+        self.policy = policy
         self.meter = MemoryMeter(max_bytes)
         super().__init__(layers=self._make_layers())
         self.sequences: list[Sequence] = []
@@ -176,23 +141,30 @@ class CompressedCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Makes sequence i the same as sequence ``beam_idx[i]`` was, by reference to its blocks."""
-        self._take_back()
+        index = self._fork_index(beam_idx)
         super().reorder_cache(beam_idx)
-        self.sequences = [self.sequences[b] for b in beam_idx.tolist()]
+        self.sequences = [self.sequences[b] for b in index]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times, by reference to its blocks."""
-        self._take_back()
+        index = self._fork_index(torch.arange(len(self.sequences)).repeat_interleave(repeats))
         super().batch_repeat_interleave(repeats)
-        self.sequences = [sequence for sequence in self.sequences for _ in range(repeats)]
+        self.sequences = [self.sequences[b] for b in index]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the sequences at `indices` ``[n]`` int64, in that order; the memory of the others is given back."""
-        self._take_back()
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
+        index = self._fork_index(indices)
         super().batch_select_indices(indices)
-        self.sequences = [self.sequences[b] for b in indices.tolist()]
+        self.sequences = [self.sequences[b] for b in index]
+
+    def _fork_index(self, index: torch.Tensor) -> list[int]:
+        """`index` as a list, once it is known that all layers can be rearranged so. Raises `PoolExhausted`."""
+        self._take_back()
+        array = index.cpu().numpy()
+        self.meter.require(sum(layer.fork_bytes(array) for layer in self._store_layers))
+        return [int(b) for b in array]
 
     def activate_past_recording(self) -> None:
         """Called by assisted decoding: short steps from now on are drafts, which `crop` may take back, not new
@@ -226,10 +198,9 @@ class CompressedCache(Cache):
             if cropped is None:
                 raise ValueError(
                     f"crop({-count}) would reach into a sealed window of sequence {number}, of which only the last "
-                    f"{sequence.open} "
-                    "tokens are still open: what was evicted around sealed tokens is gone. Crop fewer tokens, draft "
-                    "fewer than "
-                    f"recent={self.policy.config.recent} at once, or make the cache with a larger `recent`"
+                    f"{sequence.open} tokens are still open: what was evicted around sealed tokens is gone. Crop "
+                    f"fewer tokens, draft fewer than recent={self.policy.config.recent} at once, or make the cache "
+                    "with a larger `recent`"
                 )
             after.append(cropped)
         for layer in self.layers:
@@ -273,13 +244,12 @@ class CompressedCache(Cache):
 
     def _check(self, keys: torch.Tensor, unanswered: bool) -> None:
         """Raises if this cache cannot take `keys`; nothing has changed then."""
-        if unanswered or not (self.binding.direct or is_attached(self.binding.config)):
+        if unanswered or not self.binding.answers:
             raise self.binding.unanswered()
         if self.sequences and keys.shape[0] != len(self.sequences):
             raise ValueError(
                 f"the batch has {keys.shape[0]} sequences and the cache holds {len(self.sequences)}; use a new cache "
-                "or reset() for "
-                "a new batch, batch_repeat_interleave() or batch_select_indices() to change this one"
+                "or reset() for a new batch, batch_repeat_interleave() or batch_select_indices() to change this one"
             )
         if keys.shape[2] == 0:
             raise ValueError("the prompt is empty (0 new tokens); pass at least one token")
@@ -297,8 +267,7 @@ class CompressedCache(Cache):
         if step is None or layer.pending is None:
             raise ValueError(
                 f"layer {layer.index} of {self.binding.name} has its keys read twice in a step (layers that share "
-                "keys), which a "
-                "compressed cache does not support"
+                "keys), which a compressed cache does not support"
             )
         if module is None and not self.binding.direct:
             raise self.binding.unanswered()
@@ -310,8 +279,7 @@ class CompressedCache(Cache):
         if transformed and not hasattr(module, "kv_lora_rank"):
             raise ValueError(
                 f"{type(module).__name__} computes with its keys after the cache returned them, in a way that is not "
-                "known to be "
-                "safe when tokens are missing; this model is not supported"
+                "known to be safe when tokens are missing; this model is not supported"
             )
         layer.latent = transformed
         if not step.prepared:
@@ -352,10 +320,8 @@ class CompressedCache(Cache):
         if columns != step.new or attention_mask.ndim != 2 or attention_mask.dtype != torch.bool:
             raise ValueError(
                 f"the attention mask that reaches the attention of {self.binding.name} is not made of 0 and 1 for "
-                f"each of the {seen} "
-                "tokens seen (ALiBi, a bias or a hand-made mask?), which a compressed cache would lose; pass a 2-D "
-                "mask over all "
-                "tokens to a model with rotary or no position encoding"
+                f"each of the {seen} tokens seen (ALiBi, a bias or a hand-made mask?), which a compressed cache "
+                "would lose; pass a 2-D mask over all tokens to a model with rotary or no position encoding"
             )
         return None if bool(attention_mask.all()) else attention_mask
 
@@ -391,6 +357,8 @@ class CompressedCache(Cache):
                 plan.append(
                     (layer, index, settled, due, layer.select(step, index, settled, due, open_tokens, ordinals))
                 )
+        for layer, index, settled, _, slots in plan:
+            layer.stored().unshare(index, settled, slots.shape[2])
         for layer, index, settled, due, slots in plan:
             layer.seal(index, settled, due, slots)
         if plan and not step.first:
@@ -419,21 +387,9 @@ class CompressedCache(Cache):
     # ------------------------------------------------------------------------------------------------------ setting up
     def _make_layers(self) -> list[Any]:
         """Transformers' own layers for this model, with ours in place of every full-attention one."""
-        layers: list[Any] = DynamicCache(config=self.binding.config).layers
-        mixed = sorted({type(layer).__name__ for layer in layers if isinstance(layer, _UNSUPPORTED_LAYERS)})
-        shares = ("num_kv_shared_layers", "kv_sharing_modes")
-        if mixed or any(getattr(self.binding.config, name, None) for name in shares):
-            what = " and ".join(mixed) or "layers that share the keys of other layers"
-            raise ValueError(f"{self.binding.name} has {what}, which a compressed cache does not support")
-        layers = [
-            StoreLayer(self, index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(layers)
-        ]
+        own = self.binding.layers()
+        layers = [StoreLayer(self, index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(own)]
         self._store_layers = [layer for layer in layers if isinstance(layer, StoreLayer)]
-        if not self._store_layers:
-            raise ValueError(
-                f"{self.binding.name} has no full-attention layer, so there is nothing to compress; use "
-                "Transformers' own cache"
-            )
         return layers
 
     def _row(self, layer_idx: int, sequence: int, head: int) -> PagedStore:
@@ -452,20 +408,6 @@ class CompressedCache(Cache):
                 "KV heads"
             )
         return store
-
-
-def _check_max_bytes(max_bytes: int | None, model: PreTrainedModel, block_size: int) -> None:
-    """Raises ValueError if `max_bytes` could not hold one block."""
-    config: Any = decoder_config(model)
-    config = (getattr(config, "per_layer_config", None) or [config])[0]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    block = block_size * 2 * head_dim * model.dtype.itemsize
-    require(
-        max_bytes is None or (is_int(max_bytes) and max_bytes >= block),
-        "max_bytes",
-        max_bytes,
-        f"None or at least one block of keys and values, {block} bytes",
-    )
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -126,8 +126,8 @@ def generate(
         ids = runner.encode(text, chat=not no_chat)
         if model is None and (ids == runner.tokenizer.unk_token_id).any():
             raise ValueError(
-                "the bundled model knows only the words of its own problems, and the prompt has others; "
-                "pass --model for text of your own, or leave the prompt out"
+                "the bundled model knows only the words of its own problems, and the prompt has others; pass "
+                "--model for text of your own, or leave the prompt out"
             )
         if max_new_tokens is None:
             wanted = int(SOLUTION_ALLOWANCE * len(problem.completion.split())) if problem else MAX_NEW_TOKENS

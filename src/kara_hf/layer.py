@@ -285,6 +285,11 @@ class StoreLayer(CacheLayerMixin):
             index = torch.from_numpy(sequences).to(store.device)
             self.queries.drop(index, windows * self.cache.policy.config.window)
 
+    def fork_bytes(self, index: np.ndarray) -> int:
+        """Bytes that `fork` takes."""
+        stored = 0 if self.store is None else self.store.fork_bytes(index)
+        return stored + (0 if self.queries is None else self.queries.fork_bytes(len(index)))
+
     def fork(self, index: np.ndarray) -> None:
         if self.store is not None:
             self.store.fork(index)

@@ -67,8 +67,7 @@ def attend(
     if query_heads % heads or key_dim != rows.keys.shape[-1] or batch != rows.lengths.shape[0]:
         raise ValueError(
             f"query of shape {tuple(query.shape)} does not fit rows of {rows.lengths.shape[0]} sequences, {heads} KV "
-            "heads "
-            f"and key size {rows.keys.shape[-1]}; expected [B, G * H, S, Dk]"
+            f"heads and key size {rows.keys.shape[-1]}; expected [B, G * H, S, Dk]"
         )
     if rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])

@@ -53,8 +53,7 @@ class KaraPolicy:
         if scores.isnan().any():
             raise ValueError(
                 f"the {self.config.score} scores of layer {window.layer} are NaN: the model's queries or keys are "
-                "not finite; "
-                "load it in bfloat16 or float32"
+                "not finite; load it in bfloat16 or float32"
             )
         if self.score.chunks:
             return token2chunk(scores, window.keep, window.anchors)

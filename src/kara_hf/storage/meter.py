@@ -28,8 +28,7 @@ class MemoryMeter:
         if more > 0 and self.max_bytes is not None and self.held + more > self.max_bytes:
             raise PoolExhausted(
                 f"the cache holds {self.held} bytes and needs {more} more, past max_bytes={self.max_bytes}; raise "
-                "max_bytes, "
-                "lower retention or window, or shorten the batch or the prompt"
+                "max_bytes, lower retention or window, or shorten the batch or the prompt"
             )
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

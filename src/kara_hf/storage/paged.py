@@ -28,6 +28,13 @@ class Store(Protocol):
         S]``.
         """
 
+    def unshare(self, sequences: np.ndarray, start: np.ndarray, count: int) -> None:
+        """Copies the blocks that `count` slots from `start` ``[b]`` on share with other sequences.
+
+        `keep` does that first; afterwards it needs no more memory. Raises `PoolExhausted`; changes nothing that is
+        stored.
+        """
+
     def keep(self, sequences: np.ndarray, start: np.ndarray, slots: torch.Tensor) -> None:
         """Of the named sequences `[b]`, keeps the slots below `start` ``[b]`` and then `slots` ``[b, H, n]``, no
         others.
@@ -124,14 +131,17 @@ class PagedStore:
             self.lengths += real.sum(1, keepdim=True).cpu().numpy().astype(np.int32)
             self._changed()
 
-    def keep(self, sequences: np.ndarray, start: np.ndarray, slots: torch.Tensor) -> None:
-        count = slots.shape[2]
+    def unshare(self, sequences: np.ndarray, start: np.ndarray, count: int) -> None:
         first = np.full_like(self.lengths, np.iinfo(np.int32).max)
         first[sequences] = (start // self.block_size)[:, None]
         last = np.zeros_like(self.lengths)
         last[sequences] = -(-(start + count) // self.block_size)[:, None]
         for blocks in (self.keys, self.values):
             blocks.own(first, last)
+
+    def keep(self, sequences: np.ndarray, start: np.ndarray, slots: torch.Tensor) -> None:
+        count = slots.shape[2]
+        self.unshare(sequences, start, count)
         index = torch.from_numpy(sequences.astype(np.int64)).to(self.device)
         begin = torch.from_numpy(start.astype(np.int32)).to(self.device)
         compact(self.rows(), index, begin, slots.to(torch.int32))
@@ -143,13 +153,19 @@ class PagedStore:
         self._fit()
 
     def fork(self, index: np.ndarray) -> None:
-        used, lengths = self._used(), self.lengths[index]
-        tables = sum(blocks.table_bytes(used[index]) - blocks.table.nbytes for blocks in (self.keys, self.values))
-        self.meter.require(tables + lengths.nbytes - self.lengths.nbytes)
+        self.meter.require(self.fork_bytes(index))
+        used = self._used()
         for blocks in (self.keys, self.values):
             blocks.fork(index, used)
         self.lengths = self.lengths[index]
         self._changed()
+
+    def fork_bytes(self, index: np.ndarray) -> int:
+        """Bytes that `fork` takes, for tables and lengths."""
+        tables = sum(
+            blocks.table_bytes(self._used()[index]) - blocks.table.nbytes for blocks in (self.keys, self.values)
+        )
+        return tables + self.lengths[index].nbytes - self.lengths.nbytes
 
     def free(self, sequences: np.ndarray) -> None:
         self.lengths[sequences] = 0

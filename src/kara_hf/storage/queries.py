@@ -52,8 +52,12 @@ class QueryBuffer:
 
     def fork(self, index: torch.Tensor) -> None:
         """Makes sequence i a copy of sequence ``index[i]``."""
-        self.meter.require((len(index) - self.buffer.shape[0]) * self.buffer[:1].nbytes)
+        self.meter.require(self.fork_bytes(len(index)))
         self._replace(self.buffer.index_select(0, index.to(self.buffer.device)))
+
+    def fork_bytes(self, sequences: int) -> int:
+        """Bytes that `fork` to so many sequences takes."""
+        return (sequences - self.buffer.shape[0]) * self.buffer[:1].nbytes
 
     def release(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
