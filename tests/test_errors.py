@@ -228,3 +228,40 @@ def test_other_caches_are_not_in_the_way_after_an_error(model):
     dense = DynamicCache(config=model.config)
     model.generate(**prompt(), past_key_values=dense, **GREEDY)
     assert dense.get_seq_length() == 49
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.batch_repeat_interleave(64),
+        lambda cache: cache.reorder_cache(torch.tensor([0, 1] * 64)),
+        lambda cache: cache.batch_select_indices(torch.tensor([1, 0] * 64)),
+    ],
+    ids=["repeat", "reorder", "select"],
+)
+def test_rearranging_past_the_cap_changes_nothing(model, change):
+    cache = used(model, retention=0.5)
+    cache.meter.max_bytes = cache.meter.held + 2000
+    before = state(cache)
+    with pytest.raises(PoolExhausted, match="raise max_bytes"):
+        change(cache)
+    assert state(cache) == before and cache.batch_size == 2
+
+
+def test_sealing_shared_blocks_past_the_cap_changes_nothing(model):
+    """Sequences that share an open window need blocks of their own to seal it; without memory the step is taken back."""
+    cache = KaraCache(model, retention=0.5, score="random", window=16, recent=0, block_size=16)
+    ids = prompt(20)["input_ids"]
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+        for n in range(15):
+            model(ids[:, n : n + 1], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(3)
+        before = state(cache)
+        cache.meter.max_bytes = cache.meter.held
+        with pytest.raises(PoolExhausted):
+            model(torch.tensor([[5], [6], [7]]), past_key_values=cache, use_cache=True)
+        assert state(cache) == before
+        cache.meter.max_bytes = None
+        model(torch.tensor([[5], [6], [7]]), past_key_values=cache, use_cache=True)
+    assert cache.report().kept.unique().tolist() == [20 + 8]
