@@ -63,17 +63,15 @@ class CarriedKey(torch.Tensor):
     that is how models that call it themselves, without an attention function, reach their store.
     """
 
+    plain: torch.Tensor
     layer: Layer
     transformed: bool
 
     @classmethod
     def of(cls, key: torch.Tensor, layer: Layer, transformed: bool = False) -> "CarriedKey":
         carried = key.as_subclass(cls)
-        carried.layer, carried.transformed = layer, transformed
+        carried.plain, carried.layer, carried.transformed = key, layer, transformed
         return carried
-
-    def plain(self) -> torch.Tensor:
-        return self.as_subclass(torch.Tensor)
 
     @classmethod
     def __torch_function__(
@@ -85,13 +83,11 @@ class CarriedKey(torch.Tensor):
         source = next(arg for arg in pytree.tree_leaves((args, kwargs)) if isinstance(arg, CarriedKey))
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-            if func is torch.Tensor.as_subclass:
-                return out
             return pytree.tree_map_only(torch.Tensor, lambda x: cls.of(x, source.layer, transformed=True), out)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.plain() if isinstance(tensor, CarriedKey) else tensor
+    return tensor.plain if isinstance(tensor, CarriedKey) else tensor
 
 
 def _direct_attention(
@@ -118,7 +114,7 @@ def _direct_attention(
         own,
         None,
         query,
-        key.plain(),
+        key.plain,
         _plain(value),
         attn_mask,
         transformed=key.transformed,
@@ -264,7 +260,7 @@ def _attention(own: str) -> AttentionFunction:
                 'model with attn_implementation="eager"'
             )
         return key.layer.attend(
-            function, module, query, key.plain(), _plain(value), attention_mask, transformed=key.transformed, **kwargs
+            function, module, query, key.plain, _plain(value), attention_mask, transformed=key.transformed, **kwargs
         )
 
     return attention

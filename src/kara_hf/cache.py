@@ -298,10 +298,14 @@ class CompressedCache(Cache):
         step.pinned = (step.first or (step.new > 1 and not drafts)) and not config.compress_prompt
         if step.first:
             self.sequences = [Sequence()] * batch
+        step.open = np.array([sequence.open for sequence in self.sequences])
         step.after = [s.extended(int(n), step.pinned) for s, n in zip(self.sequences, step.counts, strict=True)]
-        tokens = torch.tensor([sequence.tokens for sequence in self.sequences], dtype=torch.int32)[:, None]
-        offset = torch.arange(step.new) if step.real is None else (step.real.cumsum(1) - 1).clamp(min=0)
-        step.positions = (tokens.to(offset.device) + offset).to(torch.int32).to(query.device)
+        step.due = max(self.policy.windows_due(sequence.open) for sequence in step.after)
+        step.positions = torch.tensor([[s.tokens] for s in self.sequences], dtype=torch.int32, device=query.device)
+        if step.real is not None:
+            step.positions = step.positions + (step.real.to(query.device).cumsum(1, dtype=torch.int32) - 1).clamp(min=0)
+        elif step.new > 1:
+            step.positions = step.positions + torch.arange(step.new, dtype=torch.int32, device=query.device)
         if not step.first:
             for layer in self._store_layers:
                 layer.stored().reserve(step.new)
@@ -334,7 +338,7 @@ class CompressedCache(Cache):
             return
         if not step.first:
             self._seal(self._store_layers, step)
-        self.sequences = [sequence.sealed(self.policy) for sequence in step.after]
+        self.sequences = [sequence.sealed(self.policy) for sequence in step.after] if step.due else step.after
         for each in self._store_layers:
             each.let_go()
         self.columns += step.new
@@ -343,10 +347,12 @@ class CompressedCache(Cache):
 
     def _seal(self, layers: list[StoreLayer], step: Step) -> None:
         """Seals the windows that are due. Everything is chosen before anything is changed."""
+        if not step.due or not self.policy.compresses:
+            return
         groups: dict[tuple[int, int], list[int]] = {}
         for number, sequence in enumerate(step.after):
             due = self.policy.windows_due(sequence.open)
-            if due and self.policy.compresses:
+            if due:
                 groups.setdefault((due, sequence.open), []).append(number)
         plan = []
         for (due, open_tokens), members in groups.items():
@@ -361,7 +367,7 @@ class CompressedCache(Cache):
             layer.stored().unshare(index, settled, slots.shape[2])
         for layer, index, settled, due, slots in plan:
             layer.seal(index, settled, due, slots)
-        if plan and not step.first:
+        if not step.first:
             filled = np.array([sequence.sealed(self.policy).open for sequence in step.after])
             for layer in layers:
                 if layer.queries is not None:

@@ -1,5 +1,6 @@
 """One compressed layer: what happens between a model's `update` and the answer of its attention."""
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,9 @@ class Step:
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     pinned: bool = False
     positions: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    open: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     after: list[Sequence] = field(default_factory=list)
+    due: int = 0
     appended: list["StoreLayer"] = field(default_factory=list)
     before: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -180,13 +183,9 @@ class StoreLayer(CacheLayerMixin):
         device = keys.device
         real = None if step.real is None else step.real.to(device)
         if step.new > 1 or device.type == "cpu":  # on a GPU a decode step must not wait for the answer
-            finite = keys.isfinite().all(-1).all(1) & values.isfinite().all(-1).all(1)
-            if not bool((finite if real is None else finite | ~real).all()):
-                raise ValueError(
-                    f"keys or values of layer {self.index} are NaN or infinite; load the model in bfloat16 or float32"
-                )
+            self._check_finite(keys, values, real)
         scored = cache.policy.needs_queries and not step.pinned
-        due = max(cache.policy.windows_due(sequence.open) for sequence in step.after) * cache.policy.config.window
+        due = step.due * cache.policy.config.window
         if self.latent and due:
             order = _in_order(self._latent_seen(step, key.shape[2], device))
             settled = torch.tensor([sequence.settled for sequence in step.after], device=device)[:, None]
@@ -210,8 +209,18 @@ class StoreLayer(CacheLayerMixin):
             self.fresh = query.detach()
         elif scored:
             assert self.queries is not None
-            self.queries.append(query.detach(), np.array([sequence.open for sequence in cache.sequences]), real)
+            self.queries.append(query.detach(), step.open, real)
         self.pending = None
+
+    def _check_finite(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None) -> None:
+        total = keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)
+        if math.isfinite(total.item()):  # one cheap look; a sum may overflow where no element does
+            return
+        finite = keys.isfinite().all(-1).all(1) & values.isfinite().all(-1).all(1)
+        if not bool((finite if real is None else finite | ~real).all()):
+            raise ValueError(
+                f"keys or values of layer {self.index} are NaN or infinite; load the model in bfloat16 or float32"
+            )
 
     def hold_open(self, step: Step) -> None:
         """After the windows of a first forward are sealed: holds the queries of what is left open."""

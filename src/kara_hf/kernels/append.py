@@ -57,7 +57,7 @@ def append(
     new, stop = keys.shape[2], rows.max_length + keys.shape[2]
     if real is None and rows.uniform and rows.contiguous:
         for pool, source in ((rows.keys, keys), (rows.values, values), (rows.positions, positions[:, None])):
-            gather_rows(pool, rows.key_table, stop, contiguous=True)[:, :, rows.max_length :] = source
+            gather_rows(pool, rows.key_table, stop, contiguous=True).narrow(2, rows.max_length, new).copy_(source)
         return
 
     heads = keys.shape[1]

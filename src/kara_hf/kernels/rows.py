@@ -56,8 +56,8 @@ def gather_rows(pool: torch.Tensor, table: torch.Tensor, length: int, contiguous
     batch, heads, blocks = table.shape
     rest = pool.shape[2:]
     if contiguous:
-        rows = pool[: batch * heads * blocks].view(batch, heads, blocks * pool.shape[1], *rest)
-        return rows[:, :, :length]
+        rows = pool.narrow(0, 0, batch * heads * blocks).view(batch, heads, blocks * pool.shape[1], *rest)
+        return rows.narrow(2, 0, length)
     used = -(-length // pool.shape[1])
     ids = table[:, :, :used].clamp(min=0).reshape(-1)
     return pool.index_select(0, ids).view(batch, heads, used * pool.shape[1], *rest)[:, :, :length]

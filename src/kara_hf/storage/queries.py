@@ -24,14 +24,14 @@ class QueryBuffer:
         """Adds `queries` ``[B, Hq, S, D]`` behind the `filled` ``[B]`` places in use; `real` ``[B, S]`` leaves
         padding out.
         """
-        new = queries.shape[2]
-        needed = int(filled.max(initial=0)) + new
+        new, places = queries.shape[2], filled.tolist()
+        needed = max(places) + new
         if needed > self.buffer.shape[2]:
             self._resize(-(-needed // GROWTH) * GROWTH)
-        if real is None and (filled == filled[0]).all():
-            self.buffer[:, :, int(filled[0]) : int(filled[0]) + new] = queries
+        if real is None and min(places) == max(places):
+            self.buffer.narrow(2, places[0], new).copy_(queries)
             return
-        for b, start in enumerate(filled.tolist()):
+        for b, start in enumerate(places):
             chosen = queries[b] if real is None else queries[b][:, real[b]]
             self.buffer[b, :, start : start + chosen.shape[1]] = chosen
 
