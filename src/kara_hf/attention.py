@@ -69,6 +69,8 @@ class CarriedKey(torch.Tensor):
 
     @classmethod
     def of(cls, key: torch.Tensor, layer: Layer, transformed: bool = False) -> "CarriedKey":
+        if isinstance(key, cls):  # an operation that had nothing to do gave its argument back
+            return key
         carried = key.as_subclass(cls)
         carried.plain, carried.layer, carried.transformed = key, layer, transformed
         return carried
@@ -83,7 +85,9 @@ class CarriedKey(torch.Tensor):
         source = next(arg for arg in pytree.tree_leaves((args, kwargs)) if isinstance(arg, CarriedKey))
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-            return pytree.tree_map_only(torch.Tensor, lambda x: cls.of(x, source.layer, transformed=True), out)
+        if not isinstance(out, torch.Tensor | tuple | list):
+            return out
+        return pytree.tree_map_only(torch.Tensor, lambda x: cls.of(x, source.layer, transformed=True), out)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
