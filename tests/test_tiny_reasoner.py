@@ -1,0 +1,170 @@
+"""The bundled model solves test problems, needs its cache to do so, and its training resumes exactly."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import kara_hf.evaluation
+from kara_hf.evaluation import VOCABULARY, make_problem
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path(kara_hf.evaluation.__file__).parents[1] / "assets" / "tiny_reasoner"
+
+
+def load_script(path):
+    """Import a script that is not part of the package."""
+    name = f"script_{path.parent.name}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield load_script(ROOT / "benchmarks" / "tiny_reasoner.py")
+
+
+def test_the_folder_is_small_and_whole():
+    files = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
+    needed = {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    }
+    assert needed <= set(files)
+    assert sum(files.values()) < 16 * 2**20
+
+
+def test_the_architecture_has_grouped_queries(model):
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (8, 2)
+    assert model.config.max_position_embeddings >= 4096
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_the_tokenizer_maps_one_word_to_one_token(tokenizer):
+    text = " ".join(VOCABULARY)
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(set(ids)) == len(VOCABULARY)
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.padding_side == "left"
+    assert tokenizer("no such words")["input_ids"][1:] == [tokenizer.unk_token_id] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("trace", {"generated": 100}),
+        ("trace", {"generated": 300}),
+        ("fact", {"generated": 300}),
+        ("recall", {"length": 256}),
+        ("copy", {"length": 256}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_test_problems_are_solved_and_end_by_themselves(name, size, model, tokenizer, benchmark):
+    problems = [make_problem(name, seed=10_000 + seed, **size) for seed in range(12)]
+    texts = benchmark.generate(model, tokenizer, problems)
+    assert sum(problem.grade(text) for problem, text in zip(problems, texts, strict=True)) >= 10
+    assert sum("<eos>" in text.split() for text in texts) >= 11
+
+
+@torch.inference_mode()
+def test_one_evicted_token_ruins_an_answer_and_others_do_not(model, tokenizer):
+    """Take the keys and values of a stated-once digit away before the answer is read, or those of other digits."""
+    right = {"full": 0, "needed": 0, "other": 0}
+    for seed in range(8):
+        problem = make_problem("fact", generated=128, seed=20_000 + seed)
+        asked, value = problem.answer.split()[:2]
+        words = f"{problem.prompt} {problem.completion}".split()
+        words = words[: len(words) - 3]
+        start = len(problem.prompt.split())
+        needed = next(at + 1 for at in range(start, len(words)) if words[at] == asked and words[at + 1].isdigit())
+        other = next(at for at in range(needed + 30, len(words)) if words[at].isdigit())
+        ids = torch.tensor([tokenizer.convert_tokens_to_ids(words)])
+        for kind, evicted in (("full", None), ("needed", needed), ("other", other)):
+            cache = DynamicCache(config=model.config)
+            model(input_ids=ids[:, :-1], past_key_values=cache)
+            mask = torch.ones_like(ids)
+            if evicted is not None:
+                mask[0, evicted] = 0
+            positions = torch.tensor([[ids.shape[1] - 1]])
+            logits = model(
+                input_ids=ids[:, -1:], past_key_values=cache, attention_mask=mask, position_ids=positions
+            ).logits[0, -1]
+            right[kind] += tokenizer.decode(logits.argmax()) == value
+    assert right["full"] == right["other"] == 8
+    assert right["needed"] <= 4
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return load_script(ROOT / "examples" / "train_tiny_reasoner.py")
+
+
+def test_training_resumes_exactly(trainer, tmp_path):
+    settings = {"steps": 6, "cooldown": 2, "tokens_per_step": 512, "hidden": 32, "layers": 1, "save_every": 100}
+    whole = trainer.train(output=tmp_path / "whole", **settings)
+    before = trainer.train(output=tmp_path / "parts", stop_after=3, **settings)
+    after = trainer.train(output=tmp_path / "parts", resume=True, **settings)
+    assert len(whole) == 6 and before + after == whole
+    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").pad_token == "<pad>"
+
+
+def test_training_batches_come_from_the_train_split_alone(trainer):
+    words = {index: word for word, index in trainer.WORD_IDS.items()}
+    input_ids, weights = trainer.make_batch(
+        seed=0, index=3, cap=256, tokens=2048, mix={"trace": 0.5, "recall": 0.5}, focus=0.5
+    )
+    assert weights.shape == (input_ids.shape[0], input_ids.shape[1] - 1)
+    for row, weight in zip(input_ids.tolist(), weights, strict=True):
+        prompt_end = int(weight.nonzero()[0]) + 1
+        assert words[row[prompt_end - 1]] == ">"
+        assert kara_hf.evaluation.split_of(" ".join(words[index] for index in row[:prompt_end])) == "train"
+
+
+def test_published_numbers_belong_to_the_bundled_weights(benchmark):
+    rows = benchmark.load_rows(benchmark.RESULTS)
+    assert {row["task"] for row in rows} >= {"trace", "fact", "recall", "copy"}
+    assert {row["weights"] for row in rows} == {benchmark.digest(FOLDER)}
+    assert (FOLDER / "README.md").read_text() == benchmark.render_card(rows, FOLDER)
+
+
+def test_a_card_without_measurements_is_refused(benchmark):
+    with pytest.raises(ValueError, match="no rows measured on the weights"):
+        benchmark.render_card([], FOLDER)
+
+
+def test_the_wilson_interval_of_known_shares(benchmark):
+    assert benchmark.wilson(64, 64) == pytest.approx((0.9434, 1.0), abs=1e-4)
+    assert benchmark.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_the_model_card_says_what_was_measured_and_what_it_is_not():
+    card = (FOLDER / "README.md").read_text()
+    assert "no evidence about large models" in card
+    assert "| trace |" in card
