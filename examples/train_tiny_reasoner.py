@@ -3,9 +3,9 @@ r"""Train the bundled tiny reasoner from random initialisation on the synthetic 
     python examples/train_tiny_reasoner.py --output tiny_reasoner
 
 The bundled weights took about an hour and a half on 2 busy CPU cores, in two legs (see the model card);
-``--tokens-per-step`` takes what a larger machine has room for. ``--resume`` goes on exactly where the last checkpoint of a killed run left it: every batch is a function of (seed, step), and weights, both
-optimisers, both schedules, the curriculum and the random state are in the checkpoint. A second leg on longer problems
-starts from a finished folder:
+``--tokens-per-step`` takes what a larger machine has room for. ``--resume`` goes on exactly where the last checkpoint
+of a killed run left it: every batch is a function of (seed, step), and weights, both optimisers, both schedules, the
+curriculum and the random state are in the checkpoint. A second leg on longer problems starts from a finished folder:
 
     python examples/train_tiny_reasoner.py --init tiny_reasoner --output longer --first 1024 --longest 1700 \
         --focus 0.65 --seed 1 --muon-lr 0.012 --adam-lr 0.001 --cooldown 1600

@@ -528,9 +528,10 @@ def test_window_scores_refuse_shapes_that_do_not_fit(keys):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_gather_rows_and_slot_index(block_size, layout):
-    """Both find the slots that reading one by one finds; only a contiguous layout is read in place."""
+    """Both find the slots that reading one by one finds; `dense` reads only a contiguous layout in place."""
     rows = make_rows([[0, 5], [17, 16]], block_size=block_size, layout=layout, unused=1.0)
-    gathered = gather_rows(rows.keys, rows.key_table, 17, rows.contiguous)
+    gathered = rows.dense()[0]
+    assert torch.equal(gather_rows(rows.keys, rows.key_table, 17), gathered)
     assert (gathered.untyped_storage().data_ptr() == rows.keys.untyped_storage().data_ptr()) == rows.contiguous
     for b in range(2):
         for h in range(2):

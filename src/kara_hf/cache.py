@@ -230,15 +230,16 @@ class CompressedCache(Cache):
         layer = self.layers[layer_idx]
         step = self._step
         if step is None or layer_idx <= step.last_layer:
-            unanswered = any(each.pending is not None for each in self._store_layers)
+            unanswered = step is not None and step.waiting
             self._take_back()
             self._check(key_states, unanswered)
             step = self._step = Step(new=key_states.shape[2], first=self.columns == 0)
-        elif any(each.pending is not None for each in self._store_layers):
+        elif step.waiting:
             self._take_back()
             self._check(key_states, unanswered=True)
         step.last_layer = layer_idx
-        if not isinstance(layer, StoreLayer) and not step.first:
+        step.waiting = isinstance(layer, StoreLayer)
+        if not step.waiting and not step.first:
             step.before[layer_idx] = copy.copy(vars(layer))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -264,7 +265,7 @@ class CompressedCache(Cache):
     ) -> Step:
         """Checks a layer's turn; at the first compressed layer of a step also finds out what the step brings."""
         step = self._step
-        if step is None or layer.pending is None:
+        if step is None or not step.waiting:
             raise ValueError(
                 f"layer {layer.index} of {self.binding.name} has its keys read twice in a step (layers that share "
                 "keys), which a compressed cache does not support"

@@ -17,8 +17,8 @@ from .display import show_runs
 
 # What runs without a model and a prompt: the problem, and how strongly its trace is compressed.
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny_reasoner"
-BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated": 300, "seed": 1}
-BUNDLED_SETTINGS: dict[str, Any] = {"retention": 0.5, "window": 64, "recent": 32}
+BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated": 900, "seed": 3}
+BUNDLED_SETTINGS: dict[str, Any] = {"retention": 0.4, "window": 64, "recent": 32, "anchor_share": 1.0}
 # Tokens generated at most: for a problem with a known solution so many times its length, otherwise a fixed number.
 SOLUTION_ALLOWANCE = 1.25
 MAX_NEW_TOKENS = 512
@@ -60,7 +60,7 @@ def generate(
     ] = None,
     cache: Annotated[str | None, typer.Option(help="full or kara [default: both, compared].")] = None,
     retention: Annotated[
-        float | None, typer.Option(help="Share of each window that is kept [default: 0.25; bundled model: 0.5].")
+        float | None, typer.Option(help="Share of each window that is kept [default: 0.25; bundled model: 0.4].")
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens in a window [default: 256; bundled model: 64].")] = None,
     recent: Annotated[int | None, typer.Option(help="Newest tokens, always kept whole [default: 32].")] = None,
@@ -68,7 +68,8 @@ def generate(
         str | None, typer.Option(help="What ranks the tokens of a window [default: bidirectional].")
     ] = None,
     anchor_share: Annotated[
-        float | None, typer.Option(help="Share of the kept tokens that is picked singly, not as chunks [default: 0.5].")
+        float | None,
+        typer.Option(help="Share of the kept tokens picked singly, not as chunks [default: 0.5; bundled model: 1]."),
     ] = None,
     compress_prompt: Annotated[bool, typer.Option("--compress-prompt", help="Compress the prompt too.")] = False,
     block_size: Annotated[int | None, typer.Option(help="Slots per block of memory [default: 16].")] = None,
@@ -138,7 +139,8 @@ def generate(
         config, console = runner.config, Console(highlight=False)
         title = f"{runner.name} | prompt of {ids.shape[1]:,} tokens"
         if "kara" in names:
-            title += f" | window {config.window}, retention {config.retention}, recent {config.recent}, {config.score}"
+            title += f" | window {config.window}, retention {config.retention}, recent {config.recent}"
+            title += f", {config.score}, anchor share {config.anchor_share:g}"
         if cache and not stream:
             typer.echo(runs[0].text.strip())
         show_runs(console, runs, title)

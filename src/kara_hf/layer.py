@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention import AttentionFunction, CarriedKey, StoredLength
-from .kernels import attend, attend_masked, gather_rows
+from .kernels import attend, attend_masked
 from .policy import Window
 from .sequence import Sequence
 from .storage import PagedStore, QueryBuffer
@@ -28,6 +28,7 @@ class Step:
     new: int
     first: bool
     last_layer: int = -1
+    waiting: bool = False
     complete: bool = False
     prepared: bool = False
     real: torch.Tensor | None = None
@@ -85,9 +86,7 @@ class StoreLayer(CacheLayerMixin):
         self.is_initialized = True
         self.pending = (key_states.detach(), value_states.detach())
         if self.latent and self.store is not None:
-            rows = self.store.rows()
-            past_keys = gather_rows(rows.keys, rows.key_table, rows.max_length, rows.contiguous)
-            past_values = gather_rows(rows.values, rows.value_table, rows.max_length, rows.contiguous)
+            past_keys, past_values = self.store.rows().dense()
             key_states = torch.cat([past_keys, key_states], dim=2)
             value_states = torch.cat([past_values, value_states], dim=2)
         return CarriedKey.of(key_states, self), value_states
@@ -211,6 +210,7 @@ class StoreLayer(CacheLayerMixin):
             assert self.queries is not None
             self.queries.append(query.detach(), step.open, real)
         self.pending = None
+        step.waiting = False
 
     def _check_finite(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None) -> None:
         total = keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)

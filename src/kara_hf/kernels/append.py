@@ -11,7 +11,7 @@ Blocks for every real token must be in the tables already, owned by one row alon
 
 import torch
 
-from .rows import Rows, gather_rows
+from .rows import Rows
 
 
 def slot_index(table: torch.Tensor, slots: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -54,10 +54,10 @@ def append(
     real: torch.Tensor | None = None,
 ) -> None:
     """Writes keys, values and positions of new tokens into `rows`; see the module's contract."""
-    new, stop = keys.shape[2], rows.max_length + keys.shape[2]
+    new = keys.shape[2]
     if real is None and rows.uniform and rows.contiguous:
-        for pool, source in ((rows.keys, keys), (rows.values, values), (rows.positions, positions[:, None])):
-            gather_rows(pool, rows.key_table, stop, contiguous=True).narrow(2, rows.max_length, new).copy_(source)
+        for place, source in zip(rows.in_place, (keys, values, positions[:, None]), strict=True):
+            place.narrow(2, rows.max_length, new).copy_(source)
         return
 
     heads = keys.shape[1]

@@ -71,8 +71,7 @@ def attend(
         )
     if rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
-    keys = gather_rows(rows.keys, rows.key_table, rows.max_length, rows.contiguous)
-    values = gather_rows(rows.values, rows.value_table, rows.max_length, rows.contiguous)
+    keys, values = rows.dense()
     if new == 1 and hidden is None and rows.uniform:
         return attend_masked(query, keys, values, None, scaling, softcap, sinks)
 

@@ -5,11 +5,12 @@ values have a table each, because another layer's keys may stand in for a row's 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
     """One layer's keys and values for B sequences and H KV heads.
 
@@ -40,24 +41,43 @@ class Rows:
     def block_size(self) -> int:
         return self.keys.shape[1]
 
+    @cached_property
+    def in_place(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and positions of contiguous rows as views of the pools, ``[B, H, M * P, ...]``."""
+        batch, heads, blocks = self.key_table.shape
+        used, slots = batch * heads * blocks, blocks * self.block_size
+        keys, values, positions = (
+            pool.narrow(0, 0, used).view(batch, heads, slots, *pool.shape[2:])
+            for pool in (self.keys, self.values, self.positions)
+        )
+        return keys, values, positions
 
-def gather_rows(pool: torch.Tensor, table: torch.Tensor, length: int, contiguous: bool = False) -> torch.Tensor:
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys ``[B, H, max_length, Dk]`` and values; in place where rows are contiguous, else gathered.
+
+        Slots past a row's own length hold anything.
+        """
+        if self.contiguous:
+            keys, values, _ = self.in_place
+            return keys.narrow(2, 0, self.max_length), values.narrow(2, 0, self.max_length)
+        return (
+            gather_rows(self.keys, self.key_table, self.max_length),
+            gather_rows(self.values, self.value_table, self.max_length),
+        )
+
+
+def gather_rows(pool: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
     """The first `length` slots of every row, in row order; slots past a row's own length hold anything.
 
     Args:
         pool: ``[N, P, *rest]``.
         table: ``[B, H, M]`` int32; -1 is read as block 0.
         length: slots to return, at most ``M * P``.
-        contiguous: read the pool in place (see `Rows.contiguous`); the result is then a view.
 
     Returns:
         ``[B, H, length, *rest]``.
     """
-    batch, heads, blocks = table.shape
-    rest = pool.shape[2:]
-    if contiguous:
-        rows = pool.narrow(0, 0, batch * heads * blocks).view(batch, heads, blocks * pool.shape[1], *rest)
-        return rows.narrow(2, 0, length)
+    batch, heads, _ = table.shape
     used = -(-length // pool.shape[1])
     ids = table[:, :, :used].clamp(min=0).reshape(-1)
-    return pool.index_select(0, ids).view(batch, heads, used * pool.shape[1], *rest)[:, :, :length]
+    return pool.index_select(0, ids).view(batch, heads, used * pool.shape[1], *pool.shape[2:])[:, :, :length]

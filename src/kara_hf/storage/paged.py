@@ -15,8 +15,9 @@ HEADROOM = 1 / 32  # blocks reserved ahead, as a share of a row's blocks: bounds
 class Store(Protocol):
     """What a cache asks of one layer's storage. Rows are (sequence, head); slots count a row's tokens from 0."""
 
-    lengths: np.ndarray
-    """Tokens stored in each row, ``[B, H]`` int32, on the host."""
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens stored in each row, ``[B, H]`` int32, on the host."""
 
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` more in every row. Raises `PoolExhausted` and changes nothing that is stored."""
@@ -79,9 +80,14 @@ class PagedStore:
         key, value, position = ((sizes[0],), dtype), ((sizes[1],), dtype), ((), torch.int32)
         self.keys = Blocks(rows, block_size, [key], device, meter)
         self.values = Blocks(rows, block_size, [value, position], device, meter)
-        self.lengths = np.zeros(rows, np.int32)
-        self._lengths_device: torch.Tensor | None = None
+        self._lengths = torch.zeros(rows, dtype=torch.int32)
+        self._rows: Rows | None = None
         self._changed()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens stored in each row, ``[B, H]`` int32; a view that can be written."""
+        return self._lengths.numpy()
 
     @property
     def token_bytes(self) -> int:
@@ -90,18 +96,8 @@ class PagedStore:
 
     def rows(self) -> Rows:
         """What the kernels read and write. Valid until the next call that changes the store."""
-        assert self._lengths_device is not None
-        return Rows(
-            keys=self.keys.pools[0],
-            values=self.values.pools[0],
-            positions=self.values.pools[1],
-            key_table=self.keys.table,
-            value_table=self.values.table,
-            lengths=self._lengths_device,
-            max_length=self._max_length,
-            uniform=self._uniform,
-            contiguous=self.keys.contiguous and self.values.contiguous,
-        )
+        assert self._rows is not None
+        return self._rows
 
     def reserve(self, tokens: int) -> None:
         if tokens <= self._room:
@@ -120,15 +116,16 @@ class PagedStore:
     ) -> None:
         new = keys.shape[2]
         self.reserve(new)
-        append(self.rows(), keys, values, positions, real)
+        rows = self.rows()
+        append(rows, keys, values, positions, real)
         if real is None:
-            self.lengths += new
-            self._max_length += new
+            self._lengths += new
+            if rows.lengths is not self._lengths:
+                rows.lengths += new
+            rows.max_length += new
             self._room -= new
-            assert self._lengths_device is not None
-            self._lengths_device += new
         else:
-            self.lengths += real.sum(1, keepdim=True).cpu().numpy().astype(np.int32)
+            self._lengths += real.sum(1, keepdim=True, dtype=torch.int32).cpu()
             self._changed()
 
     def unshare(self, sequences: np.ndarray, start: np.ndarray, count: int) -> None:
@@ -138,6 +135,7 @@ class PagedStore:
         last[sequences] = -(-(start + count) // self.block_size)[:, None]
         for blocks in (self.keys, self.values):
             blocks.own(first, last)
+        self._changed()
 
     def keep(self, sequences: np.ndarray, start: np.ndarray, slots: torch.Tensor) -> None:
         count = slots.shape[2]
@@ -145,11 +143,11 @@ class PagedStore:
         index = torch.from_numpy(sequences.astype(np.int64)).to(self.device)
         begin = torch.from_numpy(start.astype(np.int32)).to(self.device)
         compact(self.rows(), index, begin, slots.to(torch.int32))
-        self.lengths[sequences] = (start + count)[:, None]
+        self.lengths[sequences] = (start + count)[:, None].astype(np.int32)
         self._fit()
 
     def crop(self, tokens: np.ndarray) -> None:
-        self.lengths -= tokens[:, None].astype(np.int32)
+        self._lengths -= torch.from_numpy(tokens[:, None].astype(np.int32))
         self._fit()
 
     def fork(self, index: np.ndarray) -> None:
@@ -157,7 +155,7 @@ class PagedStore:
         used = self._used()
         for blocks in (self.keys, self.values):
             blocks.fork(index, used)
-        self.lengths = self.lengths[index]
+        self._lengths = torch.from_numpy(self.lengths[index])
         self._changed()
 
     def fork_bytes(self, index: np.ndarray) -> int:
@@ -195,8 +193,7 @@ class PagedStore:
         """Stops counting what is held here; the object is not used afterwards."""
         self.keys.release()
         self.values.release()
-        assert self._lengths_device is not None
-        self.meter.drop(self._lengths_device)
+        self.meter.drop(self.rows().lengths)
 
     def _used(self) -> np.ndarray:
         return -(-self.lengths // self.block_size)
@@ -210,12 +207,22 @@ class PagedStore:
 
     def _changed(self) -> None:
         """Derives from the tables and lengths what the hot path wants ready."""
-        self._max_length = int(self.lengths.max(initial=0))
-        self._uniform = bool((self.lengths == self._max_length).all())
-        tail = self.lengths // self.block_size
+        lengths = self.lengths
+        longest = int(lengths.max(initial=0))
+        tail = lengths // self.block_size
         shared = any(blocks.shares(tail) for blocks in (self.keys, self.values))
-        room = self.keys.counts * self.block_size - self.lengths
+        room = self.keys.counts * self.block_size - lengths
         self._room = 0 if shared or not room.size else int(room.min())
-        if self._lengths_device is not None:
-            self.meter.drop(self._lengths_device)
-        self._lengths_device = self.meter.count(torch.tensor(self.lengths, device=self.device))
+        if self._rows is not None:
+            self.meter.drop(self._rows.lengths)
+        self._rows = Rows(
+            keys=self.keys.pools[0],
+            values=self.values.pools[0],
+            positions=self.values.pools[1],
+            key_table=self.keys.table,
+            value_table=self.values.table,
+            lengths=self.meter.count(self._lengths.to(self.device)),
+            max_length=longest,
+            uniform=bool((lengths == longest).all()),
+            contiguous=self.keys.contiguous and self.values.contiguous,
+        )
