@@ -1,5 +1,6 @@
 """Where a number comes from, and the file of rows it goes to."""
 
+import hashlib
 import json
 import platform
 import sys
@@ -33,9 +34,26 @@ def provenance(device: str) -> dict[str, Any]:
     }
 
 
+def digest(folder: Path) -> str:
+    """SHA-256 of the weights, which ties a row to what it was measured on."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share, which stays sensible near 0 and 1."""
+    share, spread = right / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * (share * (1 - share) / n + spread / (4 * n)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def load_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a result file; none if it is not there."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def update_rows(path: Path, rows: list[dict[str, Any]], key: tuple[str, ...]) -> None:
     """Writes `rows` to a JSON file; a row with the same values under `key` as an old one replaces it."""
-    old = json.loads(path.read_text()) if path.exists() else []
-    new = {tuple(row.get(name) for name in key): row for row in [*old, *rows]}
+    new = {tuple(row.get(name) for name in key): row for row in [*load_rows(path), *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(new.values()), indent=1) + "\n")

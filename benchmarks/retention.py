@@ -12,11 +12,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from provenance import provenance, update_rows
+from provenance import digest, provenance, update_rows, wilson
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from tiny_reasoner import digest, wilson
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from kara_hf import KaraCache
@@ -24,6 +23,29 @@ from kara_hf.evaluation import Problem, make_problem
 
 ASSETS = Path(__file__).parents[1] / "src" / "kara_hf" / "assets" / "tiny_reasoner"
 SCORES = ("bidirectional", "bidirectional, top-k", "causal", "random-chunks", "random", "recency")
+
+
+def markdown(rows: list[dict[str, Any]], weights: str) -> str:
+    """A table of right answers by method, for the rows measured on these weights."""
+    rows = [row for row in rows if row["weights"] == weights]
+    if not rows:
+        return "Not measured on these weights."
+    columns = sorted({(row["task"], row["generated"], row["retention"]) for row in rows if row["retention"] < 1})
+    columns.sort(key=lambda column: (column[0] != "trace", column[1], -column[2]))
+    names = {"bidirectional": "**Kara** (bidirectional, Token2Chunk)", "bidirectional, top-k": "bidirectional, top-k"}
+    lines = [
+        "| what is kept of each window | " + " | ".join(f"{task}, {kept:.0%}" for task, _, kept in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for method in ("full cache", *SCORES):
+        cells = []
+        for task, generated, kept in columns:
+            share = 1.0 if method == "full cache" else kept
+            key = (task, generated, method, share)
+            row = next(r for r in rows if (r["task"], r["generated"], r["method"], r["retention"]) == key)
+            cells.append(f"{row['accuracy']:.1%} ({row['low']:.0%} to {row['high']:.0%})")
+        lines.append(f"| {names.get(method, method)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 @torch.inference_mode()

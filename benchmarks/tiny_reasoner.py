@@ -9,7 +9,6 @@ renders.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -18,7 +17,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from provenance import provenance, update_rows
+from provenance import digest, load_rows, provenance, update_rows, wilson
+from retention import markdown
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from kara_hf.evaluation import Problem, make_problem
@@ -45,14 +45,6 @@ class Score:
     mean_prompt: float
     mean_generated: float
     seconds: float
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share, which stays sensible near 0 and 1."""
-    share, spread = right / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * (share * (1 - share) / n + spread / (4 * n)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @torch.inference_mode()
@@ -88,15 +80,6 @@ def score(model: Any, tokenizer: Any, problems: list[Problem], batch_size: int) 
     )
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of the weights, which ties a row to what it was measured on."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-
-
-def load_rows(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text()) if path.exists() else []
-
-
 def render_card(rows: list[dict[str, Any]], folder: Path) -> str:
     """The model card of `folder`, with a table of the rows measured on its weights."""
     rows = [row for row in rows if row["weights"] == digest(folder)]
@@ -130,6 +113,7 @@ def render_card(rows: list[dict[str, Any]], folder: Path) -> str:
         theta=config["rope_parameters"]["rope_theta"],
         recipe=recipe,
         table="\n".join(table),
+        needs=markdown(load_rows(RESULTS.parent / "retention.json"), digest(folder)),
         conditions=f"{first['device']}, {versions}, {first['dtype']}, {first['date']}",
     )
 
@@ -169,6 +153,13 @@ answers, *exact* the share of completions with every word right.
 
 Measured on {conditions}.
 Rows with full provenance are in `benchmarks/results/tiny_reasoner.json`.
+
+## It needs its cache
+
+Right final answers after 300 generated tokens, 200 problems, when only a share of every window of 64 generated tokens
+stays in the cache (the prompt and the last 32 tokens always do), by `python benchmarks/retention.py [--task fact]`.
+
+{needs}
 
 ## Recipe
 
