@@ -109,6 +109,23 @@ def measure(model: Any, *, batch: int, seen: int, steps: int, what: str, **setti
     }
 
 
+def markdown(rows: list[dict[str, Any]], device: str = "cpu") -> str:
+    """The rows of one kind of device as a table."""
+    lines = [
+        "| case | tokens seen | kept per head | DynamicCache ms per step | KaraCache ms per step | step time, "
+        "paired | tokens/s | sealing, share of time | resident / full bytes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["device"] == device:
+            lines.append(
+                f"| {row['what']} | {row['seen']:,} | {row['kept']:,} | {row['dense_step_ms']:.2f} | "
+                f"{row['kara_step_ms']:.2f} | {row['step_time_ratio']:.2f} | {row['speedup']:.2f}x | "
+                f"{row['compression_share']:.1%} | {row['resident_bytes'] / row['full_bytes']:.1%} |"
+            )
+    return "\n".join(lines)
+
+
 def main(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
@@ -149,9 +166,9 @@ def main(
     console.print(table)
     if not smoke:
         origin = provenance(device)
-        update_rows(
-            out, [row | {"dtype": dtype, "provenance": origin} for row in rows], ("what", "batch", "seen", "dtype")
-        )
+        kind = {"device": device.partition(":")[0], "dtype": dtype}
+        rows = [row | kind | {"provenance": origin} for row in rows]
+        update_rows(out, rows, ("what", "batch", "seen", "device", "dtype"))
         console.print(f"written to {out}")
 
 

@@ -48,3 +48,15 @@ def test_commands_exist():
     for target in re.findall(r"^    make (\w+)", README, flags=re.M):
         assert f"\n{target}:" in makefile
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_tables_are_the_measured_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import generation
+    import provenance
+    import retention
+
+    results = ROOT / "benchmarks" / "results"
+    weights = provenance.digest(retention.ASSETS)
+    assert retention.markdown(provenance.load_rows(results / "retention.json"), weights) in README
+    assert generation.markdown(provenance.load_rows(results / "generation.json")) in README
