@@ -3,6 +3,7 @@
 from .append import append, append_reference, slot_index
 from .attend import attend, attend_masked, attend_reference
 from .compact import compact, compact_reference
+from .merge import merge, merge_reference
 from .rows import Rows, gather_rows
 from .window_scores import window_scores, window_scores_reference
 
@@ -16,6 +17,8 @@ __all__ = [
     "compact",
     "compact_reference",
     "gather_rows",
+    "merge",
+    "merge_reference",
     "slot_index",
     "window_scores",
     "window_scores_reference",

@@ -11,6 +11,7 @@ Blocks for every real token must be in the tables already, owned by one row alon
 
 import torch
 
+from .backend import use_triton
 from .rows import Rows
 
 
@@ -54,6 +55,11 @@ def append(
     real: torch.Tensor | None = None,
 ) -> None:
     """Writes keys, values and positions of new tokens into `rows`; see the module's contract."""
+    if use_triton(keys, keys.shape[-1], values.shape[-1]):
+        from .triton_.append import append as append_triton
+
+        return append_triton(rows, keys, values, positions, real)
+
     new = keys.shape[2]
     if real is None and rows.uniform and rows.contiguous:
         for place, source in zip(rows.in_place, (keys, values, positions[:, None]), strict=True):

@@ -15,6 +15,7 @@ Softmax and accumulation are float32. Shapes that do not fit raise ValueError.
 import torch
 import torch.nn.functional as F
 
+from .backend import use_triton
 from .rows import Rows, gather_rows
 
 QUERY_CHUNK = 256  # queries handled at once, so that a long new turn does not build an S x T mask
@@ -71,6 +72,11 @@ def attend(
         )
     if rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
+    if use_triton(query, key_dim, rows.values.shape[-1]):
+        from .triton_.attend import attend as attend_triton
+
+        return attend_triton(query, rows, scaling=scaling, hidden=hidden, softcap=softcap, sinks=sinks)
+
     keys, values = rows.dense()
     if new == 1 and hidden is None and rows.uniform:
         return attend_masked(query, keys, values, None, scaling, softcap, sinks)

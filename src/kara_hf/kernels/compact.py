@@ -12,6 +12,7 @@ Blocks that are written must be owned by one row alone. Lengths are the store's 
 import torch
 
 from .append import slot_index
+from .backend import use_triton
 from .rows import Rows
 
 
@@ -41,6 +42,11 @@ def compact_reference(rows: Rows, sequences: torch.Tensor, start: torch.Tensor, 
 
 def compact(rows: Rows, sequences: torch.Tensor, start: torch.Tensor, slots: torch.Tensor) -> None:
     """Moves surviving tokens of the named sequences to consecutive slots; see the module's contract."""
+    if use_triton(rows.keys, rows.keys.shape[-1], rows.values.shape[-1]):
+        from .triton_.compact import compact as compact_triton
+
+        return compact_triton(rows, sequences, start, slots)
+
     target = start[:, None, None] + torch.arange(slots.shape[2], device=slots.device, dtype=slots.dtype)
     target = target.expand_as(slots)
     for table, pools in ((rows.key_table, (rows.keys,)), (rows.value_table, (rows.values, rows.positions))):

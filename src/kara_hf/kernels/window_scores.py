@@ -12,6 +12,8 @@ the softmax over the keys of the window. Each row sums to 1. Nothing is modified
 
 import torch
 
+from .backend import use_triton
+
 
 def window_scores_reference(
     queries: torch.Tensor,
@@ -53,6 +55,11 @@ def window_scores(
             f"queries {tuple(queries.shape)} and keys {tuple(keys.shape)} do not fit; expected [B, G * H, W, D] and "
             "[B, H, W, D]"
         )
+    if use_triton(queries, queries.shape[-1]):
+        from .triton_.window_scores import window_scores as window_scores_triton
+
+        return window_scores_triton(queries, keys, scaling=scaling, softcap=softcap, causal=causal)
+
     grouped = queries.float().reshape(batch, heads, -1, queries.shape[-1])
     logits = grouped @ keys.float().transpose(-1, -2) * scaling
     if softcap is not None:

@@ -1,0 +1,194 @@
+"""attend in Triton: split-K attention over paged rows, all query heads of a row in one program.
+
+The query rows of one (sequence, KV head) are ordered token by token, its G query heads side by side. A program takes
+`tile_queries` of them and reads one range of the row's tokens, in tiles of `tile_keys`; the ranges are merged by their
+log-sum-exp. Work follows a row's own length: what a short row lacks is not read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..rows import Rows
+from .common import LN2, LOG2E, NOTHING, attention_logits, check_paged, pool_slots, processors
+from .configs import attend_config
+from .merge import merge
+
+WAVES = 2  # programs per processor that split-K aims for
+MAX_SPLITS = 64
+
+
+@triton.jit(do_not_specialize=["new", "span", "key_width", "value_width"])
+def attend_kernel(
+    query,
+    keys,
+    values,
+    key_table,
+    value_table,
+    lengths,
+    hidden,
+    sinks,
+    out,
+    parts,
+    lse,
+    scaling,
+    softcap,
+    query_stride_b,
+    query_stride_h,
+    query_stride_s,
+    key_width,
+    value_width,
+    block_size,
+    heads,
+    group,
+    new,
+    span,
+    key_size,
+    value_size,
+    KEY_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE_QUERIES: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    batch = row // heads
+    place = tl.program_id(2) * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
+    inside = place < group * new
+    token = place // group
+    head = (row % heads) * group + place % group
+
+    if hidden is None:
+        unseen = new - 1 - token
+    else:
+        unseen = tl.load(hidden + batch * new + token, mask=inside, other=0)
+    seen = tl.where(inside, tl.load(lengths + row) - unseen, 0)
+    first = split * span
+    stop = tl.minimum(tl.max(seen, 0), first + span)
+
+    query += batch * query_stride_b
+    query_rows = query + (head * query_stride_h + token.to(tl.int64) * query_stride_s)[:, None]
+    key_table += row * key_width
+    value_table += row * value_width
+    value_at = tl.arange(0, VALUE_PAD)
+
+    peak = tl.full([TILE_QUERIES], NOTHING, tl.float32)
+    total = tl.zeros([TILE_QUERIES], tl.float32)
+    acc = tl.zeros([TILE_QUERIES, VALUE_PAD], tl.float32)
+    for start in range(first, stop, TILE_KEYS):
+        slot = start + tl.arange(0, TILE_KEYS)
+        stored = slot < stop
+        key_rows = keys + (pool_slots(key_table, slot, stored, block_size) * key_size)[None, :]
+        logits = attention_logits(
+            query_rows,
+            inside,
+            key_rows,
+            stored,
+            scaling,
+            softcap,
+            key_size,
+            KEY_PAD,
+            CHUNK,
+            TILE_QUERIES,
+            TILE_KEYS,
+            SOFTCAP,
+        )
+        logits = tl.where(slot[None, :] < seen[:, None], logits, float("-inf"))
+        higher = tl.maximum(peak, tl.max(logits, 1))
+        weights = tl.exp2(logits - higher[:, None])
+        shrink = tl.exp2(peak - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        value_rows = values + (pool_slots(value_table, slot, stored, block_size) * value_size)[:, None]
+        # A slot that nobody wrote may hold NaN, and 0 * NaN is NaN: it must not be read at all.
+        value = tl.load(value_rows + value_at, mask=stored[:, None] & (value_at < value_size)[None, :], other=0.0)
+        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        peak = higher
+
+    result = (batch * heads * group + head) * new + token
+    fits = inside[:, None] & (value_at < value_size)[None, :]
+    if tl.num_programs(1) == 1:
+        if sinks is not None:
+            sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
+            higher = tl.maximum(peak, sink)
+            shrink = tl.exp2(peak - higher)
+            total = total * shrink + tl.exp2(sink - higher)
+            acc = acc * shrink[:, None]
+        # out is laid out [B, S, Hq, Dv], so that the transpose that follows attention is contiguous already.
+        result = (batch * new + token) * heads * group + head
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(out + result[:, None] * value_size + value_at, acc.to(out.dtype.element_ty), mask=fits)
+    else:
+        something = total > 0
+        total = tl.where(something, total, 1.0)
+        result += split * (tl.num_programs(0).to(tl.int64) * group * new)
+        tl.store(parts + result[:, None] * value_size + value_at, acc / total[:, None], mask=fits & something[:, None])
+        tl.store(lse + result, tl.where(something, (peak + tl.log2(total)) * LN2, float("-inf")), mask=inside)
+
+
+def plan_splits(programs: int, length: int, tile: int, splits: int | None, target: int) -> tuple[int, int]:
+    """Into how many ranges of how many tokens rows of `length` are split, so that about `target` programs run."""
+    tiles = -(-length // tile)
+    wanted = splits or min(max(1, target // programs), MAX_SPLITS)
+    span = -(-tiles // min(wanted, tiles)) * tile
+    return -(-length // span), span
+
+
+def attend(
+    query: torch.Tensor,
+    rows: Rows,
+    *,
+    scaling: float,
+    hidden: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """As `kara_hf.kernels.attend`, of rows that hold something. `splits` forces a number of ranges."""
+    batch, query_heads, new, key_size = query.shape
+    check_paged(rows, query=query)
+    heads, value_size = rows.lengths.shape[1], rows.values.shape[-1]
+    group = query_heads // heads
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    constants = attend_config(query.dtype, key_size, value_size, group * new)
+    tiles = -(-group * new // constants["TILE_QUERIES"])
+    target = WAVES * processors(query.device)
+    splits, span = plan_splits(batch * heads * tiles, rows.max_length, constants["TILE_KEYS"], splits, target)
+    out = query.new_empty(batch, new, query_heads, value_size).transpose(1, 2)
+    parts = lse = None
+    if splits > 1:
+        parts = query.new_empty(splits, batch, query_heads, new, value_size, dtype=torch.float32)
+        lse = query.new_empty(splits, batch, query_heads, new, dtype=torch.float32)
+    if batch * heads * tiles:
+        attend_kernel[batch * heads, splits, tiles](
+            query,
+            rows.keys,
+            rows.values,
+            rows.key_table,
+            rows.value_table,
+            rows.lengths,
+            None if hidden is None else hidden.contiguous(),
+            None if sinks is None else sinks.contiguous(),
+            out,
+            parts,
+            lse,
+            scaling,
+            softcap or 1.0,
+            query.stride(0),
+            query.stride(1),
+            query.stride(2),
+            rows.key_table.shape[2],
+            rows.value_table.shape[2],
+            rows.block_size,
+            heads,
+            group,
+            new,
+            span,
+            key_size,
+            value_size,
+            SOFTCAP=softcap is not None,
+            **constants,
+        )
+    return out if parts is None or lse is None else merge(parts, lse, sinks, dtype=query.dtype)

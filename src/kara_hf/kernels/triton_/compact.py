@@ -1,0 +1,97 @@
+"""compact in Triton: survivors are gathered into a buffer, then written, because both may be the same slots.
+
+Survivors may come in any order, so no order of in-place moves would be right for all of them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..rows import Rows
+from .common import check_paged, pool_slots
+from .configs import COPY_TILE, copy_config
+
+
+@triton.jit
+def copy_row(source, target, source_slot, target_slot, valid, size, PAD: tl.constexpr):
+    """Copies `SIZE` elements from each source slot to its target slot."""
+    at = tl.arange(0, PAD)[None, :]
+    fits = valid[:, None] & (at < size)
+    tl.store(
+        target + target_slot[:, None] * size + at, tl.load(source + source_slot[:, None] * size + at, mask=fits), fits
+    )
+
+
+@triton.jit(do_not_specialize=["count", "key_width", "value_width"])
+def compact_kernel(
+    keys,
+    values,
+    positions,
+    key_table,
+    value_table,
+    held_keys,
+    held_values,
+    held_positions,
+    sequences,
+    start,
+    slots,
+    key_width,
+    value_width,
+    block_size,
+    heads,
+    count,
+    key_size,
+    value_size,
+    PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    GATHER: tl.constexpr,
+):
+    named = tl.program_id(0).to(tl.int64)
+    index = named // heads
+    row = tl.load(sequences + index).to(tl.int64) * heads + named % heads
+    token = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    valid = token < count
+    held = named * count + token
+    if GATHER:
+        slot = tl.load(slots + held, mask=valid, other=0).to(tl.int64)
+    else:
+        slot = tl.load(start + index).to(tl.int64) + token
+    key_slot = pool_slots(key_table + row * key_width, slot, valid, block_size)
+    value_slot = pool_slots(value_table + row * value_width, slot, valid, block_size)
+    if GATHER:
+        copy_row(keys, held_keys, key_slot, held, valid, key_size, PAD)
+        copy_row(values, held_values, value_slot, held, valid, value_size, PAD)
+        copy_row(positions, held_positions, value_slot, held, valid, 1, 1)
+    else:
+        copy_row(held_keys, keys, held, key_slot, valid, key_size, PAD)
+        copy_row(held_values, values, held, value_slot, valid, value_size, PAD)
+        copy_row(held_positions, positions, held, value_slot, valid, 1, 1)
+
+
+def compact(rows: Rows, sequences: torch.Tensor, start: torch.Tensor, slots: torch.Tensor) -> None:
+    """As `kara_hf.kernels.compact`."""
+    check_paged(rows)
+    if not slots.numel():
+        return
+    pools = (rows.keys, rows.values, rows.positions)
+    held = [pool.new_empty(slots.numel(), *pool.shape[2:]) for pool in pools]
+    named, heads, count = slots.shape
+    sizes = rows.keys.shape[-1], rows.values.shape[-1]
+    for gather in (True, False):
+        compact_kernel[named * heads, triton.cdiv(count, COPY_TILE)](
+            *pools,
+            rows.key_table,
+            rows.value_table,
+            *held,
+            sequences.contiguous(),
+            start.contiguous(),
+            slots.contiguous(),
+            rows.key_table.shape[2],
+            rows.value_table.shape[2],
+            rows.block_size,
+            heads,
+            count,
+            *sizes,
+            GATHER=gather,
+            **copy_config(max(sizes)),
+        )

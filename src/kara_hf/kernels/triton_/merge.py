@@ -1,0 +1,74 @@
+"""merge in Triton: every program joins the parts of a few queries, one part after the other."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import LOG2E, NOTHING
+from .configs import MERGE_TILE, merge_config
+
+
+@triton.jit(do_not_specialize=["count", "new", "queries"])
+def merge_kernel(
+    parts,
+    lse,
+    sinks,
+    out,
+    count,
+    queries,
+    heads,
+    new,
+    size,
+    PAD: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    query = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    valid = query < queries
+    token, head, batch = query % new, query // new % heads, query // new // heads
+    at = tl.arange(0, PAD)
+    fits = valid[:, None] & (at < size)[None, :]
+
+    acc = tl.zeros([TILE, PAD], tl.float32)
+    peak = tl.full([TILE], NOTHING, tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    if sinks is not None:
+        peak = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2E
+        total += 1.0
+    for part in range(count):
+        place = part * queries.to(tl.int64) + query
+        logit = tl.load(lse + place, mask=valid, other=float("-inf")) * LOG2E
+        # A part that had nothing to see may hold anything.
+        value = tl.load(parts + place[:, None] * size + at, mask=fits & (logit > float("-inf"))[:, None], other=0.0)
+        higher = tl.maximum(peak, logit)
+        shrink, weight = tl.exp2(peak - higher), tl.exp2(logit - higher)
+        acc = acc * shrink[:, None] + value * weight[:, None]
+        total = total * shrink + weight
+        peak = higher
+
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    result = (batch * new + token) * heads + head  # out is laid out [B, S, Hq, Dv]
+    tl.store(out + result[:, None] * size + at, acc.to(out.dtype.element_ty), mask=fits)
+
+
+def merge(
+    parts: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """As `kara_hf.kernels.merge`."""
+    count, batch, heads, new, size = parts.shape
+    out = parts.new_empty(batch, new, heads, size, dtype=dtype).transpose(1, 2)
+    queries = batch * heads * new
+    if not out.numel():
+        return out
+    merge_kernel[triton.cdiv(queries, MERGE_TILE),](
+        parts.contiguous(),
+        lse.contiguous(),
+        None if sinks is None else sinks.contiguous(),
+        out,
+        count,
+        queries,
+        heads,
+        new,
+        size,
+        **merge_config(size),
+    )
+    return out
