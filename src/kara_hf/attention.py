@@ -1,10 +1,9 @@
 """The seam with Transformers: one attention function and one mask function for every model.
 
-An attention module calls ``past_key_values.update(key, value, layer_idx)`` and hands the result to the function that
-its
-config names, together with the query. The key that a kara_hf layer returns carries that layer (`CarriedKey`), so the
-function registered here finds it there; without one it is the model's own implementation, call for call. The mask
-function tells a compressed layer by the length it announces, which is a `StoredLength`.
+An attention module calls ``past_key_values.update(key, value, layer_idx)`` and hands the result, with the query, to the
+function that its config names. The key that a kara_hf layer returns carries that layer (`CarriedKey`), so the function
+registered here finds it there; without one it is the model's own implementation, call for call. The mask function tells
+a compressed layer by the length it announces, which is a `StoredLength`.
 """
 
 import contextlib
@@ -168,9 +167,7 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def calls_sdpa(model: PreTrainedModel) -> bool:
-    """Whether the model bypasses the AttentionInterface and calls `scaled_dot_product_attention` itself, as Falcon
-    does.
-    """
+    """Whether the model bypasses the AttentionInterface and calls `scaled_dot_product_attention` itself (Falcon)."""
     if model._can_set_attn_implementation() or decoder_config(model)._attn_implementation != "sdpa":
         return False
     return "scaled_dot_product_attention(" in inspect.getsource(sys.modules[type(model).__module__])
@@ -223,9 +220,7 @@ def detach(model: Any) -> None:
 
 @functools.cache
 def _own_attention(module_type: Any, name: str) -> AttentionFunction:
-    """The function that a module of this type calls when its config says `name`; "eager" is written beside the
-    module.
-    """
+    """What a module of this type calls when its config says `name`; "eager" is written beside the module."""
     namespaces = [vars(sys.modules[cls.__module__]) for cls in module_type.__mro__ if cls.__module__ in sys.modules]
     eager = next((space["eager_attention_forward"] for space in namespaces if "eager_attention_forward" in space), None)
     interface = next(

@@ -32,8 +32,7 @@ class CompressedCache(Cache):
     Args:
         model: a Transformers causal LM, which may be wrapped by PEFT.
         policy: which tokens survive.
-        max_bytes: cap on `report().resident_bytes`; the step that would pass it raises `PoolExhausted` and is taken
-        back.
+        max_bytes: cap on `report().resident_bytes`; a step that would pass it raises `PoolExhausted` and is undone.
 
     Raises:
         TypeError: `model` is no Transformers model.
@@ -167,9 +166,7 @@ class CompressedCache(Cache):
         return [int(b) for b in array]
 
     def activate_past_recording(self) -> None:
-        """Called by assisted decoding: short steps from now on are drafts, which `crop` may take back, not new
-        turns.
-        """
+        """Called by assisted decoding: short steps are drafts from now on, which `crop` may take back, not turns."""
         super().activate_past_recording()
         self._drafting = True
 

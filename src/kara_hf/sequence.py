@@ -1,5 +1,4 @@
-"""What is known of a sequence whichever layer or head one asks: how many tokens were seen, and which stretches are
-settled.
+"""What is known of a sequence whichever layer or head one asks: tokens seen, and which stretches are settled.
 
 A sequence, oldest first: ``[ prompt, pinned ][ sealed windows ] ... [ open tokens, the newest of them recent ]``.
 """

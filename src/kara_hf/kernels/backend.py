@@ -1,8 +1,7 @@
 """Which code runs an op: plain torch, or with ``KARA_BACKEND=triton`` in the environment its Triton kernel.
 
 The kernels agree with their references under Triton's interpreter and compile for sm_80 and sm_90 without spills, but
-no
-GPU has run them yet. Until one has, they run only where they are asked for.
+no GPU has run them yet. Until one has, they run only where they are asked for.
 """
 
 import os

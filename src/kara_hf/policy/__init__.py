@@ -1,6 +1,4 @@
-"""What to keep: scores rank the tokens of a window, Token2Chunk turns a ranking into chunks. Nothing here owns
-memory.
-"""
+"""What to keep: scores rank the tokens of a window, Token2Chunk makes chunks of a ranking. Owns no memory."""
 
 from .kara import KaraPolicy
 from .scores import SCORES, Window, register_score

@@ -38,9 +38,7 @@ class KaraPolicy:
         return self.config.window + self.config.recent - 1
 
     def windows_due(self, open_tokens: int) -> int:
-        """Windows to seal when `open_tokens` are stored behind the last sealed window: one while W + R or more
-        remain.
-        """
+        """Windows to seal with `open_tokens` behind the last sealed one: one while W + R or more remain."""
         return max(0, (open_tokens - self.config.recent) // self.config.window)
 
     def select(self, window: Window) -> torch.Tensor:

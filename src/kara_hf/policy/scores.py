@@ -38,9 +38,7 @@ class Window:
     seed: int
 
     def attention(self, causal: bool = False) -> torch.Tensor:
-        """Mean attention from the window's queries to each of its keys, ``[b, H, W]`` float32, over the heads of a
-        row.
-        """
+        """Mean attention from the window's queries to each key, over the heads of a row: ``[b, H, W]`` float32."""
         assert self.queries is not None, "the score is registered with queries=False"
         scores = window_scores(self.queries, self.keys, scaling=self.scaling, softcap=self.softcap, causal=causal)
         return scores.unflatten(1, (self.rows, -1)).mean(2)

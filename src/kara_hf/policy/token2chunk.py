@@ -4,9 +4,7 @@ import torch
 
 
 def top_tokens(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Indices of the `keep` largest of `scores` ``[..., W]``, ascending: ``[..., keep]`` int64. Ties: the earlier
-    token.
-    """
+    """Places of the `keep` largest of `scores` ``[..., W]``, ascending, ties to the earlier: ``[..., keep]`` int64."""
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :keep].sort(dim=-1).values
 
 
@@ -14,9 +12,8 @@ def token2chunk(scores: torch.Tensor, keep: int, anchors: int) -> torch.Tensor:
     """Expands the best single tokens into contiguous chunks of any length at any place.
 
     The `anchors` best tokens are taken. The tokens strictly between two neighbouring anchors are a gap; filling it
-    makes
-    one chunk of both. Gaps are filled in order of falling mean score while they fit what is left of `keep`; one that
-    does not fit is passed over. What is left then goes to the best single tokens. ``anchors == keep`` is top-k.
+    makes one chunk of both. Gaps are filled in order of falling mean score while they fit what is left of `keep`; one
+    that does not fit is passed over. What is left then goes to the best single tokens. ``anchors == keep`` is top-k.
 
     Args:
         scores: ``[..., W]`` float.

@@ -93,9 +93,7 @@ class Blocks:
             self._relayout(self.counts)
 
     def own(self, first: np.ndarray, last: np.ndarray) -> None:
-        """Makes blocks `first` up to (not including) `last` ``[B, H]`` of every row its own, copying those it
-        shares.
-        """
+        """Makes blocks `first` up to `last` (exclusive) ``[B, H]`` of every row its own, copying those it shares."""
         columns = np.arange(self._host.shape[2])
         wanted = (columns >= first[..., None]) & (columns < np.minimum(last, self.counts)[..., None])
         wanted[wanted] = self.refs[self._host[wanted]] > 1

@@ -37,9 +37,7 @@ class Store(Protocol):
         """
 
     def keep(self, sequences: np.ndarray, start: np.ndarray, slots: torch.Tensor) -> None:
-        """Of the named sequences `[b]`, keeps the slots below `start` ``[b]`` and then `slots` ``[b, H, n]``, no
-        others.
-        """
+        """Keeps of the named sequences ``[b]`` the slots below `start` ``[b]`` and `slots` ``[b, H, n]``, no others."""
 
     def crop(self, tokens: np.ndarray) -> None:
         """Drops the newest `tokens` ``[B]`` of every sequence."""

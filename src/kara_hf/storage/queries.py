@@ -21,9 +21,7 @@ class QueryBuffer:
         self.buffer = meter.zeros((sequences, heads, 0, dim), dtype, device)
 
     def append(self, queries: torch.Tensor, filled: np.ndarray, real: torch.Tensor | None = None) -> None:
-        """Adds `queries` ``[B, Hq, S, D]`` behind the `filled` ``[B]`` places in use; `real` ``[B, S]`` leaves
-        padding out.
-        """
+        """Adds `queries` ``[B, Hq, S, D]`` behind the `filled` ``[B]`` ones, those where `real` ``[B, S]`` says so."""
         new, places = queries.shape[2], filled.tolist()
         needed = max(places) + new
         if needed > self.buffer.shape[2]:
