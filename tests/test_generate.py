@@ -373,3 +373,25 @@ def test_positions_after_compression_are_true_ones(model):
     finally:
         handle.remove()
     assert seen == [*range(19, 79), 79]
+
+
+def test_an_own_implementation_that_looks_itself_up_by_name_finds_its_name():
+    """As flash attention does, which loads its kernel by what the config says; simulated, since it needs a GPU."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    names = []
+
+    def named(module, *args, **kwargs):
+        names.append(module.config._attn_implementation)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    model = build("llama")
+    expected = model.generate(**prompt(), **LONG)
+    AttentionInterface.register("flash_like", named)
+    AttentionMaskInterface.register("flash_like", sdpa_mask)
+    model.config._attn_implementation = "flash_like"
+    out = model.generate(**prompt(), past_key_values=KaraCache(model, retention=1.0, **SMALL), **LONG)
+    assert out.tolist() == expected.tolist() and set(names) == {"flash_like"}
+    assert model.config._attn_implementation == PREFIX + "flash_like"

@@ -615,3 +615,31 @@ def test_query_buffer_forks_within_max_bytes():
     buffer.fork(torch.tensor([1, 0]))
     assert torch.equal(buffer.window(torch.tensor([1, 0]), 0, GROWTH), queries)
     assert meter.held == held
+
+
+def test_after_a_failed_copy_of_shared_blocks_writes_go_where_reads_look():
+    """Whichever allocation of `keep` fails, pools that moved before it are the ones that the next token goes to."""
+    failures = 0
+    for spare in range(0, 4000, 40):
+        meter = MemoryMeter()
+        sizes = {"dtype": torch.float32, "device": torch.device("cpu"), "block_size": 4, "meter": meter}
+        store = PagedStore((1, 2), (8, 4), **sizes)
+        prompt, rest, last = torch.randn(1, 2, 6, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 1, 8)
+        store.append(prompt, prompt[..., :4], torch.arange(6, dtype=torch.int32)[None])
+        store.fork(np.array([0, 0, 0]))
+        # Block 0 stays shared, the others are each row's own, and the last one has room for one token more.
+        store.append(rest, rest[..., :4], torch.arange(6, 11, dtype=torch.int32).expand(3, 5))
+        meter.max_bytes = meter.held + spare
+        try:
+            store.keep(np.arange(3), np.zeros(3, np.int32), torch.tensor([1, 3, 9], dtype=torch.int32).expand(3, 2, 3))
+            expected = [1, 3, 9]
+        except PoolExhausted:
+            failures += 1
+            expected = list(range(11))
+        meter.max_bytes = None
+        store.append(last, last[..., :4], torch.full((3, 1), 11, dtype=torch.int32))
+        for b, h in itertools.product(range(3), range(2)):
+            keys, values, positions = store.read(b, h)
+            assert positions.tolist() == [*expected, 11]
+            assert torch.equal(keys[-1], last[b, h, 0]) and torch.equal(values[-1], last[b, h, 0, :4])
+    assert failures > 2

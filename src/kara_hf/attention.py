@@ -111,7 +111,7 @@ def _direct_attention(
 
     if not isinstance(key, CarriedKey):
         return F.scaled_dot_product_attention(
-            _plain(query), key, _plain(value), attn_mask, dropout_p, is_causal, scale=scale
+            _plain(query), key, _plain(value), attn_mask, dropout_p, is_causal, scale=scale, **kwargs
         )
     out, _ = key.layer.attend(
         own,
@@ -161,8 +161,7 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} neither takes its attention function from its config (Transformers' AttentionInterface) nor "
             f"calls scaled_dot_product_attention (attn_implementation={own!r}), so a compressed cache cannot reach "
-            "it; load it with "
-            'attn_implementation="sdpa" if it has that, or use another model class'
+            'it; load it with attn_implementation="sdpa" if it has that, or use another model class'
         )
 
 
@@ -246,17 +245,19 @@ def _attention(own: str) -> AttentionFunction:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         def function(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+            kind: Any = type(module)
+            call = _own_attention(kind, own)
+            if "flash" not in own:
+                return call(module, *args, **kwargs)
             with _named(module, own):
-                kind: Any = type(module)
-                return _own_attention(kind, own)(module, *args, **kwargs)
+                return call(module, *args, **kwargs)
 
         if not isinstance(key, CarriedKey):
             return function(module, query, key, value, attention_mask, **kwargs)
         if own == "sdpa" and kwargs.get("softcap") is not None:
             raise ValueError(
                 f"{type(module).__name__} caps its attention scores (softcap={kwargs['softcap']}), which sdpa does "
-                "not; load the "
-                'model with attn_implementation="eager"'
+                'not; load the model with attn_implementation="eager"'
             )
         return key.layer.attend(
             function, module, query, key.plain, _plain(value), attention_mask, transformed=key.transformed, **kwargs
@@ -268,10 +269,7 @@ def _attention(own: str) -> AttentionFunction:
 @contextlib.contextmanager
 def _named(module: torch.nn.Module, own: str) -> Iterator[None]:
     """Lets the module's config say `own` for a while: flash attention looks its kernel up by that name."""
-    config = getattr(module, "config", None)
-    if "flash" not in own or config is None:
-        yield
-        return
+    config: Any = module.config
     name = config._attn_implementation
     config._attn_implementation = own
     try:

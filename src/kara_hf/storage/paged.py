@@ -103,11 +103,13 @@ class PagedStore:
         needed = -(-(self.lengths + tokens) // self.block_size)
         needed = np.where(needed > self.keys.counts, needed + (needed * HEADROOM).astype(np.int32), needed)
         self.meter.require(self.keys.growth(needed) + self.values.growth(needed))  # both grow or neither does
-        self.keys.grow(needed)
-        self.values.grow(needed)
-        for blocks in (self.keys, self.values):  # a shared last block is about to be written
-            blocks.own(self.lengths // self.block_size, blocks.counts)
-        self._changed()
+        try:
+            self.keys.grow(needed)
+            self.values.grow(needed)
+            for blocks in (self.keys, self.values):  # a shared last block is about to be written
+                blocks.own(self.lengths // self.block_size, blocks.counts)
+        finally:  # pools may have moved before something failed
+            self._changed()
 
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None = None
@@ -131,9 +133,11 @@ class PagedStore:
         first[sequences] = (start // self.block_size)[:, None]
         last = np.zeros_like(self.lengths)
         last[sequences] = -(-(start + count) // self.block_size)[:, None]
-        for blocks in (self.keys, self.values):
-            blocks.own(first, last)
-        self._changed()
+        try:
+            for blocks in (self.keys, self.values):
+                blocks.own(first, last)
+        finally:  # pools may have moved before something failed
+            self._changed()
 
     def keep(self, sequences: np.ndarray, start: np.ndarray, slots: torch.Tensor) -> None:
         count = slots.shape[2]
