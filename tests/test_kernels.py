@@ -1,12 +1,16 @@
 """The ops on paged rows: each against its reference, and against attention written out in float64."""
 
 import importlib
+import itertools
 import math
+import os
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kara_hf.kernels import (
     Rows,
@@ -26,6 +30,8 @@ from kara_hf.kernels import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "shuffled"]
 NAN = float("nan")
+HIDES_ALL = torch.iinfo(torch.int32).max  # how many tokens are hidden from padding
+BITS = {2: torch.int16, 4: torch.int32}
 
 
 def ids(cases):
@@ -37,8 +43,11 @@ def dtype_id(dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------- building
-def make_rows(lengths, *, block_size, dims=(8, 8), dtype=torch.float32, layout="shuffled", room=0, unused=NAN):
-    """Rows of the given `lengths` [B][H] with random tokens, and room for `room` more; other slots hold `unused`.
+def make_rows(
+    lengths, *, block_size, dims=(8, 8), dtype=torch.float32, layout="shuffled", room=0, unused=NAN, metric=False
+):
+    """Rows of the given `lengths` [B][H] with random tokens, and room for `room` more; other slots hold `unused`, and
+    where there is a `metric` NaN in it.
 
     A contiguous layout has row after row in both pools. A shuffled one has blocks anywhere, different for keys and
     values, blocks that nobody uses, and -1 behind the last block of each row.
@@ -61,6 +70,7 @@ def make_rows(lengths, *, block_size, dims=(8, 8), dtype=torch.float32, layout="
     keys, key_table = pool_and_table(dims[0])
     values, value_table = pool_and_table(dims[1])
     positions = torch.full(values.shape[:2], -7, dtype=torch.int32)
+    importance = torch.full(values.shape[:2], NAN)
     for b, row_lengths in enumerate(lengths.tolist()):
         for h, length in enumerate(row_lengths):
             for slot in range(length):
@@ -69,33 +79,59 @@ def make_rows(lengths, *, block_size, dims=(8, 8), dtype=torch.float32, layout="
                 block = value_table[b, h, slot // block_size]
                 values[block, at] = torch.randn(dims[1]).to(dtype)
                 positions[block, at] = 3 * slot + 1
+                importance[block, at] = torch.rand(())
     longest = int(lengths.max())
     uniform = bool((lengths == longest).all())
-    return Rows(keys, values, positions, key_table, value_table, lengths, longest, uniform, layout == "contiguous")
-
-
-def clone(rows):
-    pools = {name: getattr(rows, name).clone() for name in ("keys", "values", "positions")}
-    return replace(rows, **pools)
-
-
-def read_row(rows, b, h, length=None):
-    """Keys [T, Dk], values [T, Dv], positions [T] of one row, slot by slot."""
-    size = rows.block_size
-    slots = range(int(rows.lengths[b, h]) if length is None else length)
-    keys = [rows.keys[rows.key_table[b, h, s // size], s % size] for s in slots]
-    values = [rows.values[rows.value_table[b, h, s // size], s % size] for s in slots]
-    positions = [rows.positions[rows.value_table[b, h, s // size], s % size] for s in slots]
-    return (
-        torch.stack(keys) if keys else rows.keys.new_zeros(0, rows.keys.shape[-1]),
-        torch.stack(values) if values else rows.values.new_zeros(0, rows.values.shape[-1]),
-        torch.stack(positions) if positions else rows.positions.new_zeros(0),
+    return Rows(
+        keys,
+        values,
+        positions,
+        key_table,
+        value_table,
+        lengths,
+        longest,
+        uniform,
+        layout == "contiguous",
+        importance if metric else None,
     )
 
 
+def pools(rows):
+    return [rows.keys, rows.values, rows.positions, *([] if rows.metric is None else [rows.metric])]
+
+
+def clone(rows):
+    metric = None if rows.metric is None else rows.metric.clone()
+    return replace(
+        rows, keys=rows.keys.clone(), values=rows.values.clone(), positions=rows.positions.clone(), metric=metric
+    )
+
+
+def read_row(rows, b, h, length=None):
+    """Keys [T, Dk], values [T, Dv], positions [T] and, where there is one, metric [T] of one row, slot by slot."""
+    size = rows.block_size
+    slots = range(int(rows.lengths[b, h]) if length is None else length)
+    parts = []
+    for pool in pools(rows):
+        table = (rows.key_table if pool is rows.keys else rows.value_table)[b, h]
+        part = [pool[table[s // size], s % size] for s in slots]
+        parts.append(torch.stack(part) if part else pool.new_zeros(0, *pool.shape[2:]))
+    return parts
+
+
+def bounded_loosely(rows):
+    """The same rows, of which the host knows no more than that they fit in their tables."""
+    return replace(rows, max_length=rows.key_table.shape[2] * rows.block_size, uniform=False)
+
+
 def assert_same_pools(got, expected):
-    for name in ("keys", "values", "positions"):
-        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
+    """To the last bit, NaN included."""
+    for got_pool, expected_pool in zip(pools(got), pools(expected), strict=True):
+        assert same_bits(got_pool, expected_pool)
+
+
+def same_bits(one, other):
+    return torch.equal(one.view(BITS[one.itemsize]), other.view(BITS[other.itemsize]))
 
 
 def assert_error_bounded(got, plain, exact):
@@ -160,9 +196,16 @@ ATTEND_CASES = [
 ]
 
 
-def attend_inputs(case, dtype, block_size, layout, unused=6.0):
+def attend_inputs(case, dtype, block_size, layout, unused=6.0, metric=False):
     rows = make_rows(
-        case.lengths, block_size=block_size, dims=case.dims, dtype=dtype, layout=layout, unused=unused, room=2
+        case.lengths,
+        block_size=block_size,
+        dims=case.dims,
+        dtype=dtype,
+        layout=layout,
+        unused=unused,
+        room=2,
+        metric=metric,
     )
     batch, heads = rows.lengths.shape
     query = 2 * torch.randn(batch, heads * case.group, case.new, case.dims[0])
@@ -178,14 +221,13 @@ def attend_inputs(case, dtype, block_size, layout, unused=6.0):
     )
 
 
-def attend_plain(query, rows, dtype, *, scaling, hidden, softcap, sinks):
-    """Attention row by row in plain torch, every step in `dtype`."""
+def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sinks):
+    """(b, hq, which queries see something, what they give each token) in plain torch, every step in `dtype`."""
     batch, query_heads, new, _ = query.shape
     group = query_heads // rows.lengths.shape[1]
-    out = torch.zeros(batch, query_heads, new, rows.values.shape[-1], dtype=dtype)
     for b in range(batch):
         for hq in range(query_heads):
-            keys, values, _ = read_row(rows, b, hq // group)
+            keys, *_ = read_row(rows, b, hq // group)
             order = torch.arange(len(keys))
             unseen = torch.arange(new - 1, -1, -1) if hidden is None else hidden[b]
             mask = order < (len(keys) - unseen)[:, None]
@@ -196,9 +238,38 @@ def attend_plain(query, rows, dtype, *, scaling, hidden, softcap, sinks):
             if sinks is not None:
                 logits = torch.cat([logits, sinks[hq].to(dtype).expand(new, 1)], dim=1)
             seeing = mask.any(1)
-            weights = logits[seeing].softmax(1)[:, : len(keys)]
-            out[b, hq, seeing] = weights @ values.to(dtype)
+            yield b, hq, seeing, logits[seeing].softmax(1)[:, : len(keys)]
+
+
+def attend_plain(query, rows, dtype, **settings):
+    """Attention row by row in plain torch, every step in `dtype`."""
+    group = query.shape[1] // rows.lengths.shape[1]
+    out = torch.zeros(*query.shape[:3], rows.values.shape[-1], dtype=dtype)
+    for b, hq, seeing, weights in plain_weights(query, rows, dtype, **settings):
+        out[b, hq, seeing] = weights @ read_row(rows, b, hq // group)[1].to(dtype)
     return out
+
+
+def observe_plain(query, rows, dtype, observe, **settings):
+    """The metric of every row's tokens, row after row, ``[tokens]``, once these queries are observed, in `dtype`."""
+    batch, heads = rows.lengths.shape
+    group = query.shape[1] // heads
+    metric = [[read_row(rows, b, h)[3].to(dtype) for h in range(heads)] for b in range(batch)]
+    for b, hq, _, weights in plain_weights(query, rows, dtype, **settings):
+        metric[b][hq // group] += (weights**observe).sum(0)
+    return torch.cat([row for sequence in metric for row in sequence])
+
+
+def assert_observed(rows, before, plain, exact):
+    """The metric of `rows` is as `observe_plain` says, and no other slot and no other pool has changed."""
+    got = torch.cat([read_row(rows, b, h)[3] for b, h in itertools.product(*map(range, rows.lengths.shape))])
+    assert_error_bounded(got, plain, exact)
+    stored = torch.zeros_like(rows.metric, dtype=torch.bool)
+    for (b, h), length in zip(itertools.product(*map(range, rows.lengths.shape)), rows.lengths.flatten(), strict=True):
+        for slot in range(length):
+            stored[rows.value_table[b, h, slot // rows.block_size], slot % rows.block_size] = True
+    assert same_bits(rows.metric.masked_fill(stored, 0.0), before.metric.masked_fill(stored, 0.0))
+    assert_same_pools(replace(rows, metric=None), replace(before, metric=None))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -214,8 +285,90 @@ def test_attend(case, dtype, layout):
         assert got.shape == exact.shape and got.dtype == dtype
         assert_error_bounded(got, plain, exact)
         assert_same_pools(rows, before)
+        assert_error_bounded(attend(query, bounded_loosely(rows), **settings), plain, exact)
         if case.new < 50:
             assert_error_bounded(attend_reference(query, rows, **settings), plain, exact)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+def test_attend_observes(case, dtype, layout):
+    """Probabilities are float32 whatever the dtype of the model."""
+    for block_size, (observe, loosely) in itertools.product(case.block_sizes, ((1, True), (2, False))):
+        query, rows, settings = attend_inputs(case, dtype, block_size, layout, metric=True)
+        plain, exact = (
+            observe_plain(query, rows, kind, observe, **settings) for kind in (torch.float32, torch.float64)
+        )
+        observed = clone(bounded_loosely(rows) if loosely else rows)
+        got = attend(query, observed, **settings, observe=observe)
+        assert_observed(observed, rows, plain, exact)
+        outs = [attend_plain(query, rows, kind, **settings) for kind in (dtype, torch.float64)]
+        assert_error_bounded(got, *outs)
+        if case.new < 50:
+            observed = clone(rows)
+            attend_reference(query, observed, **settings, observe=observe)
+            assert_observed(observed, rows, plain, exact)
+
+
+def test_attend_observes_every_step():
+    """Over steps that each store a token, a token's metric is the sum of what all queries since gave it."""
+    rows = make_rows([[0, 0]], block_size=4, room=9, metric=True)
+    queries, keys, values = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    for step in range(9):
+        new = slice(step, step + 1)
+        append(rows, keys[:, :, new], values[:, :, new], torch.tensor([[step]], dtype=torch.int32))
+        rows = replace(rows, lengths=rows.lengths + 1, max_length=step + 1)
+        attend(queries[:, :, new], rows, scaling=0.5, observe=2)
+    logits = queries.double() @ keys.double().repeat_interleave(2, 1).transpose(2, 3) * 0.5
+    weights = logits.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
+    expected = weights.square().sum(2).view(1, 2, 2, 9).sum(2).float()
+    for h in range(2):
+        torch.testing.assert_close(read_row(rows, 0, h)[3], expected[0, h], rtol=1e-5, atol=1e-6)
+
+
+def test_attend_observes_many_queries_in_turns(monkeypatch):
+    case = AttendCase("", [[20, 9], [8, 40]], group=2, new=8, softcap=3.0, sinks=True)
+    query, rows, settings = attend_inputs(case, torch.float32, 4, "shuffled", metric=True)
+    for hidden in (None, torch.tensor([[3, 3, 2, 2, 1, 1, 0, 0], [9] * 8], dtype=torch.int32)):
+        settings |= {"hidden": hidden, "observe": 1}
+        whole, turns = clone(rows), clone(rows)
+        expected = attend(query, whole, **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.import_module("kara_hf.kernels.attend"), "OBSERVED_CHUNK", 3)
+            torch.testing.assert_close(attend(query, turns, **settings), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(turns.metric, whole.metric, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_attend_in_float32_takes_half_precision_in_parts(dtype, monkeypatch):
+    """Whatever the number of tokens that are made float32 at once."""
+    case = AttendCase("", [[20, 9], [8, 40]], group=2, new=2, softcap=3.0, sinks=True)
+    query, rows, settings = attend_inputs(case, dtype, 4, "shuffled", metric=True)
+    exact = attend_plain(query, rows, torch.float64, **settings)
+    metric = observe_plain(query, rows, torch.float64, 2, **settings)
+    monkeypatch.setattr(importlib.import_module("kara_hf.kernels.attend"), "KEY_CHUNK", 7)
+    before = clone(rows)
+    plain = attend_plain(query, rows, dtype, **settings)
+    assert_error_bounded(attend(query, rows, **settings, observe=2), plain, exact)
+    assert_observed(rows, before, metric.float(), metric)
+
+
+def test_attend_observes_contiguous_rows_in_place(monkeypatch):
+    """A decode step over uniform rows gathers nothing, and the metric joins no graph of gradients."""
+    case = AttendCase("", [[9, 9], [9, 9]], group=2)
+    query, rows, settings = attend_inputs(case, torch.float32, 4, "contiguous", metric=True)
+    monkeypatch.setattr(importlib.import_module("kara_hf.kernels.rows"), "gather_rows", None)
+    before = clone(rows)
+    attend(query.requires_grad_(), rows, **settings, observe=2)
+    assert not rows.metric.requires_grad and not torch.equal(rows.in_place[3][:, :, :9], before.in_place[3][:, :, :9])
+
+
+@pytest.mark.parametrize("observe, metric", [(2, False), (0, True), (3, True)])
+def test_attend_refuses_what_it_cannot_observe(observe, metric):
+    rows = make_rows([[3, 3]], block_size=4, metric=metric)
+    with pytest.raises(ValueError, match=f"observe={observe} of rows with.* a metric is not possible; expected 1 or 2"):
+        attend(torch.zeros(1, 2, 1, 8), rows, scaling=1.0, observe=observe)
 
 
 @pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
@@ -250,7 +403,7 @@ def test_attend_against_torch(group, new):
     for b in range(2):
         for h in range(2):
             length = int(rows.lengths[b, h])
-            keys[b, h, :length], values[b, h, :length], _ = read_row(rows, b, h)
+            keys[b, h, :length], values[b, h, :length], *_ = read_row(rows, b, h)
             for s in range(new):
                 mask[b, h, s, : length - (new - 1 - s)] = True
     spread = [part.repeat_interleave(group, dim=1) for part in (keys, values, mask)]
@@ -320,9 +473,15 @@ APPEND_CASES = [
 ]
 
 
-def append_inputs(case, dtype, block_size, layout):
+def append_inputs(case, dtype, block_size, layout, metric=False):
     rows = make_rows(
-        case.lengths, block_size=block_size, dims=case.dims, dtype=dtype, layout=layout, room=max(case.new, 1)
+        case.lengths,
+        block_size=block_size,
+        dims=case.dims,
+        dtype=dtype,
+        layout=layout,
+        room=max(case.new, 1),
+        metric=metric,
     )
     batch, heads = rows.lengths.shape
     keys = torch.randn(batch, heads, case.new, case.dims[0]).to(dtype)
@@ -339,25 +498,26 @@ def append_inputs(case, dtype, block_size, layout):
 @pytest.mark.parametrize("case", APPEND_CASES, ids=ids(APPEND_CASES))
 def test_append(case, dtype, layout):
     """Every slot of the pools is as the reference leaves it, those nobody writes included."""
-    for block_size in (1, 4, 16):
-        rows, *new = append_inputs(case, dtype, block_size, layout)
+    for block_size, metric in itertools.product((1, 4, 16), (False, True)):
+        rows, *new = append_inputs(case, dtype, block_size, layout, metric)
         expected = clone(rows)
         append_reference(expected, *new)
-        append(rows, *new)
+        append(bounded_loosely(rows) if block_size == 4 else rows, *new)
         assert_same_pools(rows, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", APPEND_CASES, ids=ids(APPEND_CASES))
 def test_append_reads_back(case, layout):
-    """Old tokens in front, real new ones behind, in order."""
-    rows, keys, values, positions, real = append_inputs(case, torch.float32, 4, layout)
+    """Old tokens in front, real new ones behind, in order; those are of no importance yet."""
+    rows, keys, values, positions, real = append_inputs(case, torch.float32, 4, layout, metric=True)
     old = clone(rows)
     append(rows, keys, values, positions, real)
     for b in range(rows.lengths.shape[0]):
         chosen = slice(None) if real is None else real[b]
         for h in range(rows.lengths.shape[1]):
             added = (keys[b, h, chosen], values[b, h, chosen], positions[b, chosen])
+            added += (torch.zeros(len(added[2])),)
             length = int(rows.lengths[b, h]) + len(added[2])
             for got, before, extra in zip(read_row(rows, b, h, length), read_row(old, b, h), added, strict=True):
                 assert torch.equal(got, torch.cat([before, extra]))
@@ -377,7 +537,10 @@ def test_append_needs_no_block_for_padding():
 # -------------------------------------------------------------------------------------------------------------- compact
 @dataclass(frozen=True)
 class CompactCase:
-    """keep: how many survive at or behind each sequence's start."""
+    """keep: how many tokens at or behind each sequence's start move to `start` and the slots behind it.
+
+    idle: how many entries that move nothing stand between the moves, which are then in no order.
+    """
 
     name: str
     lengths: list
@@ -385,6 +548,7 @@ class CompactCase:
     start: list
     keep: int
     dims: tuple = (8, 8)
+    idle: int = 0
 
 
 COMPACT_CASES = [
@@ -396,58 +560,61 @@ COMPACT_CASES = [
     CompactCase("out-of-order-sequences", [[30, 30], [9, 9], [50, 50]], [2, 0], [20, 3], 10, (24, 16)),
     CompactCase("ragged-heads", [[30, 21], [9, 9]], [0], [4], 17, (24, 16)),
     CompactCase("no-sequence", [[5, 5]], [], [], 2),
+    CompactCase("some-idle", [[30, 21], [12, 60]], [1, 0], [2, 0], 9, (24, 16), idle=5),
+    CompactCase("all-idle", [[0, 5], [1, 0]], [0, 1], [0, 0], 0, idle=3),
 ]
 
 
-def compact_inputs(case, dtype, block_size, layout):
-    rows = make_rows(case.lengths, block_size=block_size, dims=case.dims, dtype=dtype, layout=layout)
-    slots = torch.zeros(len(case.sequences), rows.lengths.shape[1], case.keep, dtype=torch.int32)
+def compact_inputs(case, dtype, block_size, layout, metric=False):
+    rows = make_rows(case.lengths, block_size=block_size, dims=case.dims, dtype=dtype, layout=layout, metric=metric)
+    shape = len(case.sequences), rows.lengths.shape[1], case.keep + case.idle
+    source, target = torch.full(shape, -9, dtype=torch.int32), torch.full(shape, -1, dtype=torch.int32)
     for i, (b, start) in enumerate(zip(case.sequences, case.start, strict=True)):
-        for h in range(slots.shape[1]):
+        for h in range(shape[1]):
             chosen = torch.randperm(int(rows.lengths[b, h]) - start)[: case.keep].sort().values
-            slots[i, h] = start + chosen
-    sequences = torch.tensor(case.sequences, dtype=torch.int64)
-    return rows, sequences, torch.tensor(case.start, dtype=torch.int32), slots
+            entries = torch.randperm(shape[2])[: case.keep] if case.idle else slice(None)
+            source[i, h, entries] = (start + chosen).to(torch.int32)
+            target[i, h, entries] = start + torch.arange(case.keep, dtype=torch.int32)
+    return rows, torch.tensor(case.sequences, dtype=torch.int64), source, target
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", COMPACT_CASES, ids=ids(COMPACT_CASES))
 def test_compact(case, dtype, layout):
-    for block_size in (1, 4, 16):
-        rows, sequences, start, slots = compact_inputs(case, dtype, block_size, layout)
+    for block_size, metric in itertools.product((1, 4, 16), (False, True)):
+        rows, *moves = compact_inputs(case, dtype, block_size, layout, metric)
         expected = clone(rows)
-        compact_reference(expected, sequences, start, slots)
-        compact(rows, sequences, start, slots)
+        compact_reference(expected, *moves)
+        compact(rows, *moves)
         assert_same_pools(rows, expected)
 
 
 @pytest.mark.parametrize("case", COMPACT_CASES, ids=ids(COMPACT_CASES))
 def test_compact_reads_back(case):
-    """Key, value and position of every survivor move together; what lies in front and other rows do not change."""
-    rows, sequences, start, slots = compact_inputs(case, torch.float32, 4, "shuffled")
+    """All there is of a token moves together; slots that nothing moves to and other rows do not change."""
+    rows, sequences, source, target = compact_inputs(case, torch.float32, 4, "shuffled", metric=True)
     old = clone(rows)
-    compact(rows, sequences, start, slots)
+    compact(rows, sequences, source, target)
     for b in range(rows.lengths.shape[0]):
         for h in range(rows.lengths.shape[1]):
             before = read_row(old, b, h)
-            if b not in case.sequences:
-                pairs = zip(read_row(rows, b, h), before, strict=True)
-            else:
+            order = torch.arange(len(before[0]))
+            if b in case.sequences:
                 i = case.sequences.index(b)
-                order = torch.cat([torch.arange(case.start[i]), slots[i, h].long()])
-                pairs = ((got, was[order]) for got, was in zip(read_row(rows, b, h, len(order)), before, strict=True))
-            for got, expected in pairs:
-                assert torch.equal(got, expected)
+                moved = target[i, h] >= 0
+                order[target[i, h][moved].long()] = source[i, h][moved].long()
+            for got, was in zip(read_row(rows, b, h), before, strict=True):
+                assert torch.equal(got, was[order])
 
 
 def test_compact_reads_all_before_it_writes():
-    """Survivors that move backwards over each other, in an order of the caller's."""
-    rows = make_rows([[8]], block_size=4)
+    """Tokens that move over each other, in an order of the caller's."""
+    rows = make_rows([[8]], block_size=4, metric=True)
     old = read_row(rows, 0, 0)
     order = [7, 0, 6, 1, 5, 2, 4, 3]
-    slots = torch.tensor([[order]], dtype=torch.int32)
-    compact(rows, torch.tensor([0]), torch.tensor([0], dtype=torch.int32), slots)
+    source, target = torch.tensor([[order]], dtype=torch.int32), torch.arange(8, dtype=torch.int32)[None, None]
+    compact(rows, torch.tensor([0]), source, target)
     for got, was in zip(read_row(rows, 0, 0), old, strict=True):
         assert torch.equal(got, was[order])
 
@@ -542,3 +709,83 @@ def test_gather_rows_and_slot_index(block_size, layout):
             flat = slot_index(rows.value_table[b : b + 1, h : h + 1], slots, block_size)
             assert flat.dtype == torch.int64
             assert torch.equal(rows.positions.flatten()[flat[0, 0]], positions)
+
+
+# ---------------------------------------------------------------------------------------------------------------- drawn
+@st.composite
+def drawn_rows(draw, room=0):
+    """Rows of any lengths in blocks anywhere. What nobody stored is NaN for kernels, which do not read it."""
+    heads = draw(st.integers(1, 3))
+    length = st.one_of(st.integers(0, 5), st.integers(0, 80))
+    lengths = draw(st.lists(st.lists(length, min_size=heads, max_size=heads), min_size=1, max_size=3))
+    torch.manual_seed(draw(st.integers(0, 9999)))
+    dtype = draw(st.sampled_from([torch.float32, torch.float16]))
+    sizes = draw(st.sampled_from([(8, 8), (24, 16), (80, 80)]))
+    block_size = draw(st.sampled_from([1, 4, 16, 32]))
+    unused = NAN if os.environ.get("KARA_BACKEND") == "triton" else 6.0
+    return make_rows(
+        lengths,
+        block_size=block_size,
+        dims=sizes,
+        dtype=dtype,
+        layout=draw(st.sampled_from(LAYOUTS)),
+        room=room,
+        unused=unused,
+        metric=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=15)
+@given(rows=drawn_rows(room=6), new=st.integers(1, 6), group=st.integers(1, 5), padded=st.booleans(), data=st.data())
+def test_drawn_append_and_attend(rows, new, group, padded, data):
+    """A step as a cache takes it: new tokens are stored, then seen by their own queries."""
+    (batch, heads), dtype = rows.lengths.shape, rows.keys.dtype
+    keys = torch.randn(batch, new, heads, rows.keys.shape[-1]).to(dtype).transpose(1, 2)
+    values = torch.randn(batch, new, heads, rows.values.shape[-1]).to(dtype).transpose(1, 2)
+    positions = torch.randint(0, 999, (batch, new), dtype=torch.int32)
+    marks = st.lists(st.booleans(), min_size=new, max_size=new)
+    real = torch.tensor(data.draw(st.lists(marks, min_size=batch, max_size=batch))) if padded else None
+    expected = clone(rows)
+    append_reference(expected, keys, values, positions, real)
+    append(rows, keys, values, positions, real)
+    assert_same_pools(rows, expected)
+
+    count = torch.full((batch, 1), new) if real is None else real.sum(1, keepdim=True)
+    lengths = (rows.lengths + count).to(torch.int32)
+    room = rows.key_table.shape[2] * rows.block_size
+    rows = replace(rows, lengths=lengths, max_length=data.draw(st.integers(int(lengths.max()), room)), uniform=False)
+    query = torch.randn(batch, heads * group, new, rows.keys.shape[-1]).to(dtype)
+    hidden = None
+    if real is not None:
+        hidden = (count - real.cumsum(1)).to(torch.int32).masked_fill(~real, HIDES_ALL)
+    asked = {"scaling": query.shape[-1] ** -0.5, "hidden": hidden, "softcap": None, "sinks": None}
+    exact = attend_plain(query, rows, torch.float64, **asked)
+    before, tolerance = clone(rows), 1e-5 if dtype == torch.float32 else 4e-3
+    observe = None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2]))
+    got = attend(query, rows, **asked, observe=observe)
+    torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
+    if observe is None:
+        assert_same_pools(rows, before)
+    else:
+        metrics = [observe_plain(query, before, kind, observe, **asked) for kind in (torch.float32, torch.float64)]
+        assert_observed(rows, before, *metrics)
+
+
+@settings(max_examples=15)
+@given(rows=drawn_rows(), entries=st.integers(0, 40), data=st.data())
+def test_drawn_compact(rows, entries, data):
+    """Any moves in any order, over each other too, in any sequences, between entries that move nothing."""
+    sequences = data.draw(st.lists(st.sampled_from(range(len(rows.lengths))), unique=True))
+    shape = len(sequences), rows.lengths.shape[1], entries
+    source, target = (torch.randint(-5, 0, shape, dtype=torch.int32) for _ in range(2))
+    for i, b in enumerate(sequences):
+        for h in range(shape[1]):
+            length = int(rows.lengths[b, h])
+            order = torch.randperm(entries)[: int(torch.randint(0, min(length, entries) + 1, ()))]
+            for slots in (source, target):
+                slots[i, h, order] = torch.randperm(length, dtype=torch.int32)[: len(order)]
+    moves = torch.tensor(sequences, dtype=torch.int64), source, target
+    expected = clone(rows)
+    compact_reference(expected, *moves)
+    compact(rows, *moves)
+    assert_same_pools(rows, expected)

@@ -64,14 +64,15 @@ def assert_same_content(store, oracle):
 
 
 def tensors_of(holder, seen=None):
-    """Every tensor reachable from an object's attributes, each once."""
+    """Every tensor reachable from an object's attributes; of several that share memory the largest."""
     seen = {} if seen is None else seen
     if isinstance(holder, torch.Tensor):
-        seen[id(holder)] = holder
+        place = holder.untyped_storage().data_ptr()
+        seen[place] = max(seen.get(place, holder), holder, key=lambda tensor: tensor.nbytes)
     elif isinstance(holder, list | tuple):
         for each in holder:
             tensors_of(each, seen)
-    elif type(holder).__module__.startswith("kara_hf.storage") and not isinstance(holder, MemoryMeter):
+    elif type(holder).__module__.startswith("kara_hf.") and not isinstance(holder, MemoryMeter):
         for each in vars(holder).values():
             tensors_of(each, seen)
     return seen

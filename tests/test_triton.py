@@ -7,34 +7,35 @@ below. bfloat16 is left to GPUs, because the interpreter computes it wrongly.
 
 import math
 import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_kernels import (
+    HIDES_ALL,
     NAN,
     AttendCase,
     assert_error_bounded,
-    assert_same_pools,
+    assert_observed,
     attend_inputs,
     attend_plain,
+    bounded_loosely,
     clone,
     dtype_id,
     make_rows,
+    observe_plain,
 )
 
 from kara_hf.kernels import (
-    append,
-    append_reference,
     attend,
     attend_reference,
-    compact,
-    compact_reference,
+    backend,
     merge,
     merge_reference,
     window_scores,
@@ -55,11 +56,12 @@ def run(*arguments, **environment):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["test_kernels.py", "-k", "test_attend and not bfloat16 and not contiguous and not chunk"],
+        ["test_kernels.py", "-k", "test_attend and not observes and not bfloat16 and not contiguous and not chunk"],
+        ["test_kernels.py", "-k", "test_attend_observes and not bfloat16 and not contiguous and not chunk"],
         ["test_kernels.py", "-k", "not test_attend and not bfloat16 and not contiguous"],
         ["test_triton.py", "-o", "python_functions=check_*"],
     ],
-    ids=["attend", "other-ops", "checks"],
+    ids=["attend", "observe", "other-ops", "checks"],
 )
 def test_interpreted(arguments):
     pytest.importorskip("triton", reason="triton is not installed")
@@ -69,21 +71,105 @@ def test_interpreted(arguments):
 
 
 # ------------------------------------------------------------------------------------------------------ which code runs
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Makes a stand-in for a tensor on a GPU of the given kind, on a machine that has none."""
+    remembering = (backend._missing, backend._warn_once)
+
+    def make(capability=(9, 0), dtype=torch.float16, cuda="13.0"):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+
+    monkeypatch.delenv("KARA_BACKEND", raising=False)
+    for function in remembering:
+        function.cache_clear()
+    yield make
+    for function in remembering:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("asked", [None, "", "auto", "triton"])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=dtype_id)
+def test_a_gpu_runs_kernels(on_gpu, asked, capability, dtype, monkeypatch, recwarn):
+    pytest.importorskip("triton", reason="triton is not installed")
+    tensor = on_gpu(capability, dtype)
+    if asked is not None:
+        monkeypatch.setenv("KARA_BACKEND", asked)
+    assert backend.use_triton(tensor, 192, 128)
+    monkeypatch.setenv("KARA_BACKEND", "reference")
+    assert not backend.use_triton(tensor, 192, 128) and not recwarn
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """triton: the version that is installed, None for none; error: of KARA_BACKEND=triton."""
+
+    name: str
+    reason: str
+    gpu: dict = field(default_factory=dict)
+    head_size: int = 64
+    triton: str | None = "3.6.0"
+    error: type = RuntimeError
+
+
+OBSTACLES = [
+    Obstacle("no-triton", "triton is not installed; pip install triton", triton=None),
+    Obstacle("old-triton", "triton 3.5.1 is older than 3.6; pip install -U triton", triton="3.5.1"),
+    Obstacle("old-gpu", "its kernels need compute capability 8.0", {"capability": (7, 5)}),
+    Obstacle("not-nvidia", "its kernels are made for NVIDIA GPUs", {"cuda": None}),
+    Obstacle("dtype", "no kernel is made for torch.float64", {"dtype": torch.float64}, error=ValueError),
+    Obstacle("head-size", "no kernel is made for heads of size 576", head_size=576, error=ValueError),
+]
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda obstacle: obstacle.name)
+def test_a_gpu_that_cannot_run_a_kernel_warns_once(on_gpu, obstacle, monkeypatch, recwarn):
+    module = None if obstacle.triton is None else SimpleNamespace(__version__=obstacle.triton)
+    monkeypatch.setitem(sys.modules, "triton", module)
+    tensor = on_gpu(**obstacle.gpu)
+    for _ in range(3):
+        assert not backend.use_triton(tensor, obstacle.head_size)
+    (warning,) = recwarn
+    assert obstacle.reason in str(warning.message) and "KARA_BACKEND=reference" in str(warning.message)
+    monkeypatch.setenv("KARA_BACKEND", "triton")
+    with pytest.raises(obstacle.error, match=f"KARA_BACKEND=triton, but {re.escape(obstacle.reason)}"):
+        backend.use_triton(tensor, obstacle.head_size)
+
+
+def test_every_reason_is_told(on_gpu):
+    pytest.importorskip("triton", reason="triton is not installed")
+    for size in (300, 576):
+        with pytest.warns(UserWarning, match=f"heads of size {size}"):
+            assert not backend.use_triton(on_gpu(), size)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
+def test_what_is_on_no_gpu_is_left_to_plain_torch_silently(device, monkeypatch, recwarn):
+    monkeypatch.setenv("KARA_BACKEND", "auto")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert not backend.use_triton(SimpleNamespace(device=torch.device(device), dtype=torch.float64), 999)
+    assert not recwarn
+
+
 def test_a_backend_that_is_not_known_is_refused(monkeypatch):
     monkeypatch.setenv("KARA_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="KARA_BACKEND='cuda' is not known; set it to 'reference' or 'triton'"):
+    with pytest.raises(ValueError, match="KARA_BACKEND='cuda' is not known; set it to 'auto', 'reference' or 'triton'"):
         window_scores(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), scaling=1.0)
 
 
-@pytest.mark.parametrize("chosen", [None, "", "reference"])
-def test_plain_torch_needs_no_triton(chosen):
-    """Also on a machine that has none."""
-    code = (
-        "import sys; sys.modules['triton'] = None; import torch; from kara_hf.kernels import window_scores; "
-        "print(window_scores(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), scaling=1.0).tolist())"
+@pytest.mark.parametrize("chosen", [None, "", "auto", "reference"])
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "no-triton"])
+def test_plain_torch_needs_no_triton(chosen, installed):
+    """Also on a machine that has none; where there is one, it is not even imported."""
+    code = ("" if installed else "import sys; sys.modules['triton'] = None; ") + (
+        "import sys, torch; from kara_hf.kernels import window_scores; "
+        "print(window_scores(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), scaling=1.0).tolist()); "
+        "assert sys.modules.get('triton') is None"
     )
     done = run("-c", code, **({} if chosen is None else {"KARA_BACKEND": chosen}))
-    assert done.stdout == "[[[0.5, 0.5]]]\n", done.stderr
+    assert done.stdout == "[[[0.5, 0.5]]]\n" and done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["no-interpreter", "no-triton"])
@@ -97,6 +183,20 @@ def test_kernels_that_cannot_run_are_not_replaced(installed):
     done = run("-c", code, KARA_BACKEND="triton")
     remedy = "TRITON_INTERPRET=1 on a CPU" if installed else "pip install triton"
     assert done.returncode == 1 and "RuntimeError: KARA_BACKEND=triton, but" in done.stderr and remedy in done.stderr
+
+
+def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
+    """A model may lie on several; the current one is whichever the program chose."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from kara_hf.kernels.triton_.common import on_its_device
+
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    on_second = SimpleNamespace(device=torch.device("cuda", 1))
+    rows = replace(make_rows([[1]], block_size=4), keys=on_second)
+    for first in (on_second, rows, torch.zeros(1)):
+        assert on_its_device(lambda first, number, *, double: number * double)(first, 3, double=2) == 6
+    assert entered == [on_second.device] * 2
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -117,19 +217,45 @@ def check_attend(sizes, dtype):
         query = query.transpose(1, 2).contiguous().transpose(1, 2)
         exact = attend_plain(query, rows, torch.float64, **settings)
         plain = attend_plain(query, rows, dtype, **settings)
-        for splits in (1, 4):
-            got = attend_split(query, rows, **settings, splits=splits)
+        for splits, loosely in ((1, False), (4, True)):
+            bound = bounded_loosely(rows) if loosely else rows
+            got = attend_split(query, bound, **settings, splits=splits)
             assert got.dtype == dtype and got.transpose(1, 2).is_contiguous()
             assert_error_bounded(got, plain, exact)
+
+
+@HALF_AND_SINGLE
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def check_attend_observes(sizes, dtype):
+    """As above; slots behind a row's tokens and slots of no row are NaN in the metric too, and stay what they are."""
+    from kara_hf.kernels.triton_.attend import attend as attend_split
+
+    p = sizes[2]
+    decode = AttendCase("", [[0, 1], [p - 1, p + 1], [p, 2 * p + 5]], group=3, dims=sizes[:2])
+    hidden = [[HIDES_ALL, 1, 0], [HIDES_ALL, p, 0], [2, 1, 0]]
+    for case, observe in ((decode, 2), (replace(decode, new=3, hidden=hidden, softcap=3.0, sinks=True), 1)):
+        query, rows, settings = attend_inputs(case, dtype, p, "shuffled", unused=NAN, metric=True)
+        exact = attend_plain(query, rows, torch.float64, **settings)
+        plain = attend_plain(query, rows, dtype, **settings)
+        metrics = [observe_plain(query, rows, kind, observe, **settings) for kind in (torch.float32, torch.float64)]
+        for splits, loosely in ((1, False), (4, True)):
+            observed = clone(bounded_loosely(rows) if loosely else rows)
+            got = attend_split(query, observed, **settings, splits=splits, observe=observe)
+            assert_error_bounded(got, plain, exact)
+            assert_observed(observed, rows, *metrics)
 
 
 @pytest.mark.parametrize("group", [1, 7, 40, 71])
 def check_attend_any_group(group):
     """Also where the query heads of a row are more than a tile."""
     case = AttendCase("", [[0, 37]], group=group, dims=(16, 16), sinks=True)
-    query, rows, settings = attend_inputs(case, torch.float32, 16, "shuffled", unused=NAN)
+    query, rows, settings = attend_inputs(case, torch.float32, 16, "shuffled", unused=NAN, metric=True)
     exact = attend_plain(query, rows, torch.float64, **settings)
-    assert_error_bounded(attend(query, rows, **settings), attend_reference(query, rows, **settings), exact)
+    before = clone(rows)
+    plain = attend_reference(query, rows, **settings)
+    assert_error_bounded(attend(query, rows, **settings, observe=2), plain, exact)
+    metrics = [observe_plain(query, before, kind, 2, **settings) for kind in (torch.float32, torch.float64)]
+    assert_observed(rows, before, *metrics)
 
 
 @pytest.mark.parametrize("x", [1e-6, 0.01, 0.2, 0.26, 1.0, 20.0, 200.0])
@@ -171,63 +297,6 @@ def check_window_scores(shape, causal, dtype):
         op(queries, keys, scaling=size**-0.5, causal=causal) for op in (window_scores, window_scores_reference)
     )
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-
-
-@st.composite
-def drawn_rows(draw, room=0):
-    """Rows of any lengths in blocks anywhere; what nobody stored is NaN."""
-    heads = draw(st.integers(1, 3))
-    length = st.one_of(st.integers(0, 5), st.integers(0, 80))
-    lengths = draw(st.lists(st.lists(length, min_size=heads, max_size=heads), min_size=1, max_size=3))
-    torch.manual_seed(draw(st.integers(0, 9999)))
-    dtype = draw(st.sampled_from([torch.float32, torch.float16]))
-    sizes = draw(st.sampled_from([(8, 8), (24, 16), (80, 80)]))
-    block_size = draw(st.sampled_from([1, 4, 16, 32]))
-    return make_rows(lengths, block_size=block_size, dims=sizes, dtype=dtype, room=room)
-
-
-@settings(max_examples=15)
-@given(rows=drawn_rows(room=6), new=st.integers(1, 6), group=st.integers(1, 5), padded=st.booleans(), data=st.data())
-def check_drawn_append_and_attend(rows, new, group, padded, data):
-    """A step as a cache takes it: new tokens are stored, then seen by their own queries."""
-    (batch, heads), dtype = rows.lengths.shape, rows.keys.dtype
-    keys = torch.randn(batch, new, heads, rows.keys.shape[-1]).to(dtype).transpose(1, 2)
-    values = torch.randn(batch, new, heads, rows.values.shape[-1]).to(dtype).transpose(1, 2)
-    positions = torch.randint(0, 999, (batch, new), dtype=torch.int32)
-    marks = st.lists(st.booleans(), min_size=new, max_size=new)
-    real = torch.tensor(data.draw(st.lists(marks, min_size=batch, max_size=batch))) if padded else None
-    expected = clone(rows)
-    append_reference(expected, keys, values, positions, real)
-    append(rows, keys, values, positions, real)
-    assert_same_pools(rows, expected)
-
-    count = torch.full((batch, 1), new) if real is None else real.sum(1, keepdim=True)
-    lengths = (rows.lengths + count).to(torch.int32)
-    rows = replace(rows, lengths=lengths, max_length=int(lengths.max()), uniform=False)
-    query = torch.randn(batch, heads * group, new, rows.keys.shape[-1]).to(dtype)
-    hidden = None if real is None else (count - real.cumsum(1)).to(torch.int32)
-    asked = {"scaling": 0.3, "hidden": hidden}
-    exact = attend_plain(query, rows, torch.float64, **asked, softcap=None, sinks=None)
-    assert_error_bounded(attend(query, rows, **asked), attend_reference(query, rows, **asked), exact)
-
-
-@settings(max_examples=15)
-@given(rows=drawn_rows(room=1), data=st.data())
-def check_drawn_compact(rows, data):
-    """Any survivors in any order, in any sequences."""
-    shortest = int(rows.lengths.min(1).values.min())
-    sequences = data.draw(st.lists(st.sampled_from(range(len(rows.lengths))), unique=True))
-    keep = data.draw(st.integers(0, shortest))
-    start = [data.draw(st.integers(0, shortest - keep)) for _ in sequences]
-    slots = torch.zeros(len(sequences), rows.lengths.shape[1], keep, dtype=torch.int32)
-    for i, b in enumerate(sequences):
-        for h in range(slots.shape[1]):
-            slots[i, h] = start[i] + torch.randperm(int(rows.lengths[b, h]) - start[i])[:keep]
-    moved = torch.tensor(sequences, dtype=torch.int64), torch.tensor(start, dtype=torch.int32), slots
-    expected = clone(rows)
-    compact_reference(expected, *moved)
-    compact(rows, *moved)
-    assert_same_pools(rows, expected)
 
 
 def check_dtypes_are_not_cast_silently():

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kara_hf.kernels.triton_ import append, attend, compact, configs, merge, window_scores
+from kara_hf.kernels.triton_ import append, attend, compact, configs, merge, observe, window_scores
 
 TARGETS = (80, 90)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -24,15 +24,16 @@ MAX_SHARED = 99 * 1024  # what a program may have on every GPU of compute capabi
 
 # Pointers whose type is not the model's; everything else that has no default here is a 32-bit integer.
 POINTERS = {
-    **dict.fromkeys(["key_table", "value_table", "lengths", "hidden", "real_before", "start", "slots"], "*i32"),
+    **dict.fromkeys(["key_table", "value_table", "lengths", "hidden", "real_before", "source", "target"], "*i32"),
     **dict.fromkeys(["positions", "new_positions", "held_positions"], "*i32"),
-    **dict.fromkeys(["sinks", "parts", "lse", "totals", "scores"], "*fp32"),
+    **dict.fromkeys(["metric", "held_metric", "parts", "lse", "observed", "totals", "scores"], "*fp32"),
     "sequences": "*i64",
     "scaling": "fp32",
     "softcap": "fp32",
 }
-SIZES = ("block_size", "key_size", "value_size", "size")
-OF_THE_MODEL = {"query", "queries", "keys", "values", "out", "new_keys", "new_values", "held_keys", "held_values"}
+SIZES = ("block_size", "key_size", "value_size", "size", "width")
+OF_THE_MODEL = {"query", "queries", "keys", "values", "sinks", "out", "new_keys", "new_values"}
+OF_THE_MODEL |= {"held_keys", "held_values"}
 
 
 def compiled(kernel, dtype, target, constants):
@@ -62,26 +63,72 @@ def resources(binary, directory):
     return used["REG"], used["STACK"] + used["LOCAL"], binary.metadata.shared
 
 
+def variants(**absent):
+    """(name, constants) for every set of the named optional arguments: absent ones are None."""
+    for given in itertools.product((True, False), repeat=len(absent)):
+        chosen = dict(zip(absent, given, strict=True))
+        missing = itertools.chain.from_iterable(absent[name] for name in absent if not chosen[name])
+        yield "-".join(name for name in absent if chosen[name]) or "bare", dict.fromkeys(missing)
+
+
+def attend_variants(dtype):
+    """(name, whether it is observed, constants) of attend: with every feature of a model and with none.
+
+    The two half precisions share their configurations and the variants between them, to save time.
+    """
+    every, bare = {"SOFTCAP": True}, {"SOFTCAP": False, "hidden": None, "sinks": None}
+    if dtype != torch.bfloat16:
+        yield "bare", False, bare
+        yield "every-observed", True, every
+    if dtype != torch.float16:
+        yield "every", False, every
+        yield "bare-observed", True, bare
+
+
 def shipped():
-    """(id, kernel, dtype, constants) of all there is; what has products with every feature of a model and with none."""
-    for dtype, every in itertools.product(configs.DTYPES, (True, False)):
-        name = f"{TYPES[dtype]}-{'every' if every else 'plain'}"
+    """(id, kernel, dtype, constants) of all there is."""
+    for dtype in configs.DTYPES:
+        kind = TYPES[dtype]
         for sizes, rows in itertools.product(configs.PAIRS, (configs.FEW, configs.FEW + 1)):
-            constants = configs.attend_config(dtype, *sizes, rows) | {"SOFTCAP": every}
-            constants |= {} if every else {"hidden": None, "sinks": None}
-            yield f"attend-{sizes[0]}-{sizes[1]}-{rows}-{name}", attend.attend_kernel, dtype, constants
+            for name, observed, constants in attend_variants(dtype):
+                constants = constants | configs.attend_config(dtype, *sizes, rows, observed)
+                constants |= {} if observed else {"observed": None, "totals": None}
+                yield f"attend-{sizes[0]}-{sizes[1]}-{rows}-{kind}-{name}", attend.attend_kernel, dtype, constants
         for size in configs.PADS:
-            constants = configs.score_config(dtype, size) | {"SOFTCAP": every, "CAUSAL": every}
-            for kernel in (window_scores.query_totals_kernel, window_scores.key_means_kernel):
-                yield f"{kernel.__name__}-{size}-{name}", kernel, dtype, constants
-            yield f"compact-{size}-{name}", compact.compact_kernel, dtype, configs.copy_config(size) | {"GATHER": every}
-            if every:
-                yield f"append-{size}-{name}", append.append_kernel, dtype, configs.copy_config(size)
-                yield f"merge-{size}-{name}", merge.merge_kernel, dtype, configs.merge_config(size)
+            for every in (True, False):
+                constants = configs.score_config(dtype, size) | {"SOFTCAP": every, "CAUSAL": every}
+                for kernel in (window_scores.query_totals_kernel, window_scores.key_means_kernel):
+                    yield f"{kernel.__name__}-{size}-{kind}-{every}", kernel, dtype, constants
+            for name, constants in variants(sinks=["sinks"], totals=["totals"]):
+                constants |= configs.merge_config(size)
+                yield f"merge-{size}-{kind}-{name}", merge.merge_kernel, dtype, constants
+            if dtype == torch.float16:  # what only moves elements of one size is the same code
+                continue
+            for name, constants in variants(padding=["real_before"], metric=["metric"]):
+                constants |= configs.copy_config(size)
+                yield f"append-{size}-{kind}-{name}", append.append_kernel, dtype, constants
+            for gather, (name, constants) in itertools.product(
+                (True, False), variants(metric=["metric", "held_metric"])
+            ):
+                constants = constants | configs.copy_config(size) | {"GATHER": gather}
+                yield f"compact-{size}-{kind}-{name}-{gather}", compact.compact_kernel, dtype, constants
+    for square, (name, constants) in itertools.product((True, False), variants(hidden=["hidden"])):
+        constants = constants | configs.OBSERVE | {"SQUARE": square}
+        yield f"observe-{name}-{square}", observe.observe_kernel, torch.float32, constants
+
+
+def with_ones():
+    """The first case of every kernel with one KV head, and one query head to it: Triton makes constants of ones."""
+    seen = set()
+    for name, kernel, dtype, constants in shipped():
+        ones = {"heads", "group"} & set(kernel.arg_names)
+        if kernel not in seen and ones:
+            seen.add(kernel)
+            yield f"{name}-ones", kernel, dtype, constants | dict.fromkeys(ones, 1)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", [pytest.param(case[1:], id=case[0]) for case in shipped()])
+@pytest.mark.parametrize("case", [pytest.param(case[1:], id=case[0]) for case in [*shipped(), *with_ones()]])
 def test_fits(case, target, tmp_path):
     registers, spilled, shared = resources(compiled(*case[:2], target, case[2]), tmp_path)
     print(f"registers {registers}, spilled {spilled}, shared {shared}")

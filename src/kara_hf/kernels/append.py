@@ -1,6 +1,7 @@
 """append: write new tokens behind the last stored token of their rows.
 
-    rows       Rows, modified in place: keys, values, positions (not lengths: the store counts)
+    rows       Rows, modified in place: keys, values, positions, and the metric, which starts at 0 (not lengths: the
+               store counts)
     keys       [B, H, S, Dk]  new keys, dtype of the pool
     values     [B, H, S, Dv]  new values
     positions  [B, S] int32   true position of each new token
@@ -44,6 +45,8 @@ def append_reference(
                 rows.keys[key_block, slot % size] = keys[b, h, s]
                 rows.values[value_block, slot % size] = values[b, h, s]
                 rows.positions[value_block, slot % size] = positions[b, s]
+                if rows.metric is not None:
+                    rows.metric[value_block, slot % size] = 0.0
                 slot += 1
 
 
@@ -62,8 +65,11 @@ def append(
 
     new = keys.shape[2]
     if real is None and rows.uniform and rows.contiguous:
-        for place, source in zip(rows.in_place, (keys, values, positions[:, None]), strict=True):
+        *places, metric = rows.in_place
+        for place, source in zip(places, (keys, values, positions[:, None]), strict=True):
             place.narrow(2, rows.max_length, new).copy_(source)
+        if metric is not None:
+            metric.narrow(2, rows.max_length, new).zero_()
         return
 
     heads = keys.shape[1]
@@ -82,3 +88,5 @@ def append(
     rows.keys.flatten(0, 1)[where_key] = keys.flatten(0, 2)[chosen]
     rows.values.flatten(0, 1)[where_value] = values.flatten(0, 2)[chosen]
     rows.positions.flatten()[where_value] = positions[:, None].expand(-1, heads, -1).reshape(-1)[chosen]
+    if rows.metric is not None:
+        rows.metric.flatten()[where_value] = 0.0

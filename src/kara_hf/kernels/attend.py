@@ -7,18 +7,26 @@
     scaling   factor on q.k
     softcap   c: logits become c * tanh(logits / c) (Gemma-2); None: left alone
     sinks     [Hq] or None: a learned logit per query head that takes probability and gives no value (gpt-oss)
+    observe   1, 2 or None: each token's metric, in place, gains the sum over the G query heads of its row and the S
+              queries of probability ** observe (KV-Compress, arXiv 2410.00161), sinks included in the normaliser
 
-Returns ``[B, Hq, S, Dv]`` in the query's dtype. A query that sees no token gets zeros. Nothing is modified.
-Softmax and accumulation are float32. Shapes that do not fit raise ValueError.
+Returns ``[B, Hq, S, Dv]`` in the query's dtype. A query that sees no token gets zeros, and adds nothing to any metric.
+Nothing is modified but what `observe` asks for; rows that are observed own their value blocks. Softmax and accumulation
+are float32. Shapes that do not fit, and `observe` without a metric or of another value, raise ValueError.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .append import slot_index
 from .backend import use_triton
 from .rows import Rows, gather_rows
 
 QUERY_CHUNK = 256  # queries handled at once, so that a long new turn does not build an S x T mask
+OBSERVED_CHUNK = 32  # queries observed at once: their probabilities of all tokens lie in memory
+KEY_CHUNK = 1024  # half-precision tokens that are float32 at once
 
 
 def attend_reference(
@@ -29,6 +37,7 @@ def attend_reference(
     hidden: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    observe: int | None = None,
 ) -> torch.Tensor:
     """One query at a time, float32; the specification of `attend`."""
     batch, query_heads, new, _ = query.shape
@@ -49,7 +58,12 @@ def attend_reference(
                     logits = softcap * torch.tanh(logits / softcap)
                 if sinks is not None:
                     logits = torch.cat([logits, sinks[hq : hq + 1].float()])
-                out[b, hq, s] = (logits.softmax(0)[:seen] @ values[:seen]).to(out.dtype)
+                probability = logits.softmax(0)[:seen]
+                out[b, hq, s] = (probability @ values[:seen]).to(out.dtype)
+                if observe is not None and rows.metric is not None:
+                    slots = torch.arange(seen)
+                    blocks = rows.value_table[b, h, slots // rows.block_size]
+                    rows.metric[blocks, slots % rows.block_size] += probability**observe
     return out
 
 
@@ -61,6 +75,7 @@ def attend(
     hidden: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    observe: int | None = None,
 ) -> torch.Tensor:
     """Attention of the newest tokens over everything their rows store; see the module's contract."""
     batch, query_heads, new, key_dim = query.shape
@@ -70,26 +85,35 @@ def attend(
             f"query of shape {tuple(query.shape)} does not fit rows of {rows.lengths.shape[0]} sequences, {heads} KV "
             f"heads and key size {rows.keys.shape[-1]}; expected [B, G * H, S, Dk]"
         )
+    if observe is not None and (observe not in (1, 2) or rows.metric is None):
+        raise ValueError(
+            f"observe={observe!r} of rows {'without' if rows.metric is None else 'with'} a metric is not possible; "
+            "expected 1 or 2 and rows with a metric, or None"
+        )
     if rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
+    settings: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+    if observe is not None and new > OBSERVED_CHUNK:
+        hidden = _behind(query) if hidden is None else hidden
+        chunks = zip(query.split(OBSERVED_CHUNK, 2), hidden.split(OBSERVED_CHUNK, 1), strict=True)
+        return torch.cat([attend(q, rows, hidden=h, observe=observe, **settings) for q, h in chunks], 2)
     if use_triton(query, key_dim, rows.values.shape[-1]):
         from .triton_.attend import attend as attend_triton
 
-        return attend_triton(query, rows, scaling=scaling, hidden=hidden, softcap=softcap, sinks=sinks)
+        return attend_triton(query, rows, hidden=hidden, observe=observe, **settings)
 
     keys, values = rows.dense()
-    if new == 1 and hidden is None and rows.uniform:
-        return attend_masked(query, keys, values, None, scaling, softcap, sinks)
-
+    if hidden is None and not (new == 1 and rows.uniform):  # else every query sees all there is
+        hidden = _behind(query)
+    if observe is not None:
+        weights = _probabilities(query, keys, None if hidden is None else _seen(rows, hidden), **settings)
+        _add_to_metric(rows, (weights.detach() ** observe).sum((2, 3)))
+        return _weighted(weights, values, query.dtype)
     if hidden is None:
-        hidden = torch.arange(new - 1, -1, -1, device=query.device, dtype=torch.int32).expand(batch, new)
-    slots = torch.arange(rows.max_length, device=query.device, dtype=torch.int32)
-    parts = []
-    for start in range(0, new, QUERY_CHUNK):
-        chunk = slice(start, start + QUERY_CHUNK)
-        mask = slots < (rows.lengths[:, :, None] - hidden[:, None, chunk])[..., None]
-        parts.append(attend_masked(query[:, :, chunk], keys, values, mask, scaling, softcap, sinks))
-    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        return attend_masked(query, keys, values, None, **settings)
+    chunks = zip(query.split(QUERY_CHUNK, 2), hidden.split(QUERY_CHUNK, 1), strict=True)
+    parts = [attend_masked(q, keys, values, _seen(rows, h), **settings) for q, h in chunks]
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
 def attend_masked(
@@ -105,30 +129,87 @@ def attend_masked(
 
     `mask` ``[B, 1 or H, S, T]`` bool says what is seen, None means everything. The rest as in the module's contract.
     """
+    if softcap is not None or sinks is not None:
+        return _weighted(_probabilities(query, keys, mask, scaling, softcap, sinks), values, query.dtype)
     batch, query_heads, new, _ = query.shape
-    heads, value_dim = keys.shape[1], values.shape[-1]
+    heads = keys.shape[1]
     group = query_heads // heads
     # The G query heads of a group become rows of one matrix, so that each key is read once for all of them.
     grouped = query.reshape(batch, heads, group * new, -1)
     if mask is not None:
         mask = mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
-    if softcap is None and sinks is None:
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    else:
-        logits = grouped.float() @ keys.float().transpose(-1, -2) * scaling
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, float("-inf"))
-        peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        if sinks is not None:
-            sink = sinks.float().view(1, heads, group, 1).expand(batch, -1, -1, new).reshape(batch, heads, -1, 1)
-            peak = torch.maximum(peak, sink)
-        weights = torch.exp(logits - peak)
-        total = weights.sum(-1, keepdim=True)
-        if sinks is not None:
-            total = total + torch.exp(sink - peak)
-        out = ((weights / total) @ values.float()).to(query.dtype)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
     if mask is not None:  # a query that sees nothing gets zeros, whatever the backend made of it
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return out.reshape(batch, query_heads, new, value_dim)
+    return out.reshape(batch, query_heads, new, -1)
+
+
+def _probabilities(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What part of its attention each query gives each token, ``[B, H, G, S, T]`` float32.
+
+    Arguments as in `attend_masked`. A query that sees nothing gives nothing.
+    """
+    batch, query_heads, new, _ = query.shape
+    heads = keys.shape[1]
+    group = query_heads // heads
+    grouped = query.float().reshape(batch, heads, group * new, -1)
+    products = [grouped @ part.float().transpose(-1, -2) for part in _parts(keys)]
+    logits = torch.cat(products, -1) if len(products) > 1 else products[0]
+    logits = logits.view(batch, heads, group, new, -1) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
+    weights = logits.softmax(-1)
+    if sinks is not None:  # e^l / (sum + e^sink) is the softmax times sum / (sum + e^sink)
+        sink = sinks.float().view(heads, group, 1, 1)
+        weights = weights * torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sink)
+    if mask is not None:
+        weights = weights.masked_fill(~mask[:, :, None].any(-1, keepdim=True), 0.0)
+    return weights
+
+
+def _weighted(weights: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum of `values` weighted as `_probabilities` says: ``[B, Hq, S, Dv]``."""
+    parts = _parts(values)
+    shares = weights.flatten(2, 3).split([part.shape[2] for part in parts], -1)
+    out = torch.stack([share @ part.float() for share, part in zip(shares, parts, strict=True)]).sum(0)
+    return out.to(dtype).reshape(weights.shape[0], -1, weights.shape[3], values.shape[-1])
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`tensor` ``[B, H, T, D]`` in parts that are made float32 one at a time: no float32 copy of all is held."""
+    return tensor.split(KEY_CHUNK, 2) if tensor.itemsize < 4 else (tensor,)
+
+
+def _behind(query: torch.Tensor) -> torch.Tensor:
+    """`hidden` of plain causal order."""
+    batch, _, new, _ = query.shape
+    return torch.arange(new - 1, -1, -1, device=query.device, dtype=torch.int32).expand(batch, new)
+
+
+def _seen(rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
+    """Which tokens each query sees, ``[B, H, S, max_length]`` bool."""
+    slots = torch.arange(rows.max_length, device=hidden.device, dtype=torch.int32)
+    return slots < (rows.lengths[:, :, None] - hidden[:, None])[..., None]
+
+
+def _add_to_metric(rows: Rows, received: torch.Tensor) -> None:
+    """Adds to every token's metric what it `received`, ``[B, H, max_length]``, which is 0 where there is no token."""
+    assert rows.metric is not None
+    if rows.contiguous:
+        metric = rows.in_place[3]
+        assert metric is not None
+        metric.narrow(2, 0, rows.max_length).add_(received)
+        return
+    slots = torch.arange(rows.max_length, device=received.device, dtype=torch.int32)
+    stored = slots < rows.lengths[..., None]
+    where = slot_index(rows.value_table, slots.expand(received.shape), rows.block_size)[stored]
+    rows.metric.flatten()[where] += received[stored]

@@ -1,10 +1,12 @@
-"""Which code runs an op: plain torch, or with ``KARA_BACKEND=triton`` in the environment its Triton kernel.
+"""Which code runs an op: its Triton kernel on a GPU that can run it, else plain torch.
 
-The kernels agree with their references under Triton's interpreter and compile for sm_80 and sm_90 without spills, but
-no GPU has run them yet. Until one has, they run only where they are asked for.
+``KARA_BACKEND=reference`` chooses plain torch everywhere, ``KARA_BACKEND=triton`` the kernels or an error. The kernels
+agree with their references under Triton's interpreter and compile for sm_80 and sm_90 without spills; no GPU has run
+them yet.
 """
 
 import os
+import warnings
 from functools import lru_cache
 
 import torch
@@ -17,23 +19,37 @@ OLDEST_GPU = (8, 0)
 def use_triton(tensor: torch.Tensor, *head_sizes: int) -> bool:
     """Whether the Triton kernel runs an op on `tensor`, with heads of `head_sizes`.
 
+    Left to choose, a GPU that cannot run the kernel warns once of each reason and runs plain torch.
+
     Raises:
-        ValueError: ``KARA_BACKEND`` is neither "reference" nor "triton", or asks for kernels of another dtype or size.
+        ValueError: ``KARA_BACKEND`` is none of "auto", "reference" and "triton", or asks for kernels of another dtype
+            or size.
         RuntimeError: ``KARA_BACKEND=triton`` cannot be had here.
     """
-    asked = os.environ.get("KARA_BACKEND") or "reference"
+    asked = os.environ.get("KARA_BACKEND") or "auto"
     if asked == "reference":
         return False
-    if asked != "triton":
-        raise ValueError(f"KARA_BACKEND={asked!r} is not known; set it to 'reference' or 'triton', or unset it")
-    if missing := _no_triton() or _not_on(tensor.device):
-        raise RuntimeError(f"KARA_BACKEND=triton, but {missing}")
-    if unfit := _unfit(tensor.dtype, max(head_sizes)):
-        raise ValueError(f"KARA_BACKEND=triton, but {unfit}; unset it or set it to 'reference'")
-    return True
+    if asked not in ("auto", "triton"):
+        raise ValueError(f"KARA_BACKEND={asked!r} is not known; set it to 'auto', 'reference' or 'triton', or unset it")
+    if asked == "auto" and tensor.device.type != "cuda":
+        return False
+    missing = _missing(tensor.device)
+    reason = missing or _unfit(tensor.dtype, max(head_sizes))
+    if reason is None:
+        return True
+    if asked == "auto":
+        _warn_once(reason)
+        return False
+    error = RuntimeError if missing else ValueError
+    raise error(f"KARA_BACKEND=triton, but {reason}. KARA_BACKEND=reference chooses plain torch")
 
 
 @lru_cache
+def _missing(device: torch.device) -> str | None:
+    """What kernels on `device` lack, and the remedy."""
+    return _no_triton() or _not_on(device)
+
+
 def _no_triton() -> str | None:
     try:
         import triton
@@ -44,7 +60,6 @@ def _no_triton() -> str | None:
     return None
 
 
-@lru_cache
 def _not_on(device: torch.device) -> str | None:
     if device.type != "cuda":
         import triton
@@ -61,7 +76,16 @@ def _not_on(device: torch.device) -> str | None:
 
 def _unfit(dtype: torch.dtype, head_size: int) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"no kernel is made for {dtype}"
+        return f"no kernel is made for {dtype}; float16, bfloat16 and float32 have one"
     if head_size > MAX_HEAD_SIZE:
         return f"no kernel is made for heads of size {head_size}, more than {MAX_HEAD_SIZE}"
     return None
+
+
+@lru_cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"kara_hf runs plain torch on a GPU instead of Triton kernels: {reason}. KARA_BACKEND=reference chooses plain "
+        "torch without this warning.",
+        stacklevel=3,
+    )

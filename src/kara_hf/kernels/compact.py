@@ -1,12 +1,11 @@
-"""compact: move the survivors of some rows together.
+"""compact: move tokens of some rows to other slots.
 
-    rows       Rows, modified in place: keys, values, positions of the named sequences from slot `start` on
-    sequences  [b] int64     which sequences
-    start      [b] int32     first logical slot that is written
-    slots      [b, H, n] int32   logical slots that survive, read before anything is written; slot i of the result
-               is ``start + i``
+    rows       Rows, modified in place: keys, values, positions and metric of the slots that are moved to
+    sequences  [b] int64         which sequences
+    source     [b, H, n] int32   logical slots that are read, all of them before anything is written
+    target     [b, H, n] int32   logical slots that get what those had; negative: no move here, and `source` is anything
 
-Blocks that are written must be owned by one row alone. Lengths are the store's to set. n = 0 writes nothing.
+The targets of a row are different slots, in blocks that it alone owns. Lengths are the store's to set.
 """
 
 import torch
@@ -16,43 +15,31 @@ from .backend import use_triton
 from .rows import Rows
 
 
-def compact_reference(rows: Rows, sequences: torch.Tensor, start: torch.Tensor, slots: torch.Tensor) -> None:
+def compact_reference(rows: Rows, sequences: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
     """One token at a time; the specification of `compact`."""
     size = rows.block_size
+    tables = (rows.key_table, *[rows.value_table] * len(rows.value_parts))
     for index, b in enumerate(sequences.tolist()):
-        for h in range(slots.shape[1]):
-            read = []
-            for slot in slots[index, h].tolist():
-                key_block, value_block = (
-                    int(rows.key_table[b, h, slot // size]),
-                    int(rows.value_table[b, h, slot // size]),
-                )
-                at = slot % size
-                token = (rows.keys[key_block, at], rows.values[value_block, at], rows.positions[value_block, at])
-                read.append([part.clone() for part in token])
-            for slot, (key, value, position) in enumerate(read, start=int(start[index])):
-                key_block, value_block = (
-                    int(rows.key_table[b, h, slot // size]),
-                    int(rows.value_table[b, h, slot // size]),
-                )
-                rows.keys[key_block, slot % size] = key
-                rows.values[value_block, slot % size] = value
-                rows.positions[value_block, slot % size] = position
+        for h in range(source.shape[1]):
+            moves = list(zip(source[index, h].tolist(), target[index, h].tolist(), strict=True))
+            for pool, table in zip((rows.keys, *rows.value_parts), tables, strict=True):
+                read = [pool[table[b, h, old // size], old % size].clone() if new >= 0 else None for old, new in moves]
+                for (_, new), part in zip(moves, read, strict=True):
+                    if part is not None:
+                        pool[table[b, h, new // size], new % size] = part
 
 
-def compact(rows: Rows, sequences: torch.Tensor, start: torch.Tensor, slots: torch.Tensor) -> None:
-    """Moves surviving tokens of the named sequences to consecutive slots; see the module's contract."""
+def compact(rows: Rows, sequences: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Moves tokens of the named sequences within their rows; see the module's contract."""
     if use_triton(rows.keys, rows.keys.shape[-1], rows.values.shape[-1]):
         from .triton_.compact import compact as compact_triton
 
-        return compact_triton(rows, sequences, start, slots)
+        return compact_triton(rows, sequences, source, target)
 
-    target = start[:, None, None] + torch.arange(slots.shape[2], device=slots.device, dtype=slots.dtype)
-    target = target.expand_as(slots)
-    for table, pools in ((rows.key_table, (rows.keys,)), (rows.value_table, (rows.values, rows.positions))):
+    moved = target >= 0
+    for table, pools in ((rows.key_table, (rows.keys,)), (rows.value_table, rows.value_parts)):
         chosen = table.index_select(0, sequences)
-        source = slot_index(chosen, slots, rows.block_size).reshape(-1)
-        destination = slot_index(chosen, target, rows.block_size).reshape(-1)
+        here, there = (slot_index(chosen, slots.clamp(min=0), rows.block_size)[moved] for slots in (source, target))
         for pool in pools:
             flat = pool.flatten(0, 1)
-            flat[destination] = flat[source]
+            flat[there] = flat[here]

@@ -21,10 +21,12 @@ class Rows:
         key_table: block ids, ``[B, H, M]`` int32; entries past a row's last block are -1.
         value_table: block ids, ``[B, H, M]`` int32; as ``key_table``.
         lengths: tokens stored in each row, ``[B, H]`` int32.
-        max_length: the largest length, known without asking the device.
-        uniform: whether every row has ``max_length`` tokens.
+        max_length: upper bound of the lengths, at most ``M * P``, known without asking the device. No result depends
+            on it: a CUDA graph replays a step with one bound for many lengths.
+        uniform: whether every row has exactly ``max_length`` tokens.
         contiguous: whether the blocks of the rows lie one after the other in both pools, row after row, ``M`` each, so
             that a row can be read in place.
+        metric: running importance of the token in every value slot, ``[Nv, P]`` float32; None where none is kept.
     """
 
     keys: torch.Tensor
@@ -36,21 +38,29 @@ class Rows:
     max_length: int
     uniform: bool
     contiguous: bool
+    metric: torch.Tensor | None = None
 
     @property
     def block_size(self) -> int:
         return self.keys.shape[1]
 
     @cached_property
-    def in_place(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys, values and positions of contiguous rows as views of the pools, ``[B, H, M * P, ...]``."""
+    def in_place(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Keys, values, positions and metric of contiguous rows as views of the pools, ``[B, H, M * P, ...]``."""
         batch, heads, blocks = self.key_table.shape
         used, slots = batch * heads * blocks, blocks * self.block_size
-        keys, values, positions = (
-            pool.narrow(0, 0, used).view(batch, heads, slots, *pool.shape[2:])
-            for pool in (self.keys, self.values, self.positions)
-        )
-        return keys, values, positions
+
+        def view(pool: torch.Tensor) -> torch.Tensor:
+            return pool.narrow(0, 0, used).view(batch, heads, slots, *pool.shape[2:])
+
+        metric = None if self.metric is None else view(self.metric)
+        return view(self.keys), view(self.values), view(self.positions), metric
+
+    @property
+    def value_parts(self) -> tuple[torch.Tensor, ...]:
+        """The pools that the value table leads to: values, positions and, where there is one, the metric."""
+        beside = () if self.metric is None else (self.metric,)
+        return self.values, self.positions, *beside
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``[B, H, max_length, Dk]`` and values; in place where rows are contiguous, else gathered.
@@ -58,7 +68,7 @@ class Rows:
         Slots past a row's own length hold anything.
         """
         if self.contiguous:
-            keys, values, _ = self.in_place
+            keys, values, _, _ = self.in_place
             return keys.narrow(2, 0, self.max_length), values.narrow(2, 0, self.max_length)
         return (
             gather_rows(self.keys, self.key_table, self.max_length),

@@ -12,6 +12,12 @@ import torch
 from .meter import MemoryMeter
 
 
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of `array` on the device, for which the host does not wait."""
+    tensor = torch.tensor(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Blocks:
     """Pools of N blocks with P slots each, shared out to the rows of B sequences and H heads.
 
@@ -75,15 +81,19 @@ class Blocks:
         self.counts = counts
         self._set_table(table)
 
-    def shrink(self, counts: np.ndarray, slack: float = 0.125) -> None:
-        """Gives back the blocks past `counts` ``[B, H]`` once more than `slack` of the pool is unused.
+    def shrink(self, counts: np.ndarray, slack: float) -> None:
+        """Gives back the blocks past `counts` ``[B, H]`` once more than `slack` blocks of the pool are unused.
 
         Until then rows keep them for the tokens to come: where blocks lie does not change, and rows stay contiguous.
         """
         unused = self.free_blocks + int((self.counts - counts).sum())
-        if unused > slack * self.held_blocks:
-            self._assign(np.where(np.arange(self._host.shape[2]) < counts[..., None], self._host, -1))
+        if unused > slack:
+            self.give_back(counts)
             self._relayout(self.counts)
+
+    def give_back(self, counts: np.ndarray) -> None:
+        """Makes the blocks past `counts` ``[B, H]`` free for other rows."""
+        self._assign(np.where(np.arange(self._host.shape[2]) < counts[..., None], self._host, -1))
 
     def fork(self, index: np.ndarray, counts: np.ndarray) -> None:
         """Makes sequence i a reference to what sequence ``index[i]`` has in its first `counts` ``[B, H]`` blocks."""
@@ -148,7 +158,7 @@ class Blocks:
         return taken
 
     def _ids(self, ids: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(ids.astype(np.int64)).to(self.device)
+        return upload(ids.astype(np.int64), self.device)
 
     def _widened(self, columns: int) -> np.ndarray:
         table = np.full((*self.counts.shape, max(columns, self._host.shape[2])), -1, np.int32)
@@ -164,9 +174,13 @@ class Blocks:
 
     def _set_table(self, table: np.ndarray) -> None:
         self._host = np.ascontiguousarray(table[..., : int(self.counts.max(initial=0))])
-        if self._table_device is not None:
-            self.meter.drop(self._table_device)
-        self._table_device = self.meter.count(torch.from_numpy(self._host).to(self.device))
+        fresh = upload(self._host, self.device)
+        if self._table_device is not None and self._table_device.shape == fresh.shape:
+            self._table_device.copy_(fresh)
+        else:
+            if self._table_device is not None:
+                self.meter.drop(self._table_device)
+            self._table_device = self.meter.count(fresh)
         self.contiguous = bool((self._host.reshape(-1) == np.arange(self._host.size)).all())
 
     def _relayout(self, counts: np.ndarray, spare: int = 0) -> None:

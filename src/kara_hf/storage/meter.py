@@ -14,21 +14,24 @@ class MemoryMeter:
 
     Attributes:
         held: bytes held now, unused room included.
+        lent: those of them that the cap does not count, because the model made them and they are about to go.
         peak: the most bytes held at any moment, old and new copy of a growing pool counted together.
-        max_bytes: cap on `held`, or None.
+        max_bytes: cap on `held` without `lent`, or None.
     """
 
     def __init__(self, max_bytes: int | None = None):
         self.max_bytes = max_bytes
         self.held = 0
+        self.lent = 0
         self.peak = 0
 
     def require(self, more: int) -> None:
         """Raises `PoolExhausted` if holding `more` bytes in addition would pass the cap."""
-        if more > 0 and self.max_bytes is not None and self.held + more > self.max_bytes:
+        held = self.held - self.lent
+        if more > 0 and self.max_bytes is not None and held + more > self.max_bytes:
             raise PoolExhausted(
-                f"the cache holds {self.held} bytes and needs {more} more, past max_bytes={self.max_bytes}; raise "
-                "max_bytes, lower retention or window, or shorten the batch or the prompt"
+                f"the cache holds {held} bytes and needs {more} more, past max_bytes={self.max_bytes}; raise "
+                "max_bytes, lower retention, window or max_cache_tokens, or shorten the batch or the prompt"
             )
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -40,6 +43,18 @@ class MemoryMeter:
         self.held += tensor.nbytes
         self.peak = max(self.peak, self.held)
         return tensor
+
+    def borrow(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Counts a tensor of the model, outside the cap, and returns it; a view of something larger is copied."""
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()
+        self.lent += tensor.nbytes
+        return self.count(tensor)
+
+    def hand_back(self, tensor: torch.Tensor) -> None:
+        """Stops counting a borrowed tensor; the caller lets go of it."""
+        self.lent -= tensor.nbytes
+        self.drop(tensor)
 
     def drop(self, tensor: torch.Tensor) -> None:
         """Stops counting `tensor`; the caller lets go of it."""

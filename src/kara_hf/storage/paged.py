@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from ..kernels import Rows, append, compact, gather_rows, slot_index
-from .blocks import Blocks
+from .blocks import Blocks, upload
 from .meter import MemoryMeter
 
+SLACK = 1 / 8  # share of a pool that may be unused before it is given back
 HEADROOM = 1 / 32  # blocks reserved ahead, as a share of a row's blocks: bounds both unused memory and copying
 
 
@@ -23,11 +24,22 @@ class Store(Protocol):
         """Makes room for `tokens` more in every row. Raises `PoolExhausted` and changes nothing that is stored."""
 
     def append(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None = None
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        real: torch.Tensor | None = None,
+        *,
+        looks: bool = True,
     ) -> None:
-        """Stores new tokens: `keys` ``[B, H, S, Dk]``, `values` ``[B, H, S, Dv]``, `positions` and `real` ``[B,
-        S]``.
+        """Stores new tokens: `keys` ``[B, H, S, Dk]``, `values` ``[B, H, S, Dv]``, `positions` and `real` ``[B, S]``.
+
+        Without `looks`, `real` is not read back from the device: `lengths` count every new token as real, and are upper
+        bounds until `look`.
         """
+
+    def look(self) -> np.ndarray:
+        """Makes `lengths` exact again, and returns by how much each sequence's was too large, ``[B]``."""
 
     def unshare(self, sequences: np.ndarray, start: np.ndarray, count: int) -> None:
         """Copies the blocks that `count` slots from `start` ``[b]`` on share with other sequences.
@@ -62,6 +74,11 @@ class PagedStore:
         device: of everything but the host's tables.
         block_size: P.
         meter: counts every byte.
+        metric: whether every slot has a running importance, float32. Sequences then never share blocks, because each
+            adds to its own.
+        tight: whether blocks are neither reserved beyond what is asked for nor kept beyond one of each row.
+        steady: whether `rows` stay as they are, bound for bound, while there is `room`, so that a CUDA graph can be
+            replayed on them.
     """
 
     def __init__(
@@ -73,19 +90,28 @@ class PagedStore:
         device: torch.device,
         block_size: int,
         meter: MemoryMeter,
+        metric: bool = False,
+        tight: bool = False,
+        steady: bool = False,
     ):
         self.block_size, self.meter, self.device = block_size, meter, device
+        self.tight, self.steady = tight, steady
         key, value, position = ((sizes[0],), dtype), ((sizes[1],), dtype), ((), torch.int32)
+        beside = [position, ((), torch.float32)] if metric else [position]
         self.keys = Blocks(rows, block_size, [key], device, meter)
-        self.values = Blocks(rows, block_size, [value, position], device, meter)
-        self._lengths = torch.zeros(rows, dtype=torch.int32)
+        self.values = Blocks(rows, block_size, [value, *beside], device, meter)
+        self.shares = not metric
+        self.room = 0  # tokens that every row can take before anything has to be arranged
+        self.lengths = np.zeros(rows, np.int32)
+        self._exact = True
         self._rows: Rows | None = None
         self._changed()
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens stored in each row, ``[B, H]`` int32; a view that can be written."""
-        return self._lengths.numpy()
+    def paged_bytes(self) -> int:
+        """Bytes in blocks, tables and lengths."""
+        blocks = sum(b.held_blocks * b.block_bytes + b.table.nbytes for b in (self.keys, self.values))
+        return blocks + self.rows().lengths.nbytes
 
     @property
     def token_bytes(self) -> int:
@@ -98,10 +124,11 @@ class PagedStore:
         return self._rows
 
     def reserve(self, tokens: int) -> None:
-        if tokens <= self._room:
+        if tokens <= self.room:
             return
         needed = -(-(self.lengths + tokens) // self.block_size)
-        needed = np.where(needed > self.keys.counts, needed + (needed * HEADROOM).astype(np.int32), needed)
+        if not self.tight:
+            needed = np.where(needed > self.keys.counts, needed + (needed * HEADROOM).astype(np.int32), needed)
         self.meter.require(self.keys.growth(needed) + self.values.growth(needed))  # both grow or neither does
         try:
             self.keys.grow(needed)
@@ -112,21 +139,47 @@ class PagedStore:
             self._changed()
 
     def append(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None = None
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        real: torch.Tensor | None = None,
+        *,
+        looks: bool = True,
     ) -> None:
         new = keys.shape[2]
         self.reserve(new)
         rows = self.rows()
         append(rows, keys, values, positions, real)
-        if real is None:
-            self._lengths += new
-            if rows.lengths is not self._lengths:
-                rows.lengths += new
-            rows.max_length += new
-            self._room -= new
+        if real is None or not looks:
+            rows.lengths += new if real is None else real.sum(1, keepdim=True, dtype=torch.int32)
+            rows.uniform &= real is None
+            self._exact &= real is None
+            self.count(new)
         else:
-            self._lengths += real.sum(1, keepdim=True, dtype=torch.int32).cpu()
+            self.look()
+            self.lengths += real.sum(1, keepdim=True, dtype=torch.int32).cpu().numpy()
             self._changed()
+
+    def count(self, new: int) -> None:
+        """The host's part of `append`: counts `new` tokens more in every row, and at least as many real ones."""
+        self.lengths = self.lengths + new
+        self.room -= new
+        if not self.steady:
+            self.rows().max_length += new
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What a decode step reads and writes."""
+        rows = self.rows()
+        return *self.keys.pools, *self.values.pools, rows.key_table, rows.value_table, rows.lengths
+
+    def look(self) -> np.ndarray:
+        if self._exact:
+            return np.zeros(len(self.lengths), np.int32)
+        assumed, self.lengths = self.lengths, self.rows().lengths.cpu().numpy().copy()
+        self._exact = True
+        self._changed()
+        return (assumed - self.lengths)[:, 0]
 
     def unshare(self, sequences: np.ndarray, start: np.ndarray, count: int) -> None:
         first = np.full_like(self.lengths, np.iinfo(np.int32).max)
@@ -142,52 +195,128 @@ class PagedStore:
     def keep(self, sequences: np.ndarray, start: np.ndarray, slots: torch.Tensor) -> None:
         count = slots.shape[2]
         self.unshare(sequences, start, count)
-        index = torch.from_numpy(sequences.astype(np.int64)).to(self.device)
-        begin = torch.from_numpy(start.astype(np.int32)).to(self.device)
-        compact(self.rows(), index, begin, slots.to(torch.int32))
+        compact(self.rows(), self._index(sequences), slots.to(torch.int32), self.slots(start, count))
         self.lengths[sequences] = (start + count)[:, None].astype(np.int32)
         self._fit()
 
+    def fill(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        metric: torch.Tensor,
+        kept: torch.Tensor,
+        ahead: int,
+    ) -> None:
+        """Fills the empty store with the tokens that each row keeps of a prompt, in their order.
+
+        Args:
+            keys: ``[B, H, S, Dk]``.
+            values: ``[B, H, S, Dv]``.
+            positions: ``[B, S]`` int32.
+            metric: ``[B, H, S]`` float32.
+            kept: ``[B, H, S]`` bool.
+            ahead: tokens for which every row gets room beyond.
+
+        Raises:
+            PoolExhausted: there is no room under the cap; the store is still empty.
+        """
+        self.meter.require(self.fill_bytes(kept, ahead))
+        lengths = kept.sum(2, dtype=torch.int32).cpu().numpy()
+        blocks = -(-(lengths + ahead) // self.block_size)
+        self.keys.grow(blocks)
+        self.values.grow(blocks)
+        self.lengths = lengths
+        self._changed()
+        slots = (kept.cumsum(2, dtype=torch.int32) - 1).clamp(min=0)
+        where_key = slot_index(self.keys.table, slots, self.block_size)[kept]
+        where_value = slot_index(self.values.table, slots, self.block_size)[kept]
+        self.keys.pools[0].flatten(0, 1)[where_key] = keys[kept]
+        parts = (values, positions[:, None].expand(kept.shape), metric)
+        for pool, part in zip(self.values.pools, parts, strict=False):  # without a metric in the store, none is kept
+            pool.flatten(0, 1)[where_value] = part[kept]
+
+    def fill_bytes(self, kept: torch.Tensor, ahead: int) -> int:
+        """Bytes that `fill` takes."""
+        blocks = -(-(kept.sum(2, dtype=torch.int32).cpu().numpy() + ahead) // self.block_size)
+        return self.keys.growth(blocks) + self.values.growth(blocks)
+
+    def ranked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Metric and true position of every slot, ``[B, H, N]``; behind a row's length anything."""
+        _, positions, metric = self.values.pools
+        longest = int(self.lengths.max(initial=0))
+        return gather_rows(metric, self.values.table, longest), gather_rows(positions, self.values.table, longest)
+
+    def add_metric(self, sequence: int, head: int, metric: torch.Tensor) -> None:
+        """Adds to the metric of one row, ``[T]`` float32 in slot order."""
+        slots = torch.arange(len(metric), dtype=torch.int32, device=self.device)[None, None]
+        row = self.values.table[sequence : sequence + 1, head : head + 1]
+        self.values.pools[2].view(-1)[slot_index(row, slots, self.block_size)[0, 0]] += metric
+
+    def evict(self, source: torch.Tensor, target: torch.Tensor, lengths: np.ndarray) -> None:
+        """Moves tokens of every row from slots `source` to `target` ``[B, H, M]`` int32, where it is not negative, and
+        keeps the first `lengths` ``[B, H]`` slots.
+        """
+        if source.shape[2]:
+            everyone = torch.arange(len(lengths), device=self.device)
+            compact(self.rows(), everyone, source.to(torch.int32), target.to(torch.int32))
+        self.lengths = lengths.astype(np.int32)
+        self._fit()
+
+    def trim(self) -> None:
+        """Gives back every block that holds no token."""
+        for blocks in (self.keys, self.values):
+            blocks.shrink(self._used(), 0)
+        self._changed()
+
     def crop(self, tokens: np.ndarray) -> None:
-        self._lengths -= torch.from_numpy(tokens[:, None].astype(np.int32))
+        self.look()
+        self.lengths -= tokens[:, None].astype(np.int32)
         self._fit()
 
     def fork(self, index: np.ndarray) -> None:
+        self.look()
         self.meter.require(self.fork_bytes(index))
         used = self._used()
-        for blocks in (self.keys, self.values):
-            blocks.fork(index, used)
-        self._lengths = torch.from_numpy(self.lengths[index])
-        self._changed()
+        self.lengths = self.lengths[index]
+        try:
+            for blocks in (self.keys, self.values):
+                blocks.fork(index, used)
+                if not self.shares:
+                    blocks.own(np.zeros_like(self.lengths), blocks.counts)
+        finally:
+            self._changed()
 
     def fork_bytes(self, index: np.ndarray) -> int:
-        """Bytes that `fork` takes, for tables and lengths."""
-        tables = sum(
-            blocks.table_bytes(self._used()[index]) - blocks.table.nbytes for blocks in (self.keys, self.values)
-        )
-        return tables + self.lengths[index].nbytes - self.lengths.nbytes
+        """Bytes that `fork` takes: for tables and lengths, and for blocks where sequences do not share them."""
+        used, pools = self._used()[index], (self.keys, self.values)
+        tables = sum(blocks.table_bytes(used) - blocks.table.nbytes for blocks in pools)
+        copies = 0 if self.shares else sum(max(0, int(used.sum()) - b.held_blocks) * b.block_bytes for b in pools)
+        return tables + copies + self.lengths[index].nbytes - self.lengths.nbytes
 
     def free(self, sequences: np.ndarray) -> None:
+        self.look()
         self.lengths[sequences] = 0
         self._fit()
 
     def read(self, sequence: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self.look()
         length = int(self.lengths[sequence, head])
         row = (slice(sequence, sequence + 1), slice(head, head + 1))
         keys = gather_rows(self.keys.pools[0], self.keys.table[row], length)
-        values, positions = (gather_rows(pool, self.values.table[row], length) for pool in self.values.pools)
+        values, positions = (gather_rows(pool, self.values.table[row], length) for pool in self.values.pools[:2])
         return keys[0, 0], values[0, 0], positions[0, 0].long()
 
     def window(self, sequences: np.ndarray, start: np.ndarray, tokens: int) -> torch.Tensor:
         """Keys of `tokens` slots from `start` ``[b]`` on, of the named sequences ``[b]``: ``[b, H, tokens, Dk]``."""
         slots = self.slots(start, tokens)
-        table = self.keys.table[torch.from_numpy(sequences).to(self.device)]
+        table = self.keys.table[self._index(sequences)]
         flat = slot_index(table, slots, self.block_size)
         return self.keys.pools[0].flatten(0, 1)[flat]
 
     def slots(self, start: np.ndarray, tokens: int) -> torch.Tensor:
         """Logical slots `start` ``[b]`` to `start` + `tokens` for every head: ``[b, H, tokens]`` int32."""
-        first = torch.tensor(start, dtype=torch.int32, device=self.device)[:, None, None]
+        first = upload(start.astype(np.int32), self.device)[:, None, None]
         steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
         return (first + steps).expand(-1, self.lengths.shape[1], -1)
 
@@ -197,6 +326,9 @@ class PagedStore:
         self.values.release()
         self.meter.drop(self.rows().lengths)
 
+    def _index(self, sequences: np.ndarray) -> torch.Tensor:
+        return upload(sequences.astype(np.int64), self.device)
+
     def _used(self) -> np.ndarray:
         return -(-self.lengths // self.block_size)
 
@@ -204,7 +336,11 @@ class PagedStore:
         """Gives back blocks that hold no token, once they are worth a move."""
         used = self._used()
         for blocks in (self.keys, self.values):
-            blocks.shrink(used)
+            if self.tight:  # every row is about to take one more block
+                blocks.give_back(used)
+                blocks.shrink(used, 2 * used.size)
+            else:
+                blocks.shrink(used, SLACK * blocks.held_blocks)
         self._changed()
 
     def _changed(self) -> None:
@@ -214,17 +350,24 @@ class PagedStore:
         tail = lengths // self.block_size
         shared = any(blocks.shares(tail) for blocks in (self.keys, self.values))
         room = self.keys.counts * self.block_size - lengths
-        self._room = 0 if shared or not room.size else int(room.min())
-        if self._rows is not None:
-            self.meter.drop(self._rows.lengths)
+        self.room = 0 if shared or not room.size else int(room.min())
+        if self._rows is None or self._rows.lengths.shape != lengths.shape:
+            if self._rows is not None:
+                self.meter.drop(self._rows.lengths)
+            device_lengths = self.meter.count(upload(lengths, self.device))
+        else:
+            device_lengths = self._rows.lengths
+            if self._exact:  # otherwise the device knows better
+                device_lengths.copy_(upload(lengths, self.device))
         self._rows = Rows(
             keys=self.keys.pools[0],
             values=self.values.pools[0],
             positions=self.values.pools[1],
             key_table=self.keys.table,
             value_table=self.values.table,
-            lengths=self.meter.count(self._lengths.to(self.device)),
-            max_length=longest,
-            uniform=bool((lengths == longest).all()),
+            lengths=device_lengths,
+            max_length=self.keys.table.shape[2] * self.block_size if self.steady else longest,
+            uniform=self._exact and not self.steady and bool((lengths == longest).all()),
             contiguous=self.keys.contiguous and self.values.contiguous,
+            metric=None if self.shares else self.values.pools[2],
         )

@@ -20,12 +20,24 @@ class QueryBuffer:
         self.meter = meter
         self.buffer = meter.zeros((sequences, heads, 0, dim), dtype, device)
 
+    @property
+    def places(self) -> int:
+        """C, of every sequence."""
+        return self.buffer.shape[2]
+
+    def reserve(self, places: int) -> None:
+        """Makes room for `places` queries of every sequence. Raises `PoolExhausted`; nothing is lost then."""
+        if places > self.places:
+            self._resize(-(-places // GROWTH) * GROWTH)
+
+    def put(self, queries: torch.Tensor, places: torch.Tensor) -> None:
+        """Writes one query ``[B, Hq, 1, D]`` of every sequence to its place ``[B, 1]`` int64, which must be there."""
+        self.buffer.scatter_(2, places[:, None, :, None].expand_as(queries), queries)
+
     def append(self, queries: torch.Tensor, filled: np.ndarray, real: torch.Tensor | None = None) -> None:
         """Adds `queries` ``[B, Hq, S, D]`` behind the `filled` ``[B]`` ones, those where `real` ``[B, S]`` says so."""
         new, places = queries.shape[2], filled.tolist()
-        needed = max(places) + new
-        if needed > self.buffer.shape[2]:
-            self._resize(-(-needed // GROWTH) * GROWTH)
+        self.reserve(max(places) + new)
         if real is None and min(places) == max(places):
             self.buffer.narrow(2, places[0], new).copy_(queries)
             return
@@ -45,7 +57,7 @@ class QueryBuffer:
     def trim(self, filled: np.ndarray, room: int) -> None:
         """Gives memory back down to `room` places, or as many as are in use, rounded up."""
         needed = -(-max(room, int(filled.max(initial=0))) // GROWTH) * GROWTH
-        if self.buffer.shape[2] > needed:
+        if self.places > needed:
             self._resize(needed)
 
     def fork(self, index: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..rows import Rows
-from .common import check_paged, pool_slots
+from .common import check_paged, on_its_device, pool_slots
 from .configs import COPY_TILE, copy_config
 
 
@@ -14,6 +14,7 @@ def append_kernel(
     keys,
     values,
     positions,
+    metric,
     key_table,
     value_table,
     lengths,
@@ -60,8 +61,11 @@ def append_kernel(
     tl.store(values + value_to[:, None] * value_size + at, tl.load(value_from[:, None] + at, mask=fits), mask=fits)
     position = tl.load(new_positions + batch * new + token, mask=real)
     tl.store(positions + value_to, position, mask=real)
+    if metric is not None:
+        tl.store(metric + value_to, tl.zeros([TILE], tl.float32), mask=real)
 
 
+@on_its_device
 def append(
     rows: Rows,
     keys: torch.Tensor,
@@ -79,6 +83,7 @@ def append(
         rows.keys,
         rows.values,
         rows.positions,
+        rows.metric,
         rows.key_table,
         rows.value_table,
         rows.lengths,

@@ -3,6 +3,9 @@
 The query rows of one (sequence, KV head) are ordered token by token, its G query heads side by side. A program takes
 `tile_queries` of them and reads one range of the row's tokens, in tiles of `tile_keys`; the ranges are merged by their
 log-sum-exp. Work follows a row's own length: what a short row lacks is not read.
+
+What is observed takes a second kernel, because a probability is known once all ranges are merged: this one leaves the
+logits, and with one range what they add up to.
 """
 
 import torch
@@ -10,12 +13,24 @@ import triton
 import triton.language as tl
 
 from ..rows import Rows
-from .common import LN2, LOG2E, NOTHING, attention_logits, check_paged, pool_slots, processors
+from .common import (
+    LN2,
+    LOG2E,
+    NOTHING,
+    attention_logits,
+    check_paged,
+    count_seen,
+    on_its_device,
+    pool_slots,
+    processors,
+)
 from .configs import attend_config
-from .merge import merge
+from .merge import merge_into
+from .observe import add_observed
 
 WAVES = 2  # programs per processor that split-K aims for
 MAX_SPLITS = 64
+WIDTH_STEP = 16  # the width of observed logits is a multiple of it, for aligned access
 
 
 @triton.jit(do_not_specialize=["new", "span", "key_width", "value_width"])
@@ -31,6 +46,8 @@ def attend_kernel(
     out,
     parts,
     lse,
+    observed,
+    totals,
     scaling,
     softcap,
     query_stride_b,
@@ -43,6 +60,7 @@ def attend_kernel(
     group,
     new,
     span,
+    width,
     key_size,
     value_size,
     KEY_PAD: tl.constexpr,
@@ -60,11 +78,8 @@ def attend_kernel(
     token = place // group
     head = (row % heads) * group + place % group
 
-    if hidden is None:
-        unseen = new - 1 - token
-    else:
-        unseen = tl.load(hidden + batch * new + token, mask=inside, other=0)
-    seen = tl.where(inside, tl.load(lengths + row) - unseen, 0)
+    result = (batch * heads * group + head) * new + token
+    seen = count_seen(lengths, hidden, row, heads, token, inside, new)
     first = split * span
     stop = tl.minimum(tl.max(seen, 0), first + span)
 
@@ -95,7 +110,10 @@ def attend_kernel(
             TILE_KEYS,
             SOFTCAP,
         )
-        logits = tl.where(slot[None, :] < seen[:, None], logits, float("-inf"))
+        visible = slot[None, :] < seen[:, None]
+        if observed is not None:
+            tl.store(observed + (result * width)[:, None] + slot[None, :], logits, mask=visible)
+        logits = tl.where(visible, logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
         weights = tl.exp2(logits - higher[:, None])
         shrink = tl.exp2(peak - higher)
@@ -106,7 +124,6 @@ def attend_kernel(
         acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
         peak = higher
 
-    result = (batch * heads * group + head) * new + token
     fits = inside[:, None] & (value_at < value_size)[None, :]
     if tl.num_programs(1) == 1:
         if sinks is not None:
@@ -115,9 +132,13 @@ def attend_kernel(
             shrink = tl.exp2(peak - higher)
             total = total * shrink + tl.exp2(sink - higher)
             acc = acc * shrink[:, None]
+            peak = higher
+        total = tl.where(total > 0, total, 1.0)
+        if observed is not None:
+            tl.store(totals + result, peak + tl.log2(total), mask=inside)
         # out is laid out [B, S, Hq, Dv], so that the transpose that follows attention is contiguous already.
         result = (batch * new + token) * heads * group + head
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        acc = acc / total[:, None]
         tl.store(out + result[:, None] * value_size + value_at, acc.to(out.dtype.element_ty), mask=fits)
     else:
         something = total > 0
@@ -135,6 +156,7 @@ def plan_splits(programs: int, length: int, tile: int, splits: int | None, targe
     return -(-length // span), span
 
 
+@on_its_device
 def attend(
     query: torch.Tensor,
     rows: Rows,
@@ -143,6 +165,7 @@ def attend(
     hidden: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    observe: int | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
     """As `kara_hf.kernels.attend`, of rows that hold something. `splits` forces a number of ranges."""
@@ -152,43 +175,59 @@ def attend(
     group = query_heads // heads
     if query.stride(-1) != 1:
         query = query.contiguous()
-    constants = attend_config(query.dtype, key_size, value_size, group * new)
+    hidden = None if hidden is None else hidden.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
+    constants = attend_config(query.dtype, key_size, value_size, group * new, observe is not None)
     tiles = -(-group * new // constants["TILE_QUERIES"])
     target = WAVES * processors(query.device)
     splits, span = plan_splits(batch * heads * tiles, rows.max_length, constants["TILE_KEYS"], splits, target)
+
+    def scratch(*shape: int) -> torch.Tensor:
+        return query.new_empty(shape, dtype=torch.float32)
+
     out = query.new_empty(batch, new, query_heads, value_size).transpose(1, 2)
-    parts = lse = None
+    kept = splits if splits > 1 else 0  # of one range no part is kept: the kernel writes `out`
+    parts, lse = scratch(kept, batch, query_heads, new, value_size), scratch(kept, batch, query_heads, new)
+    width = -(-rows.max_length // WIDTH_STEP) * WIDTH_STEP
+    observed = totals = None
+    if observe is not None:
+        observed, totals = scratch(batch, query_heads, new, width), scratch(batch, query_heads, new)
+    if not out.numel():
+        return out
+    attend_kernel[batch * heads, splits, tiles](
+        query,
+        rows.keys,
+        rows.values,
+        rows.key_table,
+        rows.value_table,
+        rows.lengths,
+        hidden,
+        sinks,
+        out,
+        parts,
+        lse,
+        observed,
+        totals,
+        scaling,
+        softcap or 1.0,
+        query.stride(0),
+        query.stride(1),
+        query.stride(2),
+        rows.key_table.shape[2],
+        rows.value_table.shape[2],
+        rows.block_size,
+        heads,
+        group,
+        new,
+        span,
+        width,
+        key_size,
+        value_size,
+        SOFTCAP=softcap is not None,
+        **constants,
+    )
     if splits > 1:
-        parts = query.new_empty(splits, batch, query_heads, new, value_size, dtype=torch.float32)
-        lse = query.new_empty(splits, batch, query_heads, new, dtype=torch.float32)
-    if batch * heads * tiles:
-        attend_kernel[batch * heads, splits, tiles](
-            query,
-            rows.keys,
-            rows.values,
-            rows.key_table,
-            rows.value_table,
-            rows.lengths,
-            None if hidden is None else hidden.contiguous(),
-            None if sinks is None else sinks.contiguous(),
-            out,
-            parts,
-            lse,
-            scaling,
-            softcap or 1.0,
-            query.stride(0),
-            query.stride(1),
-            query.stride(2),
-            rows.key_table.shape[2],
-            rows.value_table.shape[2],
-            rows.block_size,
-            heads,
-            group,
-            new,
-            span,
-            key_size,
-            value_size,
-            SOFTCAP=softcap is not None,
-            **constants,
-        )
-    return out if parts is None or lse is None else merge(parts, lse, sinks, dtype=query.dtype)
+        merge_into(out, parts, lse, sinks, totals)
+    if observe is not None and observed is not None and totals is not None:
+        add_observed(rows, observed, totals, hidden, observe)
+    return out

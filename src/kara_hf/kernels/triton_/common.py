@@ -1,6 +1,6 @@
 """What the Triton kernels share: addresses of paged slots, tiles of attention logits, checks."""
 
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 import triton
@@ -18,6 +18,16 @@ def pool_slots(table, slot, valid, block_size):
     """Flat pool slot of each logical `slot` of the row whose block ids begin at `table`; int64."""
     block = tl.load(table + slot // block_size, mask=valid, other=0).to(tl.int64)
     return block * block_size + slot % block_size
+
+
+@triton.jit
+def count_seen(lengths, hidden, row, heads, token, valid, new):
+    """How many of the first slots of `row` each new `token` sees; at most 0 where it sees none."""
+    if hidden is None:
+        unseen = new - 1 - token
+    else:
+        unseen = tl.load(hidden + row // heads * new + token, mask=valid, other=0)
+    return tl.where(valid, tl.load(lengths + row) - unseen, 0)
 
 
 @triton.jit
@@ -70,9 +80,10 @@ def attention_logits(
 
 def check_paged(rows: Rows, **new: torch.Tensor) -> None:
     """Raises ValueError unless the pools can be read and written in place and `new` tensors have their dtype."""
-    for name in ("keys", "values", "positions", "key_table", "value_table", "lengths"):
-        if not getattr(rows, name).is_contiguous():
-            raise ValueError(f"rows.{name} must be contiguous, not of strides {getattr(rows, name).stride()}")
+    for name in ("keys", "values", "positions", "metric", "key_table", "value_table", "lengths"):
+        part = getattr(rows, name)
+        if part is not None and not part.is_contiguous():
+            raise ValueError(f"rows.{name} must be contiguous, not of strides {part.stride()}")
     for name, tensor in new.items():
         pool = {"values": rows.values, "positions": rows.positions}.get(name, rows.keys)
         if tensor.dtype != pool.dtype:
@@ -83,3 +94,17 @@ def check_paged(rows: Rows, **new: torch.Tensor) -> None:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; under Triton's interpreter a small number."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def on_its_device(launcher):
+    """`launcher` with the GPU of its first argument as the current one: kernels start on that, wherever tensors lie."""
+
+    @wraps(launcher)
+    def launch(first, *arguments, **settings):
+        device = (first.keys if isinstance(first, Rows) else first).device
+        if device.type != "cuda":
+            return launcher(first, *arguments, **settings)
+        with torch.cuda.device(device):
+            return launcher(first, *arguments, **settings)
+
+    return launch

@@ -1,6 +1,6 @@
-"""compact in Triton: survivors are gathered into a buffer, then written, because both may be the same slots.
+"""compact in Triton: tokens are gathered into a buffer, then written, because a slot may be read and written.
 
-Survivors may come in any order, so no order of in-place moves would be right for all of them.
+Moves may come in any order, so no order of in-place moves would be right for all of them.
 """
 
 import torch
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..rows import Rows
-from .common import check_paged, pool_slots
+from .common import check_paged, on_its_device, pool_slots
 from .configs import COPY_TILE, copy_config
 
 
@@ -27,14 +27,16 @@ def compact_kernel(
     keys,
     values,
     positions,
+    metric,
     key_table,
     value_table,
     held_keys,
     held_values,
     held_positions,
+    held_metric,
     sequences,
-    start,
-    slots,
+    source,
+    target,
     key_width,
     value_width,
     block_size,
@@ -47,35 +49,38 @@ def compact_kernel(
     GATHER: tl.constexpr,
 ):
     named = tl.program_id(0).to(tl.int64)
-    index = named // heads
-    row = tl.load(sequences + index).to(tl.int64) * heads + named % heads
+    row = tl.load(sequences + named // heads).to(tl.int64) * heads + named % heads
     token = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    valid = token < count
     held = named * count + token
+    slot = tl.load(target + held, mask=token < count, other=-1).to(tl.int64)
+    moved = slot >= 0
     if GATHER:
-        slot = tl.load(slots + held, mask=valid, other=0).to(tl.int64)
-    else:
-        slot = tl.load(start + index).to(tl.int64) + token
-    key_slot = pool_slots(key_table + row * key_width, slot, valid, block_size)
-    value_slot = pool_slots(value_table + row * value_width, slot, valid, block_size)
+        slot = tl.load(source + held, mask=moved, other=0).to(tl.int64)
+    key_slot = pool_slots(key_table + row * key_width, slot, moved, block_size)
+    value_slot = pool_slots(value_table + row * value_width, slot, moved, block_size)
     if GATHER:
-        copy_row(keys, held_keys, key_slot, held, valid, key_size, PAD)
-        copy_row(values, held_values, value_slot, held, valid, value_size, PAD)
-        copy_row(positions, held_positions, value_slot, held, valid, 1, 1)
+        copy_row(keys, held_keys, key_slot, held, moved, key_size, PAD)
+        copy_row(values, held_values, value_slot, held, moved, value_size, PAD)
+        copy_row(positions, held_positions, value_slot, held, moved, 1, 1)
+        if metric is not None:
+            copy_row(metric, held_metric, value_slot, held, moved, 1, 1)
     else:
-        copy_row(held_keys, keys, held, key_slot, valid, key_size, PAD)
-        copy_row(held_values, values, held, value_slot, valid, value_size, PAD)
-        copy_row(held_positions, positions, held, value_slot, valid, 1, 1)
+        copy_row(held_keys, keys, held, key_slot, moved, key_size, PAD)
+        copy_row(held_values, values, held, value_slot, moved, value_size, PAD)
+        copy_row(held_positions, positions, held, value_slot, moved, 1, 1)
+        if metric is not None:
+            copy_row(held_metric, metric, held, value_slot, moved, 1, 1)
 
 
-def compact(rows: Rows, sequences: torch.Tensor, start: torch.Tensor, slots: torch.Tensor) -> None:
+@on_its_device
+def compact(rows: Rows, sequences: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
     """As `kara_hf.kernels.compact`."""
     check_paged(rows)
-    if not slots.numel():
+    if not target.numel():
         return
-    pools = (rows.keys, rows.values, rows.positions)
-    held = [pool.new_empty(slots.numel(), *pool.shape[2:]) for pool in pools]
-    named, heads, count = slots.shape
+    pools = (rows.keys, rows.values, rows.positions, rows.metric)
+    held = [None if pool is None else pool.new_empty(target.numel(), *pool.shape[2:]) for pool in pools]
+    named, heads, count = target.shape
     sizes = rows.keys.shape[-1], rows.values.shape[-1]
     for gather in (True, False):
         compact_kernel[named * heads, triton.cdiv(count, COPY_TILE)](
@@ -84,8 +89,8 @@ def compact(rows: Rows, sequences: torch.Tensor, start: torch.Tensor, slots: tor
             rows.value_table,
             *held,
             sequences.contiguous(),
-            start.contiguous(),
-            slots.contiguous(),
+            source.contiguous(),
+            target.contiguous(),
             rows.key_table.shape[2],
             rows.value_table.shape[2],
             rows.block_size,

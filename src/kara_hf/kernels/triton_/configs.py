@@ -39,7 +39,7 @@ ATTEND = {
     (2, 256, True): _unspilled(_attend(16, 64, 256, 8, 2)),
     (2, 64, False): _attend(64, 64, 64, 4, 3),
     (2, 128, False): _attend(64, 64, 128, 8, 2),
-    (2, 256, False): _attend(32, 32, 256, 8, 2),
+    (2, 256, False): _unspilled(_attend(32, 32, 256, 8, 2)),
     (4, 64, True): _unspilled(_attend(16, 32, 32, 4, 2)),
     (4, 128, True): _unspilled(_attend(16, 32, 32, 4, 2)),
     (4, 256, True): _unspilled(_attend(16, 32, 32, 8, 2)),
@@ -47,6 +47,15 @@ ATTEND = {
     (4, 128, False): _unspilled(_attend(32, 32, 32, 8, 2)),
     (4, 256, False): _unspilled(_attend(32, 32, 32, 8, 2)),
 }
+
+# Where attention is observed: the addresses that logits are written to take registers too.
+ATTEND_OBSERVED = ATTEND | {
+    (2, 64, False): _attend(32, 64, 64, 4, 3),
+    (2, 128, False): _attend(32, 64, 128, 8, 2),
+    (4, 256, False): ATTEND[4, 256, True],
+}
+
+OBSERVE = {"TILE_QUERIES": 4, "TILE_SLOTS": 128, "num_warps": 4}
 
 # bytes of an element
 SCORES = {
@@ -60,12 +69,14 @@ def padded(size: int) -> int:
     return next(pad for pad in PADS if pad >= size)
 
 
-def attend_config(dtype: torch.dtype, key_size: int, value_size: int, query_rows: int) -> Constants:
+def attend_config(
+    dtype: torch.dtype, key_size: int, value_size: int, query_rows: int, observed: bool = False
+) -> Constants:
     """Of `attend_kernel`, for heads of these sizes and `query_rows` = G * S query rows."""
     pair = padded(key_size), padded(value_size)
     if pair not in PAIRS:
         pair = max(pair), max(pair)
-    chosen = ATTEND[dtype.itemsize, max(pair), query_rows <= FEW]
+    chosen = (ATTEND_OBSERVED if observed else ATTEND)[dtype.itemsize, max(pair), query_rows <= FEW]
     return chosen | {"KEY_PAD": pair[0], "VALUE_PAD": pair[1]}
 
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2E, NOTHING
+from .common import LOG2E, NOTHING, on_its_device
 from .configs import MERGE_TILE, merge_config
 
 
@@ -14,6 +14,7 @@ def merge_kernel(
     lse,
     sinks,
     out,
+    totals,
     count,
     queries,
     heads,
@@ -45,25 +46,34 @@ def merge_kernel(
         total = total * shrink + weight
         peak = higher
 
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    total = tl.where(total > 0, total, 1.0)
+    if totals is not None:
+        tl.store(totals + query, peak + tl.log2(total), mask=valid)
+    acc = acc / total[:, None]
     result = (batch * new + token) * heads + head  # out is laid out [B, S, Hq, Dv]
     tl.store(out + result[:, None] * size + at, acc.to(out.dtype.element_ty), mask=fits)
 
 
-def merge(
-    parts: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """As `kara_hf.kernels.merge`."""
+def merge_into(
+    out: torch.Tensor,
+    parts: torch.Tensor,
+    lse: torch.Tensor,
+    sinks: torch.Tensor | None,
+    totals: torch.Tensor | None = None,
+) -> None:
+    """Writes what `merge` returns to `out` ``[B, Hq, S, Dv]``, which is laid out as ``[B, S, Hq, Dv]``.
+
+    `totals` ``[B, Hq, S]`` float32, where there is one, gets the log to base 2 of the sum of each query's exponentials,
+    sinks included.
+    """
     count, batch, heads, new, size = parts.shape
-    out = parts.new_empty(batch, new, heads, size, dtype=dtype).transpose(1, 2)
     queries = batch * heads * new
-    if not out.numel():
-        return out
     merge_kernel[triton.cdiv(queries, MERGE_TILE),](
-        parts.contiguous(),
-        lse.contiguous(),
-        None if sinks is None else sinks.contiguous(),
+        parts,
+        lse,
+        sinks,
         out,
+        totals,
         count,
         queries,
         heads,
@@ -71,4 +81,15 @@ def merge(
         size,
         **merge_config(size),
     )
+
+
+@on_its_device
+def merge(
+    parts: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """As `kara_hf.kernels.merge`."""
+    _, batch, heads, new, size = parts.shape
+    out = parts.new_empty(batch, new, heads, size, dtype=dtype).transpose(1, 2)
+    if out.numel():
+        merge_into(out, parts.contiguous(), lse.contiguous(), None if sinks is None else sinks.contiguous())
     return out

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import NOTHING, attention_logits
+from .common import NOTHING, attention_logits, on_its_device
 from .configs import score_config
 
 
@@ -137,6 +137,7 @@ def key_means_kernel(
     tl.store(scores + row * window + key, received / (group * window), mask=key < window)
 
 
+@on_its_device
 def window_scores(
     queries: torch.Tensor,
     keys: torch.Tensor,
