@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -20,7 +20,21 @@ def is_number(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class KaraConfig:
+class Settings:
+    """What the settings of every method have in common: a form in JSON."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Raises TypeError on an unknown setting, ValueError on one out of range."""
+        data: dict[str, Any] = json.loads(text)
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class KaraConfig(Settings):
     """Settings of Kara (arXiv 2607.01237): what is kept of every window of tokens.
 
     Attributes:
@@ -82,11 +96,94 @@ class KaraConfig:
         """m = max(1, round(anchor_share * k)), the tokens picked singly."""
         return max(1, round(self.anchor_share * self.kept_per_window))
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
 
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Raises TypeError on an unknown setting, ValueError on one out of range."""
-        data: dict[str, Any] = json.loads(text)
-        return cls(**data)
+@dataclass(frozen=True)
+class KVCompressConfig(Settings):
+    """Settings of KV-Compress (arXiv 2410.00161): how much a sequence may hold, and what ranks its tokens.
+
+    Exactly one of `max_cache_tokens` and `retention` is given. Both are averages over all KV heads and layers of a
+    sequence; a single head may hold far more or less.
+
+    Controls change one thing and leave the rest as it is: ``metric="random"`` and ``"recency"`` say what votes are
+    worth, ``levels=1`` what it is worth that heads differ. SnapKV is ``metric="l1", levels=1, accumulate=False``.
+
+    Attributes:
+        max_cache_tokens: C, most tokens per KV head and layer that a sequence holds once its prompt was compressed,
+            partly filled blocks counted whole.
+        retention: share that is kept of the tokens beyond `least_blocks`, in (0, 1].
+        observation: w, last prompt queries that vote on what is kept; None: all of them, and no pooling.
+        protected: newest cached tokens that are never evicted, from 1 on.
+        sinks: first tokens of a sequence that are never evicted.
+        pool: width of the max-pool along keys, odd; 1 is no pooling.
+        metric: what ranks tokens. "l2" sums squared attention probabilities, "l1" the probabilities. "recency" keeps
+            the newest tokens, "random" those of large numbers, which `seed`, row and true position alone give, so that
+            they are the same at every pass and in every batch. The last two take no votes: `observation`, `pool` and
+            `accumulate` do nothing.
+        floor: further tokens that every head keeps at least, on top of `sinks` and `protected`.
+        accumulate: whether queries vote while decoding too.
+        continual: whether eviction goes on while decoding; otherwise it follows prompts only.
+        levels: different block counts that a pass may leave its compressed rows with; None: as many as there are rows.
+            1 gives every row of a sequence the same count: the same metric with uniform heads, the control for them.
+        block_size: slots per block.
+        seed: of the random numbers.
+
+    Raises:
+        ValueError: a setting is out of range, or both or none of `max_cache_tokens` and `retention` are given; the
+            message names the settings, their values and the remedy.
+    """
+
+    max_cache_tokens: int | None = None
+    retention: float | None = None
+    observation: int | None = 32
+    protected: int = 32
+    sinks: int = 4
+    pool: int = 7
+    metric: Literal["l2", "l1", "random", "recency"] = "l2"
+    floor: int = 0
+    accumulate: bool = True
+    continual: bool = True
+    levels: int | None = None
+    block_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def count(name: str, least: int, optional: bool = False) -> None:
+            value = getattr(self, name)
+            fits = (optional and value is None) or (is_int(value) and value >= least)
+            require(fits, name, value, f"a whole number from {least} on" + (" or None" if optional else ""))
+
+        for name, least in (("block_size", 1), ("protected", 1), ("sinks", 0), ("floor", 0)):
+            count(name, least)
+        for name in ("observation", "levels"):
+            count(name, 1, optional=True)
+        require(is_int(self.pool) and self.pool >= 1 and self.pool % 2 == 1, "pool", self.pool, "an odd whole number")
+        metrics = ("l2", "l1", "random", "recency")
+        require(self.metric in metrics, "metric", self.metric, "'l2', 'l1', 'random' or 'recency'")
+        require(isinstance(self.accumulate, bool), "accumulate", self.accumulate, "True or False")
+        require(isinstance(self.continual, bool), "continual", self.continual, "True or False")
+        require(is_int(self.seed), "seed", self.seed, "a whole number")
+        if (self.max_cache_tokens is None) == (self.retention is None):
+            raise ValueError(
+                f"max_cache_tokens={self.max_cache_tokens!r} and retention={self.retention!r} are not possible "
+                "together: give exactly one of them, max_cache_tokens (tokens per KV head and layer, on average) or "
+                "retention (the share kept)"
+            )
+        if self.max_cache_tokens is not None:
+            least = self.block_size * (self.least_blocks + 1)
+            require(
+                is_int(self.max_cache_tokens) and self.max_cache_tokens >= least,
+                "max_cache_tokens",
+                self.max_cache_tokens,
+                f"a whole number from {least} on: every row keeps {self.least_blocks} blocks of {self.block_size} for "
+                f"sinks={self.sinks}, protected={self.protected} and floor={self.floor}, and needs one more for new "
+                "tokens; raise it, or lower one of these",
+            )
+        elif self.retention is not None:
+            require(
+                is_number(self.retention) and 0 < self.retention <= 1, "retention", self.retention, "a number in (0, 1]"
+            )
+
+    @property
+    def least_blocks(self) -> int:
+        """Blocks that no row is ever cut below: sinks + protected + floor tokens, rounded up to whole blocks."""
+        return -(-(self.sinks + self.protected + self.floor) // self.block_size)

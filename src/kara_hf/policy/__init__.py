@@ -1,7 +1,23 @@
-"""What to keep: scores rank the tokens of a window, Token2Chunk makes chunks of a ranking. Owns no memory."""
+"""What to keep: scores rank the tokens of a window, Token2Chunk makes chunks of a ranking; KV-Compress observes and
+evicts whole blocks. Owns no memory."""
 
+from .eviction import Eviction, evict, moves
 from .kara import KaraPolicy
+from .kv_compress import KVCompressPolicy
+from .observation import observe
 from .scores import SCORES, Window, register_score
 from .token2chunk import token2chunk, top_tokens
 
-__all__ = ["SCORES", "KaraPolicy", "Window", "register_score", "token2chunk", "top_tokens"]
+__all__ = [
+    "SCORES",
+    "Eviction",
+    "KVCompressPolicy",
+    "KaraPolicy",
+    "Window",
+    "evict",
+    "moves",
+    "observe",
+    "register_score",
+    "token2chunk",
+    "top_tokens",
+]

@@ -1,0 +1,188 @@
+"""KV-Compress: how many blocks a sequence may hold, and which tokens it gives up for that (arXiv 2410.00161)."""
+
+import numpy as np
+import torch
+
+from ..config import KVCompressConfig
+from .eviction import Eviction, evict
+from .observation import observe
+
+POWERS = {"l2": 2, "l1": 1}  # by metric: what attention probabilities are raised to before they are summed
+
+
+class KVCompressPolicy:
+    """Decides per sequence, over the rows of all its layers: every row may keep a different number of blocks.
+
+    Counts that the host knows (tokens seen, blocks in use) are integers or numpy arrays ``[B]``, one per sequence.
+    *Tokens seen* are those whose keys and values were computed, whether they are still cached or not.
+
+    Args:
+        config: the settings.
+    """
+
+    def __init__(self, config: KVCompressConfig):
+        self.config = config
+
+    @property
+    def compresses(self) -> bool:
+        """Whether anything can ever be evicted."""
+        return self.config.retention != 1
+
+    @property
+    def votes(self) -> bool:
+        """Whether queries have a say in what is evicted. Otherwise none need to be held or observed."""
+        return self.compresses and self.config.metric in POWERS
+
+    @property
+    def power(self) -> int:
+        """What attention probabilities are raised to before they are summed, where there are `votes`."""
+        return POWERS[self.config.metric]
+
+    def budget_blocks(self, tokens: int | np.ndarray, rows: int) -> np.ndarray:
+        """Blocks that the `rows` R rows of a sequence may hold in all once `tokens` were seen.
+
+        With `max_cache_tokens` C: as many as C * R tokens fill. With `retention` r: the ``least_blocks`` of every row
+        and the share r, rounded up, of all further blocks that the full cache would have; at least one block more than
+        ``least_blocks`` for every row, which new tokens need.
+
+        Args:
+            tokens: int or ``[B]`` integer.
+            rows: R.
+
+        Returns:
+            int64 of the shape of `tokens`.
+        """
+        config = self.config
+        full = -(-np.asarray(tokens, dtype=np.int64) // config.block_size)
+        if config.max_cache_tokens is not None:
+            return np.full_like(full, config.max_cache_tokens * rows // config.block_size)
+        assert config.retention is not None
+        certain = np.minimum(full, config.least_blocks)
+        share = np.ceil((full - certain) * rows * config.retention).astype(np.int64)
+        return np.maximum(certain * rows + share, np.minimum(full, config.least_blocks + 1) * rows)
+
+    def quota(
+        self, tokens: int | np.ndarray, rows: int, used_blocks: int | np.ndarray, ahead: int | np.ndarray
+    ) -> np.ndarray:
+        """Blocks to free now, so that the budget still holds when the rows have taken `ahead` blocks more.
+
+        Args:
+            tokens: int or ``[B]`` integer, tokens seen so far.
+            rows: R.
+            used_blocks: int or ``[B]`` integer, blocks that all rows of the sequence hold.
+            ahead: int or ``[B]`` integer, blocks that they take before the next pass: R where that is `block_size`
+                tokens away. The budget is that of the tokens that will have been seen by then.
+
+        Returns:
+            int64 of the arguments' shape, 0 where nothing is to be done. `evict` can free that many if `ahead` <= R.
+        """
+        then = np.asarray(tokens) + np.asarray(ahead) * self.config.block_size // rows
+        return np.maximum(0, np.asarray(used_blocks) + ahead - self.budget_blocks(then, rows))
+
+    def evictable(self, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Which tokens may go: neither a sink nor among the newest ``protected``.
+
+        Args:
+            positions: ``[B, R, N]`` integer, true position of the token in every slot.
+            tokens: ``[B]`` integer, tokens seen.
+
+        Returns:
+            ``[B, R, N]`` bool. Slots that hold no token give anything.
+        """
+        return (positions >= self.config.sinks) & (positions < tokens[:, None, None] - self.config.protected)
+
+    def observe(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the last prompt queries of one sequence say about its tokens: ``[H, T]`` float32.
+
+        `queries` ``[Hq, S, D]`` are those of the last S tokens, S >= 1; of more than ``observation`` only the last are
+        read. The rest as in `kara_hf.policy.observe`.
+        """
+        window, pool = self.config.observation, self.config.pool
+        if window is None:
+            pool = 1
+        else:
+            queries = queries[:, -window:]
+        return observe(queries, keys, scaling=scaling, softcap=softcap, sinks=sinks, power=self.power, pool=pool)
+
+    def ranking(self, votes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What tokens are ranked by, larger is better kept: their votes, or what a control puts in their place.
+
+        Args:
+            votes: ``[B, R, N]`` float32. Read only where there are `votes`.
+            positions: ``[B, R, N]`` integer, true position of the token in every slot.
+
+        Returns:
+            ``[B, R, N]`` float32.
+        """
+        if self.config.metric == "recency":
+            return positions.float()
+        return noise(self.config.seed, positions) if self.config.metric == "random" else votes
+
+    def evict(
+        self,
+        metric: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: torch.Tensor,
+        tokens: np.ndarray,
+        quota: np.ndarray,
+    ) -> Eviction:
+        """Frees `quota` blocks of each sequence, or as many as protected tokens and the floor allow.
+
+        Args:
+            metric: ``[B, R, N]`` float32, the votes.
+            positions: ``[B, R, N]`` integer, true position of the token in every slot.
+            lengths: ``[B, R]`` integer, tokens in each row. Behind it, `metric` and `positions` hold anything.
+            tokens: ``[B]`` integer, tokens seen, on the host.
+            quota: ``[B]`` integer, from `quota`, on the host.
+
+        Returns:
+            See `kara_hf.policy.evict`.
+        """
+        device = metric.device
+        return evict(
+            self.ranking(metric, positions),
+            self.evictable(positions, torch.as_tensor(tokens, device=device)),
+            lengths,
+            torch.as_tensor(quota, device=device),
+            block_size=self.config.block_size,
+            least=self.config.least_blocks,
+            levels=self.config.levels,
+        )
+
+
+def noise(seed: int, positions: torch.Tensor) -> torch.Tensor:
+    """Numbers in [0, 1) that depend on `seed`, row and position alone, on every device.
+
+    They are the upper 24 bits of SplitMix64, applied to the seed, to that and the row, and to that and the position.
+
+    Args:
+        seed: any integer; only its lower 64 bits count.
+        positions: ``[B, R, N]`` integer.
+
+    Returns:
+        ``[B, R, N]`` float32.
+    """
+    device = positions.device
+    state = _mix(torch.tensor((seed + 2**63) % 2**64 - 2**63, device=device))
+    state = _mix(state + torch.arange(positions.shape[1], device=device)[:, None])
+    return _unsigned_shift(_mix(state + positions), 40).float() / 2**24
+
+
+def _mix(state: torch.Tensor) -> torch.Tensor:
+    """One step of SplitMix64 on int64, whose arithmetic wraps around."""
+    state = state - 0x61C8864680B583EB  # plus the golden ratio of 2**64
+    state = (state ^ _unsigned_shift(state, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    state = (state ^ _unsigned_shift(state, 27)) * (0x94D049BB133111EB - 2**64)
+    return state ^ _unsigned_shift(state, 31)
+
+
+def _unsigned_shift(state: torch.Tensor, bits: int) -> torch.Tensor:
+    return (state >> bits) & (2 ** (64 - bits) - 1)
