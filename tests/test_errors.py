@@ -30,7 +30,7 @@ def used(model, **settings) -> KaraCache:
 def state(cache: KaraCache) -> list:
     rows = [
         (layer.index, b, h, [part.tolist() for part in layer.store.read(b, h)])
-        for layer in cache._store_layers
+        for layer in cache.store_layers
         if layer.store is not None
         for b in range(layer.store.lengths.shape[0])
         for h in range(layer.store.lengths.shape[1])
@@ -125,7 +125,7 @@ def test_nan(name, layer):
     before = state(cache)
     sliding = [layer.keys.clone() for layer in cache.layers if layer.is_sliding]
     bad = torch.full((1, model.config.hidden_size), float("nan"))
-    layers = [each.index for each in cache._store_layers]
+    layers = [each.index for each in cache.store_layers]
     if layer not in layers:
         layer = layers[-1]
     handle = model.model.layers[layer].self_attn.k_proj.register_forward_hook(lambda m, a, out: out + bad[0, :1])

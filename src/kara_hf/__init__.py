@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import attach, detach
-    from .cache import CompressedCache, KaraCache
-    from .config import KaraConfig
-    from .policy import KaraPolicy, register_score
+    from .cache import CompressedCache, KaraCache, KVCompressCache
+    from .config import KaraConfig, KVCompressConfig
+    from .policy import KaraPolicy, KVCompressPolicy, register_score
     from .report import CacheReport
     from .storage import PoolExhausted
 
@@ -21,6 +21,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "CacheReport": "report",
     "CompressedCache": "cache",
+    "KVCompressCache": "cache",
+    "KVCompressConfig": "config",
+    "KVCompressPolicy": "policy",
     "KaraCache": "cache",
     "KaraConfig": "config",
     "KaraPolicy": "policy",
@@ -33,6 +36,9 @@ _HOMES = {
 __all__ = [
     "CacheReport",
     "CompressedCache",
+    "KVCompressCache",
+    "KVCompressConfig",
+    "KVCompressPolicy",
     "KaraCache",
     "KaraConfig",
     "KaraPolicy",

@@ -188,6 +188,30 @@ class Attachment:
             detach(self._model)
 
 
+class Route:
+    """Stands for a model's `forward`: decode steps of a cache with a graph go there, all others to the model."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.own = model, vars(model).get("forward")
+        self.__signature__ = inspect.signature(model.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        graph = getattr(kwargs.get("cache", kwargs.get("past_key_values")), "graph", None)
+        if graph is None or args:
+            return self.forward(*args, **kwargs)
+        return graph.step(self.forward, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        return self.own(*args, **kwargs) if self.own else type(self.model).forward(self.model, *args, **kwargs)
+
+
+def route(model: Any) -> None:
+    """Puts a `Route` in front of the model's forward, once; `detach` takes it away."""
+    if not isinstance(vars(model).get("forward"), Route):
+        model.forward = Route(model)
+
+
 def attach(model: Any) -> Attachment:
     """Switches the model's attention to ours, which equals its own whenever no kara_hf cache is in use.
 
@@ -211,10 +235,16 @@ def attach(model: Any) -> Attachment:
 
 
 def detach(model: Any) -> None:
-    """Gives the model its own attention setting back. Does nothing to a model that is not attached."""
-    config = decoder_config(unwrap(model))
+    """Gives the model its own attention setting and forward back. Does nothing to a model that is not attached."""
+    model = unwrap(model)
+    config, installed = decoder_config(model), vars(model).get("forward")
     if is_attached(config):
         config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
+    if isinstance(installed, Route):
+        if installed.own:
+            model.forward = installed.own
+        else:
+            del model.forward
 
 
 @functools.cache

@@ -1,25 +1,36 @@
 """`CompressedCache`: a Transformers `Cache` whose full-attention layers live in paged stores under a policy's rule.
 
-A forward is one step. Its new tokens are appended layer by layer; when the last compressed layer is done, the windows
-that are due are sealed in all of them and the step is committed. A step that fails is taken back.
+A forward is one step. Its new tokens are appended layer by layer; when the last compressed layer is done, the step is
+committed. What is compressed, and when, is the policy's `Compression`. A step that fails is taken back.
 """
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .attention import attach, real_tokens, unwrap
+from .attention import attach, real_tokens, route, unwrap
 from .binding import Binding, check_max_bytes
-from .config import KaraConfig
+from .compression import Compression
+from .config import KaraConfig, KVCompressConfig
+from .evicting import Evicting
+from .graph import DecodeGraph, check_graph
 from .layer import Step, StoreLayer
-from .policy import KaraPolicy
+from .policy import KaraPolicy, KVCompressPolicy
 from .report import CacheReport
+from .sealing import Sealing
 from .sequence import Kind, Sequence
-from .storage import MemoryMeter, PagedStore
+from .storage import MemoryMeter, PagedStore, Prompt, upload
+
+COMPRESSIONS: dict[type, Callable[..., Compression]] = {KaraPolicy: Sealing, KVCompressPolicy: Evicting}
+
+
+def looks_are_free(device: torch.device) -> bool:
+    """Whether reading a value back from the device waits for nothing."""
+    return device.type == "cpu"
 
 
 class CompressedCache(Cache):
@@ -33,25 +44,45 @@ class CompressedCache(Cache):
         model: a Transformers causal LM, which may be wrapped by PEFT.
         policy: which tokens survive.
         max_bytes: cap on `report().resident_bytes`; a step that would pass it raises `PoolExhausted` and is undone.
+        cuda_graph: captures the decode step in a CUDA graph and replays it between compressions. Room for all tokens
+            until the next compression is then reserved at once. Puts a `Route` in front of the model's forward, which
+            `detach` removes. Only for models on a CUDA device whose layers are all compressed.
 
     Raises:
         TypeError: `model` is no Transformers model.
         ValueError: the model or a setting is not supported; the message says why.
     """
 
-    def __init__(self, model: Any, *, policy: KaraPolicy, max_bytes: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        policy: KaraPolicy | KVCompressPolicy,
+        max_bytes: int | None = None,
+        cuda_graph: bool = False,
+    ):
         inner = unwrap(model)
         self.binding = Binding(inner)
         check_max_bytes(max_bytes, inner, policy.config.block_size)
         self.policy = policy
+        self.compression = COMPRESSIONS[type(policy)](self, policy)
         self.meter = MemoryMeter(max_bytes)
+        self.steady = cuda_graph
         super().__init__(layers=self._make_layers())
+        if cuda_graph:
+            check_graph(inner, len(self.store_layers), len(self.layers))
         self.sequences: list[Sequence] = []
         self.columns = 0  # tokens seen, padding included
         self._solid_columns = 0  # how many of the newest columns are padding in no sequence
         self._drafting = False
+        self._assumed = False  # whether the host counts tokens that may turn out to be padding
+        self._offset: torch.Tensor | None = None  # position less slot of the next token in head 0, [B, 1] int32
         self._step: Step | None = None
+        self.given_real: torch.Tensor | None = None  # what stands in for the mask while a step is captured, [B, 1]
+        self.graph = DecodeGraph(self) if cuda_graph else None
         attach(inner)
+        if cuda_graph:
+            route(inner)
 
     # ------------------------------------------------------------------------------------------------------- observing
     @property
@@ -61,13 +92,13 @@ class CompressedCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """False: `crop` cannot bring evicted tokens back."""
-        return False
+        """True: `crop` takes off the newest tokens, as assisted decoding asks, but none of what was compressed."""
+        return True
 
     def report(self) -> CacheReport:
         """Tokens and bytes held now; see `CacheReport`."""
-        self._take_back()
-        layers = [layer for layer in self._store_layers if layer.store is not None]
+        self.look()
+        layers = [layer for layer in self.store_layers if layer.store is not None]
         seen = [sequence.tokens for sequence in self.sequences]
         full = nominal = 0
         kept = []
@@ -108,13 +139,9 @@ class CompressedCache(Cache):
         "recent" (the newest tokens, always whole). Raises as `kept_positions`.
         """
         positions = self.kept_positions(layer_idx, sequence, head).numpy()
-        state = self.sequences[sequence]
-        recent = state.tokens - min(self.policy.config.recent, state.open)
-        limits: list[tuple[int, Kind]] = [(segment.stop, segment.kind) for segment in state.segments]
-        limits += [(recent, "open"), (state.tokens, "recent")]
         runs: list[tuple[int, int, Kind]] = []
         begin = 0
-        for stop, kind in limits:
+        for stop, kind in self.compression.limits(self.sequences[sequence]):
             end = int(np.searchsorted(positions, stop))
             part = positions[begin:end]
             for run in np.split(part, np.flatnonzero(np.diff(part) != 1) + 1) if len(part) else ():
@@ -127,16 +154,26 @@ class CompressedCache(Cache):
         return self.columns
 
     # -------------------------------------------------------------------------------------------------- rearranging it
+    def compress(self) -> None:
+        """Compresses now what would be compressed when the next token is decoded.
+
+        For a prompt that is followed by a question rather than by its answer, with `KVCompressCache`. Where nothing
+        waits for that, as always with `KaraCache`, nothing happens.
+        """
+        self.look()
+        if self.columns and self.compression.calm_steps() < 1:
+            self.compression.compress()
+
     def reset(self) -> None:
         """Empties the cache and gives its memory back; it can then start over with any batch."""
-        for layer in self._store_layers:
+        for layer in self.store_layers:
             layer.clear()
         self.layers = self._make_layers()
         self.meter = MemoryMeter(self.meter.max_bytes)
         self.sequences = []
         self.columns = self._solid_columns = 0
-        self._drafting = False
-        self._step = None
+        self._drafting = self._assumed = False
+        self._offset = self._step = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Makes sequence i the same as sequence ``beam_idx[i]`` was, by reference to its blocks."""
@@ -160,9 +197,10 @@ class CompressedCache(Cache):
 
     def _fork_index(self, index: torch.Tensor) -> list[int]:
         """`index` as a list, once it is known that all layers can be rearranged so. Raises `PoolExhausted`."""
-        self._take_back()
+        self.look()
+        self._offset = None
         array = index.cpu().numpy()
-        self.meter.require(sum(layer.fork_bytes(array) for layer in self._store_layers))
+        self.meter.require(sum(layer.fork_bytes(array) for layer in self.store_layers))
         return [int(b) for b in array]
 
     def activate_past_recording(self) -> None:
@@ -178,7 +216,7 @@ class CompressedCache(Cache):
             ValueError: some of them are sealed already: what was evicted around them cannot be brought back. Nothing is
                 removed then.
         """
-        self._take_back()
+        self.look()
         count = -int(tokens_to_remove)
         if count < 0:
             raise ValueError(
@@ -193,12 +231,7 @@ class CompressedCache(Cache):
         for number, sequence in enumerate(self.sequences):
             cropped = sequence.cropped(count)
             if cropped is None:
-                raise ValueError(
-                    f"crop({-count}) would reach into a sealed window of sequence {number}, of which only the last "
-                    f"{sequence.open} tokens are still open: what was evicted around sealed tokens is gone. Crop "
-                    f"fewer tokens, draft fewer than recent={self.policy.config.recent} at once, or make the cache "
-                    "with a larger `recent`"
-                )
+                raise ValueError(self.compression.uncroppable(number, sequence, count))
             after.append(cropped)
         for layer in self.layers:
             if not isinstance(layer, StoreLayer):
@@ -208,8 +241,9 @@ class CompressedCache(Cache):
         if count == self.columns:
             self.reset()
             return
-        for layer in self._store_layers:
-            layer.stored().crop(np.full(len(after), count))
+        for layer in self.store_layers:
+            layer.crop(np.full(len(after), count))
+        self._offset = None
         self.sequences = after
         self.columns -= count
         self._solid_columns -= count
@@ -286,31 +320,53 @@ class CompressedCache(Cache):
 
     def _begin(self, step: Step, query: torch.Tensor, attention_mask: Any) -> None:
         """Finds out what a step brings, and makes room for it in every layer before anything is stored."""
-        batch, config = query.shape[0], self.policy.config
+        batch, device = query.shape[0], query.device
+        if step.first:
+            self.sequences = [Sequence()] * batch
+        step.drafts = self._drafting
+        step.looks = step.first or step.new > 1 or looks_are_free(device) or self.compression.calm_steps() < 1
+        if step.looks:
+            self._make_exact()
         step.real = self._real(attention_mask, step)
-        step.counts = np.full(batch, step.new) if step.real is None else step.real.sum(1).cpu().numpy()
+        if step.real is None or not step.looks:
+            step.counts = np.full(batch, step.new)
+        else:
+            step.counts = step.real.sum(1).cpu().numpy()
         if step.first and not step.counts.all():
             row = int(np.flatnonzero(step.counts == 0)[0])
             raise ValueError(f"sequence {row} of the batch is nothing but padding; leave it out or give it a token")
-        drafts = self._drafting and step.new <= config.recent + 1
-        step.pinned = (step.first or (step.new > 1 and not drafts)) and not config.compress_prompt
-        if step.first:
-            self.sequences = [Sequence()] * batch
-        step.open = np.array([sequence.open for sequence in self.sequences])
-        step.after = [s.extended(int(n), step.pinned) for s, n in zip(self.sequences, step.counts, strict=True)]
-        step.due = max(self.policy.windows_due(sequence.open) for sequence in step.after)
-        step.positions = torch.tensor([[s.tokens] for s in self.sequences], dtype=torch.int32, device=query.device)
-        if step.real is not None:
-            step.positions = step.positions + (step.real.to(query.device).cumsum(1, dtype=torch.int32) - 1).clamp(min=0)
-        elif step.new > 1:
-            step.positions = step.positions + torch.arange(step.new, dtype=torch.int32, device=query.device)
-        if not step.first:
-            for layer in self._store_layers:
-                layer.stored().reserve(step.new)
+        self.compression.begin(step)
+        step.positions = self._positions(step, device)
         step.prepared = True
+
+    def _positions(self, step: Step, device: torch.device) -> torch.Tensor:
+        """True positions of a step's columns, ``[B, S]`` int32; those of padding are anything."""
+        if step.looks:
+            first = upload(np.array([[sequence.tokens] for sequence in self.sequences], np.int32), device)
+        else:  # the device knows what is stored, and how far that is behind what was seen has not changed
+            lengths = self.store_layers[0].paged().rows().lengths[:, :1]
+            if self._offset is None:
+                tokens = np.array([[sequence.tokens] for sequence in self.sequences], np.int32)
+                self._offset = upload(tokens - self.store_layers[0].paged().lengths[:, :1], device)
+            first = lengths + self._offset
+        if step.real is not None:
+            return first + (step.real.to(device).cumsum(1, dtype=torch.int32) - 1).clamp(min=0)
+        return first + torch.arange(step.new, dtype=torch.int32, device=device) if step.new > 1 else first
+
+    @property
+    def room(self) -> int:
+        """Tokens that every row can take before memory has to be arranged."""
+        return min(layer.paged().room for layer in self.store_layers)
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` more in every row. Raises `PoolExhausted`; what is stored has not changed then."""
+        for layer in self.store_layers:
+            layer.paged().reserve(tokens)
 
     def _real(self, attention_mask: Any, step: Step) -> torch.Tensor | None:
         """Which new tokens are real, ``[B, S]`` bool, or None for all; refuses masks whose meaning would be lost."""
+        if self.given_real is not None:
+            return self.given_real
         if step.first:
             return real_tokens(attention_mask, step.new)
         if attention_mask is None:
@@ -325,80 +381,85 @@ class CompressedCache(Cache):
                 f"each of the {seen} tokens seen (ALiBi, a bias or a hand-made mask?), which a compressed cache "
                 "would lose; pass a 2-D mask over all tokens to a model with rotary or no position encoding"
             )
-        return None if bool(attention_mask.all()) else attention_mask
+        return None if step.looks and bool(attention_mask.all()) else attention_mask
 
     def _finish(self, layer: StoreLayer, step: Step) -> None:
-        """After a layer's attention: seals a first forward layer by layer, any other one when all layers are done."""
-        if step.first:
-            self._seal([layer], step)
-            layer.hold_open(step)
-        if layer is not self._store_layers[-1]:
+        """After a layer's attention; commits the step when all layers are done."""
+        self.compression.layer_done(layer, step)
+        if layer is not self.store_layers[-1]:
             return
-        if not step.first:
-            self._seal(self._store_layers, step)
-        self.sequences = [sequence.sealed(self.policy) for sequence in step.after] if step.due else step.after
-        for each in self._store_layers:
+        self.sequences = self.compression.done(step)
+        for each in self.store_layers:
             each.let_go()
         self.columns += step.new
-        self._solid_columns = self._solid_columns + step.new if step.real is None else 0
+        padded = step.looks and step.real is not None
+        self._solid_columns = 0 if padded else self._solid_columns + step.new
+        if step.looks:
+            self._offset = None
+        elif step.real is not None:
+            self._assumed = True
         step.close()
-
-    def _seal(self, layers: list[StoreLayer], step: Step) -> None:
-        """Seals the windows that are due. Everything is chosen before anything is changed."""
-        if not step.due or not self.policy.compresses:
-            return
-        groups: dict[tuple[int, int], list[int]] = {}
-        for number, sequence in enumerate(step.after):
-            due = self.policy.windows_due(sequence.open)
-            if due:
-                groups.setdefault((due, sequence.open), []).append(number)
-        plan = []
-        for (due, open_tokens), members in groups.items():
-            index = np.array(members)
-            settled = np.array([step.after[b].settled for b in members], np.int32)
-            ordinals = [step.after[b].windows for b in members]
-            for layer in layers:
-                plan.append(
-                    (layer, index, settled, due, layer.select(step, index, settled, due, open_tokens, ordinals))
-                )
-        for layer, index, settled, _, slots in plan:
-            layer.stored().unshare(index, settled, slots.shape[2])
-        for layer, index, settled, due, slots in plan:
-            layer.seal(index, settled, due, slots)
-        if not step.first:
-            filled = np.array([sequence.sealed(self.policy).open for sequence in step.after])
-            for layer in layers:
-                if layer.queries is not None:
-                    layer.queries.trim(filled, self.policy.open_limit + 1)
 
     def _take_back(self) -> None:
         """Undoes a step that was not completed: a first one by emptying the cache, a later one layer by layer."""
         step = self._step
         self._step = None
-        for layer in self._store_layers:
+        for layer in self.store_layers:
             layer.let_go()
         if step is None or step.complete:
             return
         if step.first:
             self.reset()
             return
+        counts = step.real_counts() if step.appended else step.counts
         for layer in step.appended:
-            layer.stored().crop(step.counts)
+            layer.stored().crop(counts)
         for index, before in step.before.items():
             vars(self.layers[index]).clear()
             vars(self.layers[index]).update(before)
+
+    def count_step(self, masked: bool) -> None:
+        """The host's part of a decode step that was replayed: one token more everywhere, real unless `masked`."""
+        for layer in self.store_layers:
+            layer.paged().count(1)
+        self.sequences = [sequence.extended(1, pinned=False) for sequence in self.sequences]
+        self.columns += 1
+        self._solid_columns += 1
+        self._assumed |= masked
+
+    def addresses(self) -> tuple[Any, ...]:
+        """Where the memory of a decode step lies, and what of it was decided on the host."""
+        found = [tensor for tensor in (self._offset, *self.compression.constants()) if tensor is not None]
+        for layer in self.store_layers:
+            found += [*layer.paged().tensors(), *layer.state.tensors()]
+        return tuple((tensor.data_ptr(), tensor.shape) for tensor in found)
+
+    def look(self) -> None:
+        """Waits for the device where the host does not know how much is stored. Reading and rearranging do it."""
+        self._take_back()
+        self._make_exact()
+
+    def _make_exact(self) -> None:
+        """Finds out which tokens that were taken for real turned out to be padding."""
+        if not self._assumed:
+            return
+        padding, *_ = (layer.stored().look() for layer in self.store_layers)
+        if padding.any():
+            self.sequences = [s.without(int(count)) for s, count in zip(self.sequences, padding, strict=True)]
+            self._solid_columns = 0
+        self._assumed, self._offset = False, None
 
     # ------------------------------------------------------------------------------------------------------ setting up
     def _make_layers(self) -> list[Any]:
         """Transformers' own layers for this model, with ours in place of every full-attention one."""
         own = self.binding.layers()
         layers = [StoreLayer(self, index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(own)]
-        self._store_layers = [layer for layer in layers if isinstance(layer, StoreLayer)]
+        self.store_layers = [layer for layer in layers if isinstance(layer, StoreLayer)]
         return layers
 
-    def _row(self, layer_idx: int, sequence: int, head: int) -> PagedStore:
-        self._take_back()
-        layers = {layer.index: layer for layer in self._store_layers}
+    def _row(self, layer_idx: int, sequence: int, head: int) -> PagedStore | Prompt:
+        self.look()
+        layers = {layer.index: layer for layer in self.store_layers}
         if layer_idx not in layers or layers[layer_idx].store is None:
             raise IndexError(
                 f"layer {layer_idx} stores nothing here; compressed layers are {sorted(layers)}"
@@ -443,6 +504,7 @@ class KaraCache(CompressedCache):
             tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.
         block_size: slots per block.
         max_bytes: cap on resident bytes; the step that would pass it raises `PoolExhausted` and is taken back.
+        cuda_graph: replays the decode step as a CUDA graph between compressions; see `CompressedCache`.
         seed: of the random scores.
 
     Raises:
@@ -462,6 +524,7 @@ class KaraCache(CompressedCache):
         compress_prompt: bool = KaraConfig.compress_prompt,
         block_size: int = KaraConfig.block_size,
         max_bytes: int | None = None,
+        cuda_graph: bool = False,
         seed: int = KaraConfig.seed,
     ):
         config = KaraConfig(
@@ -474,4 +537,74 @@ class KaraCache(CompressedCache):
             block_size=block_size,
             seed=seed,
         )
-        super().__init__(model, policy=KaraPolicy(config), max_bytes=max_bytes)
+        super().__init__(model, policy=KaraPolicy(config), max_bytes=max_bytes, cuda_graph=cuda_graph)
+
+
+class KVCompressCache(CompressedCache):
+    """KV-Compress (arXiv 2410.00161): every KV head of every layer keeps as much as it is worth, within one budget.
+
+        out = model.generate(**inputs, past_key_values=KVCompressCache(model, max_cache_tokens=512))
+
+    A prompt is cut when decoding begins, and a turn when the answer to it begins; `compress()` does it at once.
+    Exactly one of `max_cache_tokens` and `retention` is given.
+
+    Args:
+        model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
+        max_cache_tokens: tokens per KV head and layer that a sequence holds at most, on average, while it decodes.
+        retention: share of the tokens that is kept, in (0, 1].
+        observation: prompt queries that vote on what is kept, the last ones; None for all, without pooling.
+        protected: newest tokens that are never evicted.
+        sinks: first tokens that are never evicted.
+        pool: width of the max-pool over neighbouring tokens, odd.
+        metric: "l2" sums squared attention probabilities, "l1" probabilities; controls: "random", "recency".
+        floor: further tokens that every head keeps at least.
+        accumulate: whether queries vote while decoding too.
+        continual: whether eviction goes on while decoding; otherwise the cache grows behind the prompt.
+        levels: different lengths, in blocks, that rows may be cut to; None for any, 1 for uniform heads.
+        block_size: slots per block.
+        max_bytes: cap on resident bytes: more is evicted if it takes that, as long as there is something to evict.
+            A prompt is held whole outside the cap until decoding begins.
+        cuda_graph: replays the decode step as a CUDA graph between compressions; see `CompressedCache`.
+        seed: of the random metric.
+
+    Raises:
+        TypeError: `model` is no Transformers model.
+        ValueError: the model or a setting is not supported; the message names it, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_cache_tokens: int | None = None,
+        retention: float | None = None,
+        observation: int | None = KVCompressConfig.observation,
+        protected: int = KVCompressConfig.protected,
+        sinks: int = KVCompressConfig.sinks,
+        pool: int = KVCompressConfig.pool,
+        metric: Literal["l2", "l1", "random", "recency"] = KVCompressConfig.metric,
+        floor: int = KVCompressConfig.floor,
+        accumulate: bool = KVCompressConfig.accumulate,
+        continual: bool = KVCompressConfig.continual,
+        levels: int | None = None,
+        block_size: int = KVCompressConfig.block_size,
+        max_bytes: int | None = None,
+        cuda_graph: bool = False,
+        seed: int = KVCompressConfig.seed,
+    ):
+        config = KVCompressConfig(
+            max_cache_tokens=max_cache_tokens,
+            retention=retention,
+            observation=observation,
+            protected=protected,
+            sinks=sinks,
+            pool=pool,
+            metric=metric,
+            floor=floor,
+            accumulate=accumulate,
+            continual=continual,
+            levels=levels,
+            block_size=block_size,
+            seed=seed,
+        )
+        super().__init__(model, policy=KVCompressPolicy(config), max_bytes=max_bytes, cuda_graph=cuda_graph)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -10,20 +10,35 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .attention import AttentionFunction, CarriedKey, StoredLength
 from .kernels import attend, attend_masked
-from .policy import Window
 from .sequence import Sequence
-from .storage import PagedStore, QueryBuffer
+from .storage import PagedStore, Prompt
 
 if TYPE_CHECKING:
     from .cache import CompressedCache
 
 # Arguments of attention functions that are tensors and are honoured, or do not matter to attention over a store.
 _KNOWN_TENSORS = {"s_aux", "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k"}
+_EVERYTHING = torch.iinfo(torch.int32).max
 
 
 @dataclass
 class Step:
-    """One forward in progress."""
+    """One forward in progress.
+
+    Attributes:
+        new: columns that it brings, padding included.
+        first: whether the cache was empty before.
+        last_layer: the layer that took its keys last.
+        waiting: whether that layer's attention has not answered yet.
+        looks: whether values may be read back from the device. A decode step on a GPU does not wait for any.
+        real: which columns hold a token, ``[B, S]`` bool; None where all do.
+        counts: tokens of each sequence, ``[B]``; upper bounds in a step that does not look.
+        positions: true positions, ``[B, S]`` int32.
+        drafts: whether its tokens may be drafts, which `crop` may take back.
+        after: the sequences once the step is done.
+        appended: layers that have stored its tokens.
+        before: what Transformers' own layers held before it.
+    """
 
     new: int
     first: bool
@@ -31,13 +46,12 @@ class Step:
     waiting: bool = False
     complete: bool = False
     prepared: bool = False
+    looks: bool = True
     real: torch.Tensor | None = None
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    pinned: bool = False
     positions: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    open: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    drafts: bool = False
     after: list[Sequence] = field(default_factory=list)
-    due: int = 0
     appended: list["StoreLayer"] = field(default_factory=list)
     before: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -46,15 +60,44 @@ class Step:
         self.complete, self.real, self.positions = True, None, torch.zeros(0)
 
     def hidden_on(self, device: torch.device) -> torch.Tensor | None:
-        """How many newer real tokens each new token must not see, ``[B, S]`` int32; None where no token is padding."""
+        """How many of the newest stored tokens each new one must not see, ``[B, S]`` int32: none of those behind it,
+        and nothing at all if it is padding. None where no token is padding.
+        """
         if self.real is None:
             return None
         real = self.real.to(device)
-        return (real.sum(1, keepdim=True) - real.cumsum(1)).to(torch.int32)
+        behind = real.sum(1, keepdim=True, dtype=torch.int32) - real.cumsum(1, dtype=torch.int32)
+        return behind.masked_fill(~real, _EVERYTHING)
+
+    def real_counts(self) -> np.ndarray:
+        """Tokens of each sequence, ``[B]``, exact."""
+        return self.counts if self.looks or self.real is None else self.real.sum(1).cpu().numpy()
+
+
+class LayerState(Protocol):
+    """What a compression holds in one layer beside the store."""
+
+    def crop(self, tokens: np.ndarray) -> None:
+        """Drops what belongs to the newest `tokens` ``[B]`` of every sequence."""
+
+    def fork(self, index: np.ndarray) -> None:
+        """Makes sequence i the same as sequence ``index[i]`` was."""
+
+    def fork_bytes(self, index: np.ndarray) -> int:
+        """Bytes that `fork` takes."""
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What a decode step writes to."""
+
+    def let_go(self) -> None:
+        """Forgets what belongs to a step alone."""
+
+    def release(self) -> None:
+        """Stops counting what is held here; the object is not used afterwards."""
 
 
 class StoreLayer(CacheLayerMixin):
-    """One full-attention layer of a `CompressedCache`: its store, the queries of its open tokens, and its attention."""
+    """One full-attention layer of a `CompressedCache`: its store, its attention, and what its compression holds."""
 
     is_sliding = False
     supports_early_init = False
@@ -62,13 +105,12 @@ class StoreLayer(CacheLayerMixin):
     def __init__(self, cache: "CompressedCache", index: int):
         super().__init__()
         self.cache, self.index = cache, index
-        self.store: PagedStore | None = None
-        self.queries: QueryBuffer | None = None
+        self.store: PagedStore | Prompt | None = None
+        self.state: Any = cache.compression.layer_state()
         self.scaling: float = 1.0
         self.softcap: float | None = None
+        self.sinks: torch.Tensor | None = None
         self.latent = False
-        self.expanded: torch.Tensor | None = None
-        self.fresh: torch.Tensor | None = None
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # ------------------------------------------------------------------------------- what Transformers asks of a layer
@@ -86,7 +128,7 @@ class StoreLayer(CacheLayerMixin):
         self.is_initialized = True
         self.pending = (key_states.detach(), value_states.detach())
         if self.latent and self.store is not None:
-            past_keys, past_values = self.store.rows().dense()
+            past_keys, past_values = self.paged().rows().dense()
             key_states = torch.cat([past_keys, key_states], dim=2)
             value_states = torch.cat([past_values, value_states], dim=2)
         return CarriedKey.of(key_states, self), value_states
@@ -127,23 +169,24 @@ class StoreLayer(CacheLayerMixin):
         try:
             step = cache._prepare(self, module, query, attention_mask, transformed)
             self.scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            self.softcap = kwargs.get("softcap")
+            self.softcap, self.sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+            settings: dict[str, Any] = {"scaling": self.scaling, "softcap": self.softcap, "sinks": self.sinks}
+            present = self._present(step, key.shape[2], key.device) if self.latent else None
             if step.first:
                 result = own(module, query, key, value, attention_mask, **kwargs)
-                self._append(step, query, key)
+                self._append(step, query, key, present)
             else:
                 _refuse(kwargs, cache.binding.name)
-                settings: dict[str, Any] = {
-                    "scaling": self.scaling,
-                    "softcap": self.softcap,
-                    "sinks": kwargs.get("s_aux"),
-                }
-                if self.latent:
-                    out = attend_masked(query, key, value, self._latent_mask(step, key), **settings)
-                    self._append(step, query, key)
+                if present is not None:
+                    out = attend_masked(query, key, value, _causal(present, step.new), **settings)
+                    self._append(step, query, key, present)
                 else:
-                    self._append(step, query, key)
-                    out = attend(query, self.stored().rows(), hidden=step.hidden_on(query.device), **settings)
+                    self._append(step, query, key, None)
+                    observe = cache.compression.observes(step)
+                    if observe is not None:
+                        settings["observe"] = observe
+                    hidden = None if step.new == 1 and observe is None else step.hidden_on(query.device)
+                    out = attend(query, self.paged().rows(), hidden=hidden, **settings)
                 result = out.transpose(1, 2).contiguous(), None
             cache._finish(self, step)
         except BaseException:
@@ -151,9 +194,9 @@ class StoreLayer(CacheLayerMixin):
             raise
         return result
 
-    def _latent_seen(self, step: Step, keys: int, device: torch.device) -> torch.Tensor:
+    def _present(self, step: Step, keys: int, device: torch.device) -> torch.Tensor:
         """Which of the expanded keys, stored ones first and new ones behind, hold a token: ``[B, M + S]`` bool."""
-        rows = None if self.store is None else self.store.rows()
+        rows = None if self.store is None else self.paged().rows()
         past = 0 if rows is None else rows.max_length
         if keys != past + step.new:
             raise ValueError(
@@ -168,47 +211,18 @@ class StoreLayer(CacheLayerMixin):
         stored = torch.arange(past, device=device) < rows.lengths[:, :1]
         return torch.cat([stored, new], dim=1)
 
-    def _latent_mask(self, step: Step, key: torch.Tensor) -> torch.Tensor:
-        """Which of the expanded keys ``[B, Hq, M + S, D]`` each new query sees: ``[B, 1, S, M + S]`` bool."""
-        seen = self._latent_seen(step, key.shape[2], key.device)[:, None, None]
-        causal = torch.ones(step.new, key.shape[2], dtype=torch.bool, device=key.device).tril(key.shape[2] - step.new)
-        return seen & causal
-
-    def _append(self, step: Step, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Stores the pending tokens, and holds what windows are scored with: queries, and keys that were expanded."""
+    def _append(self, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None) -> None:
+        """Stores the pending tokens, and lets the compression hold what it needs of them."""
         assert self.pending is not None
-        cache = self.cache
         keys, values = self.pending
-        device = keys.device
-        real = None if step.real is None else step.real.to(device)
-        if step.new > 1 or device.type == "cpu":  # on a GPU a decode step must not wait for the answer
+        real = None if step.real is None else step.real.to(keys.device)
+        if step.looks:
             self._check_finite(keys, values, real)
-        scored = cache.policy.needs_queries and not step.pinned
-        due = step.due * cache.policy.config.window
-        if self.latent and due:
-            order = _in_order(self._latent_seen(step, key.shape[2], device))
-            settled = torch.tensor([sequence.settled for sequence in step.after], device=device)[:, None]
-            places = (settled + torch.arange(due, device=device)).clamp(max=key.shape[2] - 1)
-            columns = order.gather(1, places)[:, None, :, None]
-            self.expanded = key.gather(2, columns.expand(-1, key.shape[1], -1, key.shape[3]))
         if self.store is None:
-            self.store = PagedStore(
-                keys.shape[:2],
-                (keys.shape[-1], values.shape[-1]),
-                dtype=keys.dtype,
-                device=device,
-                block_size=cache.policy.config.block_size,
-                meter=cache.meter,
-            )
-        self.store.append(keys, values, step.positions.to(device), real)
+            self.store = self.cache.compression.new_store(self, keys, values)
+        self.store.append(keys, values, step.positions.to(keys.device), real, looks=step.looks)
         step.appended.append(self)
-        if scored and self.queries is None:
-            self.queries = QueryBuffer(query.shape[0], query.shape[1], query.shape[3], query.dtype, device, cache.meter)
-        if scored and step.first:  # a whole prompt's queries are at hand; only those of its open end are held
-            self.fresh = query.detach()
-        elif scored:
-            assert self.queries is not None
-            self.queries.append(query.detach(), step.open, real)
+        self.cache.compression.stored(self, step, query.detach(), key.detach(), present)
         self.pending = None
         step.waiting = False
 
@@ -222,108 +236,52 @@ class StoreLayer(CacheLayerMixin):
                 f"keys or values of layer {self.index} are NaN or infinite; load the model in bfloat16 or float32"
             )
 
-    def hold_open(self, step: Step) -> None:
-        """After the windows of a first forward are sealed: holds the queries of what is left open."""
-        query, self.fresh = self.fresh, None
-        if query is None or self.queries is None:
-            return
-        policy = self.cache.policy
-        sealed = [policy.windows_due(sequence.open) * policy.config.window for sequence in step.after]
-        filled = np.zeros(len(sealed), np.int64)
-        if step.real is None:
-            self.queries.append(query[:, :, sealed[0] :], filled)
-        else:
-            real = step.real.to(query.device)
-            rest = real & (real.cumsum(1) > torch.tensor(sealed, device=query.device)[:, None])
-            self.queries.append(query, filled, rest)
-
     # ----------------------------------------------------------------------------------------------------- its storage
-    def stored(self) -> PagedStore:
+    def stored(self) -> PagedStore | Prompt:
         assert self.store is not None, "nothing is stored yet"
         return self.store
 
-    def select(
-        self,
-        step: Step,
-        sequences: np.ndarray,
-        settled: np.ndarray,
-        windows: int,
-        open_tokens: int,
-        ordinals: list[int],
-    ) -> torch.Tensor:
-        """Slots that survive when the next `windows` windows of the named sequences seal: ``[b, H, n]`` int32."""
-        policy, config, store = self.cache.policy, self.cache.policy.config, self.stored()
-        width = config.window
-        index = torch.from_numpy(sequences).to(store.device)
-        survivors = []
-        for number in range(windows):
-            start = settled + number * width
-            first, last = number * width, (number + 1) * width
-            window = Window(
-                rows=store.lengths.shape[1],
-                keys=store.window(sequences, start, width)
-                if self.expanded is None
-                else self.expanded[index, :, first:last],
-                queries=self._queries(step, index, first, last),
-                scaling=self.scaling,
-                softcap=self.softcap,
-                layer=self.index,
-                ordinals=[ordinal + number for ordinal in ordinals],
-                keep=config.kept_per_window,
-                anchors=config.anchors,
-                seed=config.seed,
-            )
-            survivors.append(policy.select(window).to(torch.int32) + store.slots(start, 1))
-        survivors.append(store.slots(settled + windows * width, open_tokens - windows * width))
-        return torch.cat(survivors, dim=2)
+    def paged(self) -> PagedStore:
+        assert isinstance(self.store, PagedStore), "the prompt is not in blocks yet"
+        return self.store
 
-    def _queries(self, step: Step, sequences: torch.Tensor, first: int, last: int) -> torch.Tensor | None:
-        """Queries of the open tokens `first` to `last` of the named sequences, ``[b, Hq, last - first, D]``."""
-        if self.fresh is None:
-            return None if self.queries is None else self.queries.window(sequences, first, last)
-        if step.real is None:
-            return self.fresh[sequences, :, first:last]
-        columns = _in_order(step.real.to(self.fresh.device))[sequences, first:last]
-        return self.fresh[sequences[:, None], :, columns].transpose(1, 2)
-
-    def seal(self, sequences: np.ndarray, settled: np.ndarray, windows: int, slots: torch.Tensor) -> None:
-        """Keeps `slots` of the named sequences from `settled` on, and forgets the queries of their sealed windows."""
-        store = self.stored()
-        store.keep(sequences, settled, slots)
-        if self.queries is not None and self.fresh is None:
-            index = torch.from_numpy(sequences).to(store.device)
-            self.queries.drop(index, windows * self.cache.policy.config.window)
+    def crop(self, tokens: np.ndarray) -> None:
+        """Drops the newest `tokens` ``[B]`` of every sequence."""
+        self.stored().crop(tokens)
+        self.state.crop(tokens)
 
     def fork_bytes(self, index: np.ndarray) -> int:
         """Bytes that `fork` takes."""
-        stored = 0 if self.store is None else self.store.fork_bytes(index)
-        return stored + (0 if self.queries is None else self.queries.fork_bytes(len(index)))
+        return self.state.fork_bytes(index) + (0 if self.store is None else self.store.fork_bytes(index))
 
     def fork(self, index: np.ndarray) -> None:
+        """Makes sequence i the same as sequence ``index[i]`` was."""
         if self.store is not None:
             self.store.fork(index)
-        if self.queries is not None:
-            self.queries.fork(torch.from_numpy(index))
+        self.state.fork(index)
 
     def clear(self) -> None:
-        for held in (self.store, self.queries):
-            if held is not None:
-                held.release()
-        self.store = self.queries = None
+        if self.store is not None:
+            self.store.release()
+        self.state.release()
+        self.store, self.state = None, self.cache.compression.layer_state()
         self.let_go()
         self.is_initialized = False
 
     def let_go(self) -> None:
         """Forgets what belongs to a step alone."""
-        self.pending = self.expanded = self.fresh = None
+        self.pending = None
+        self.state.let_go()
 
     def reset(self) -> None:
         self.clear()
 
 
-def _in_order(valid: torch.Tensor) -> torch.Tensor:
-    """Column of the first, second, ... True of each row of `valid` ``[B, n]``; the others behind: ``[B, n]`` int64."""
-    return (~valid).to(torch.int8).argsort(dim=1, stable=True)
+def _causal(present: torch.Tensor, new: int) -> torch.Tensor:
+    """Which keys each of the `new` newest queries sees, ``[B, 1, S, M]`` bool, of those `present` ``[B, M]``."""
+    keys = present.shape[1]
+    causal = torch.ones(new, keys, dtype=torch.bool, device=present.device).tril(keys - new)
+    return present[:, None, None] & causal
 
 
 def _refuse(kwargs: dict[str, Any], model: str) -> None:

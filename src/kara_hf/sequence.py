@@ -55,6 +55,10 @@ class Sequence:
             start, before = before[-1].start, before[:-1]
         return Sequence(tokens, 0, (*before, Segment("prompt", start, tokens, tokens - start)))
 
+    def without(self, padding: int) -> "Sequence":
+        """With `padding` open tokens fewer, which turned out to be none."""
+        return replace(self, tokens=self.tokens - padding, open=self.open - padding)
+
     def sealed(self, policy: KaraPolicy) -> "Sequence":
         """With every window that is due turned into a sealed segment."""
         config, due = policy.config, policy.windows_due(self.open)

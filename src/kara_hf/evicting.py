@@ -1,0 +1,341 @@
+"""Evicting blocks (KV-Compress): a prompt is cut to its budget when decoding begins, and kept within it from then on.
+
+The end of a prompt shows when a single token follows. Until then everything is kept whole, so that a prompt that comes
+in chunks is judged by the same queries as one that comes at once. What is evicted is chosen over all layers and heads
+of a sequence, in passes between steps. There is one every `block_size` tokens, in which every row takes exactly one
+block more; a clock that all sequences share, and no row's own state, says when, so that a sequence is treated alike
+whatever batch it is in and whatever was forked.
+"""
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .layer import Step, StoreLayer
+from .policy import Eviction, KVCompressPolicy, moves
+from .sequence import Kind, Segment, Sequence
+from .storage import MemoryMeter, PagedStore, PoolExhausted, Prompt
+
+if TYPE_CHECKING:
+    from .cache import CompressedCache
+
+
+class Votes:
+    """The newest queries of a prompt or turn in one layer, ``[B, Hq, w, D]``, the last one last.
+
+    They are about to go, like the prompt that they belong to, and like it they are not counted against a cap.
+    """
+
+    def __init__(self, meter: MemoryMeter):
+        self.meter = meter
+        self.queries: torch.Tensor | None = None
+        self.valid: torch.Tensor | None = None  # [B, w] bool
+        self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def add(self, queries: torch.Tensor, real: torch.Tensor | None, window: int) -> None:
+        """The newest `window` of those held and ``[B, Hq, S, D]`` new ones are held once `commit` follows."""
+        if real is None:
+            queries = queries[:, :, -window:]
+            real = torch.ones(len(queries), queries.shape[2], dtype=torch.bool, device=queries.device)
+        if self.queries is not None and self.valid is not None:
+            queries = torch.cat([self.queries, queries], dim=2)
+            real = torch.cat([self.valid, real], dim=1)
+        newest = real.to(torch.int8).argsort(dim=1, stable=True)[:, -window:]  # what is real comes last, in order
+        index = newest[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
+        self._fresh = queries.gather(2, index), real.gather(1, newest)
+
+    def commit(self) -> None:
+        if self._fresh is not None:
+            self._replace(*self._fresh)
+            self._fresh = None
+
+    def of(self, sequence: int) -> torch.Tensor | None:
+        """Queries of one sequence, ``[Hq, n, D]``, or None if there are none."""
+        if self.queries is None or self.valid is None or not self.valid[sequence].any():
+            return None
+        return self.queries[sequence, :, self.valid[sequence]]
+
+    def crop(self, tokens: np.ndarray) -> None:
+        if self.valid is not None:
+            behind = self.valid.sum(1, keepdim=True) - self.valid.cumsum(1)
+            self.valid &= behind >= torch.from_numpy(tokens).to(behind.device)[:, None]
+
+    def fork(self, index: np.ndarray) -> None:
+        if self.queries is not None and self.valid is not None:
+            chosen = torch.from_numpy(index.astype(np.int64)).to(self.queries.device)
+            self._replace(self.queries.index_select(0, chosen), self.valid.index_select(0, chosen))
+
+    def fork_bytes(self, index: np.ndarray) -> int:
+        return 0
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return ()
+
+    def let_go(self) -> None:
+        self._fresh = None
+
+    def release(self) -> None:
+        for held in (self.queries, self.valid):
+            if held is not None:
+                self.meter.hand_back(held)
+        self.queries = self.valid = None
+
+    def _replace(self, queries: torch.Tensor, valid: torch.Tensor) -> None:
+        self.release()
+        self.queries, self.valid = self.meter.borrow(queries), self.meter.borrow(valid)
+
+
+class Evicting:
+    """`kara_hf.compression.Compression` by blocks of all layers and heads; see `kara_hf.policy.KVCompressPolicy`."""
+
+    def __init__(self, cache: "CompressedCache", policy: KVCompressPolicy):
+        self.cache, self.policy, self.config = cache, policy, policy.config
+        self.block_size = policy.config.block_size
+        self.undecided = False  # whether the newest tokens are a prompt or turn that was not cut yet
+        self.until = 0  # columns of the cache at which the next pass is due
+        self.decoding = False
+        self.observing = False
+
+    def layer_state(self) -> Votes:
+        return Votes(self.cache.meter)
+
+    # ------------------------------------------------------------------------------------------------------ in a step
+    def begin(self, step: Step) -> None:
+        cache = self.cache
+        drafts = step.drafts and 1 < step.new <= self.config.protected + 1
+        self.decoding = not step.first and (step.new == 1 or drafts)
+        # Drafts do not vote: those that are refused could not take their votes back.
+        self.observing = self.decoding and not drafts and self.config.accumulate and self.policy.votes
+        if self.decoding and self.calm_steps() < step.new:
+            self.compress(step.new)
+        elif not step.first:
+            self._make_room(step.new)
+        step.after = [s.extended(int(n), pinned=False) for s, n in zip(cache.sequences, step.counts, strict=True)]
+
+    def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> Prompt:
+        return Prompt(self.cache.meter)
+
+    def observes(self, step: Step) -> int | None:
+        return self.policy.power if self.observing else None
+
+    def stored(
+        self, layer: StoreLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
+    ) -> None:
+        if present is not None:
+            raise ValueError(
+                f"layer {layer.index} of {self.cache.binding.name} keeps one latent row for all its heads (multi-head "
+                "latent attention), so there is nothing to evict by head; use KaraCache for this model"
+            )
+        if self.decoding or not self.policy.votes:
+            return
+        real = None if step.real is None else step.real.to(query.device)
+        if self.config.observation is not None:
+            layer.state.add(query, real, self.config.observation)
+            return
+        for sequence in range(len(query)):
+            chosen = query[sequence] if real is None else query[sequence, :, real[sequence]]
+            if chosen.shape[1]:
+                self._vote(layer, sequence, chosen)
+
+    def layer_done(self, layer: StoreLayer, step: Step) -> None:
+        pass
+
+    def done(self, step: Step) -> list[Sequence]:
+        if not self.decoding:
+            self.undecided = True
+            for layer in self.cache.store_layers:
+                layer.state.commit()
+        return step.after
+
+    # ------------------------------------------------------------------------------------------------------- a pass
+    def compress(self, ahead: int = 1) -> None:
+        """Cuts every sequence to its budget less what `ahead` tokens, at least a block, take of it; makes room for them.
+
+        Without continual eviction the whole budget is the prompt's, and the cache grows behind it.
+        """
+        ahead = max(ahead, self.block_size)
+        self._pass(ahead, ahead if self.config.continual else 0)
+
+    def _make_room(self, tokens: int) -> None:
+        """Makes room for more of a prompt, or for tokens before the next pass; under a cap by evicting, if need be."""
+        try:
+            if self.undecided:
+                self._put_in_blocks(0)
+            self.cache.reserve(tokens)
+        except PoolExhausted:
+            if not self.policy.compresses:
+                raise
+            self._pass(tokens, 0)
+
+    def _pass(self, ahead: int, counted: int) -> None:
+        """Cuts every sequence to its budget less what `counted` tokens take of it, and makes room for `ahead`."""
+        cache, layers = self.cache, self.cache.store_layers
+        eviction = None
+        if self.policy.compresses:
+            self._count_votes()
+            lengths = np.concatenate([layer.stored().lengths for layer in layers], axis=1)
+            tokens = np.array([sequence.tokens for sequence in cache.sequences])
+            quota = self._quota(-(-lengths // self.block_size), tokens, ahead, counted)
+            if quota.any():
+                eviction = self._choose(lengths, tokens, quota)
+        if eviction is not None:
+            self._evict(eviction)
+        self._put_in_blocks(ahead, eviction)
+        self.undecided, self.until = False, cache.columns + counted
+        try:
+            cache.reserve(ahead)
+        except PoolExhausted:
+            for layer in layers:
+                layer.paged().trim()
+            cache.reserve(ahead)
+
+    def _count_votes(self) -> None:
+        """Adds to the metric what the newest queries of a prompt or turn say; they are not needed afterwards."""
+        for layer in self.cache.store_layers if self.undecided else ():
+            for sequence in range(len(self.cache.sequences)):
+                queries = layer.state.of(sequence)
+                if queries is not None:
+                    self._vote(layer, sequence, queries)
+            layer.state.release()
+
+    def _vote(self, layer: StoreLayer, sequence: int, queries: torch.Tensor) -> None:
+        """Adds to the metric of a sequence what its newest `queries` ``[Hq, n, D]`` say about all its tokens."""
+        store, group = layer.stored(), len(queries) // layer.stored().lengths.shape[1]
+        observe = partial(self.policy.observe, scaling=layer.scaling, softcap=layer.softcap)
+        if isinstance(store, Prompt):
+            store.add_metric(sequence, observe(queries, store.keys_of(sequence), sinks=layer.sinks))
+            return
+        for head in range(store.lengths.shape[1]):
+            members = slice(head * group, (head + 1) * group)
+            keys, _, positions = store.read(sequence, head)
+            order = positions.argsort()
+            sinks = None if layer.sinks is None else layer.sinks[members]
+            seen = observe(queries[members], keys[order][None], sinks=sinks)[0]
+            store.add_metric(sequence, head, torch.empty_like(seen).scatter_(0, order, seen))
+
+    def _quota(self, blocks: np.ndarray, tokens: np.ndarray, ahead: int, counted: int) -> np.ndarray:
+        """Blocks that each sequence has to give up, ``[B]``; its rows hold `blocks` ``[B, R]``, it has seen `tokens`."""
+        rows, used = blocks.shape[1], blocks.sum(1)
+        quota = np.zeros_like(used)
+        if self.undecided or self.config.continual:
+            quota = self.policy.quota(tokens, rows, used, rows * -(-counted // self.block_size))
+        taken = -(-ahead // self.block_size)
+        allowed = self._blocks_within_cap(blocks.size, int(blocks.max()) + taken)
+        excess = int((used + rows * taken - quota).sum()) - allowed
+        if excess > 0:  # what the cap asks for comes from all sequences, in proportion to what they can spare
+            spare = np.maximum(0, np.maximum(0, blocks - self.config.least_blocks).sum(1) - quota)
+            quota = quota + np.minimum(spare, -(-excess * spare // max(1, spare.sum())))
+        return quota
+
+    def _blocks_within_cap(self, rows: int, widest: int) -> int:
+        """Blocks that the layers may hold in all for `rows` rows, of which none has more than `widest`."""
+        meter = self.cache.meter
+        if meter.max_bytes is None:
+            return sys.maxsize
+        stores = [layer.stored() for layer in self.cache.store_layers]
+        block = max(store.token_bytes for store in stores) + 4 + 4  # with the position and metric of a token
+        lists = rows * (2 * 4 * widest + 4)  # tables and lengths
+        others = meter.held - meter.lent - sum(store.paged_bytes for store in stores)
+        return (meter.max_bytes - others - lists) // (block * self.block_size)
+
+    def _choose(self, lengths: np.ndarray, tokens: np.ndarray, quota: np.ndarray) -> Eviction:
+        """What each sequence gives up: rows of all layers side by side, filled up to the longest."""
+        device = self.cache.store_layers[0].stored().device
+        ranked = [layer.stored().ranked() for layer in self.cache.store_layers]
+        longest = max(metric.shape[2] for metric, _ in ranked)
+        metric, positions = (
+            torch.cat([F.pad(part, (0, longest - part.shape[2])).to(device) for part in parts], dim=1)
+            for parts in zip(*ranked, strict=True)
+        )
+        return self.policy.evict(metric, positions, torch.from_numpy(lengths).to(device), tokens, quota)
+
+    def _evict(self, eviction: Eviction) -> None:
+        """Carries out in all layers that are in blocks what was chosen."""
+        freed, lengths = (part.cpu().numpy() for part in (eviction.freed, eviction.lengths))
+        self.cache.sequences = [  # first, so that nobody takes a sequence for whole if something fails on the way
+            Sequence(s.tokens, 0, (Segment("sealed", 0, s.tokens, 0),)) if count else s
+            for s, count in zip(self.cache.sequences, freed.sum(1), strict=True)
+        ]
+        for layer, rows in self._rows():
+            store = layer.stored()
+            if isinstance(store, PagedStore) and freed[:, rows].any():
+                dropped, after = (part[:, rows].to(store.device) for part in (eviction.dropped, eviction.lengths))
+                store.evict(*moves(dropped, after), lengths[:, rows])
+
+    def _put_in_blocks(self, ahead: int, eviction: Eviction | None = None) -> None:
+        """Puts a prompt into blocks without what was chosen, with room for `ahead` tokens more in every row.
+
+        Raises `PoolExhausted` before any layer changes.
+        """
+        meter = self.cache.meter
+        plan: list[tuple[StoreLayer, Prompt, PagedStore, torch.Tensor]] = []
+        try:
+            for layer, rows in self._rows():
+                prompt = layer.stored()
+                if isinstance(prompt, Prompt):
+                    dropped = None if eviction is None else eviction.dropped[:, rows].to(prompt.device)
+                    plan.append((layer, prompt, self._empty_like(prompt), prompt.kept(dropped)))
+            meter.require(sum(store.fill_bytes(kept, ahead) for _, _, store, kept in plan))
+            while plan:
+                layer, prompt, store, kept = plan[0]
+                store.fill(prompt.keys, prompt.values, prompt.positions, prompt.metric, kept, ahead)
+                layer.store = store
+                prompt.release()
+                del plan[0]
+        except BaseException:
+            for _, _, store, _ in plan:
+                store.release()
+            raise
+
+    def _rows(self) -> Iterator[tuple[StoreLayer, slice]]:
+        """The layers, and which rows of a sequence each of them has."""
+        first = 0
+        for layer in self.cache.store_layers:
+            heads = layer.stored().lengths.shape[1]
+            yield layer, slice(first, first + heads)
+            first += heads
+
+    def _empty_like(self, prompt: Prompt) -> PagedStore:
+        return PagedStore(
+            prompt.keys.shape[:2],
+            (prompt.keys.shape[-1], prompt.values.shape[-1]),
+            dtype=prompt.keys.dtype,
+            device=prompt.device,
+            block_size=self.block_size,
+            meter=self.cache.meter,
+            metric=self.policy.compresses,
+            tight=self.policy.compresses,
+            steady=self.cache.steady,
+        )
+
+    # -------------------------------------------------------------------------------------------------- what is known
+    def calm_steps(self) -> int:
+        if self.undecided:
+            return 0
+        if not self.policy.compresses:
+            return sys.maxsize
+        steps = self.until - self.cache.columns if self.config.continual else sys.maxsize
+        # Under a cap, making room may take a pass.
+        return steps if self.cache.meter.max_bytes is None else min(steps, self.cache.room)
+
+    def still_steps(self) -> int:
+        return 0 if self.undecided else min(self.calm_steps(), self.cache.room)
+
+    def constants(self) -> tuple[torch.Tensor | None, ...]:
+        return ()
+
+    def limits(self, sequence: Sequence) -> list[tuple[int, Kind]]:
+        recent = max(0, sequence.tokens - self.config.protected)
+        sealed = sequence.segments[-1].stop if sequence.segments else 0
+        return [(min(sealed, recent), "sealed"), (recent, "open"), (sequence.tokens, "recent")]
+
+    def uncroppable(self, number: int, sequence: Sequence, count: int) -> str:
+        return (
+            f"crop({-count}) would reach behind the last eviction, {sequence.open} tokens ago in sequence {number}: "
+            "what was evicted then is gone. Crop fewer tokens, or reset() the cache"
+        )
