@@ -1,5 +1,6 @@
 """The `kara-hf` command: what it shows, what it refuses and how, and that it is packaged whole and starts quickly."""
 
+import inspect
 import io
 import shutil
 import subprocess
@@ -15,12 +16,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import kara_hf
-from kara_hf import KaraConfig, cli
-from kara_hf.display import Run, show_runs, survival
+from kara_hf import CacheReport, KaraConfig, KVCompressCache, KVCompressConfig, cli
+from kara_hf.display import Run, kept_table, show_runs, survival
 from kara_hf.evaluation import make_problem
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = ("triton", "peft", "gradio", "datasets", "accelerate")
+OPTIONAL = ("triton", "peft", "gradio", "datasets", "accelerate", "plotly", "matplotlib")
 PROBLEM = {"task": "trace", "split": "test", "generated": 100, "seed": 1}
 SETTINGS = {"retention": 0.5, "window": 32, "recent": 16}
 
@@ -59,18 +60,23 @@ def test_both_caches_are_compared_on_a_problem_with_a_known_answer():
     assert kara[1] < full[1]
     assert all("KiB" in cell for label in ("resident KV", "peak KV") for cell in row(output, label))
     assert all(int(cell.replace(",", "")) > 0 for cell in row(output, "decoded tokens/s"))
-    for label in ("prompt", "chunks", "open", "recent", "evicted"):
+    for label in ("prompt", "survived", "open", "recent", "evicted"):
         assert f" {label} " in output.split("What KaraCache kept")[1]
 
 
-@pytest.mark.parametrize(
-    ("cache", "title", "other"), [("full", "full cache", "KaraCache"), ("kara", "KaraCache", "full")]
-)
-def test_one_cache_prints_its_text_and_its_figures(cache, title, other):
+TITLES = {"full": "full cache", "kara": "KaraCache", "kv-compress": "KVCompressCache"}
+
+
+@pytest.mark.parametrize("cache", TITLES)
+def test_one_cache_prints_its_text_and_its_figures(cache):
     output = generate("--cache", cache, "--max-new-tokens", 30)
     words = make_problem(**PROBLEM).completion.split()
-    assert " ".join(words[:5]) in output
-    assert title in output and other not in output
+    assert words[0] in output.split("tiny_reasoner")[0].split()
+    if cache != "kv-compress":  # which drops some of the prompt
+        assert " ".join(words[:5]) in output
+    (heading,) = (line for line in output.splitlines() if line.startswith("┃"))
+    assert heading.split("┃")[2].strip() == TITLES[cache]
+    assert [title for title in TITLES.values() if f"What {title} kept" in output] == [TITLES[cache]] * (cache != "full")
     assert row(output, "tokens generated") == ["30"]
 
 
@@ -103,7 +109,7 @@ def test_a_folder_is_a_model(tmp_path):
     output = generate(
         "ba : 3 ; ? ba ba >", "--model", folder, "--dtype", "bfloat16", "--device", "cpu", "--max-new-tokens", 4
     )
-    assert "mine | prompt of 8 tokens | window 256, retention 0.25, recent 32, bidirectional" in output
+    assert "mine | prompt of 8 tokens\nKaraCache: window 256, retention 0.25, recent 32, bidirectional" in output
 
 
 def test_settings_reach_the_cache():
@@ -113,6 +119,87 @@ def test_settings_reach_the_cache():
     assert "window 16, retention 0.25, recent 0, random" in output
     seen, kept = (int(row(output, label)[0].split()[0]) for label in ("tokens seen", "tokens kept"))
     assert kept == seen // 16 * 4 + seen % 16
+
+
+def direct_run(**settings):
+    """What a KVCompressCache holds after the problem that the command solves."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(cli.BUNDLED_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(cli.BUNDLED_MODEL).eval()
+    cache, problem = KVCompressCache(model, **settings), make_problem(**PROBLEM)
+    inputs = tokenizer(problem.prompt, return_tensors="pt")
+    tokens = int(cli.SOLUTION_ALLOWANCE * len(problem.completion.split()))
+    ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return cache.report(), problem.grade(text)
+
+
+def map_rows(output):
+    """The numbers of the heat map: for each layer those of its heads."""
+    lines = [line.split() for line in output.split(" kept:\n")[1].splitlines()]
+    return [[int(cell.replace(",", "")) for cell in cells[1:-1]] for cells in lines if cells[0].isdigit()]
+
+
+def numbers(output, label):
+    """The first number of each cell of a row of the table."""
+    return [int(cell.split()[0].replace(",", "")) for cell in row(output, label)]
+
+
+def test_kv_compress_shows_what_each_head_keeps_and_whether_its_answer_is_right():
+    output = generate("--cache", "full", "--cache", "kv-compress")
+    report, right = direct_run(retention=SETTINGS["retention"])
+    assert "KVCompressCache: retention 0.5, observation 32, protected 32, sinks 4, l2" in output
+    assert map_rows(output) == report.kept[:, 0].tolist()
+    kept = report.kept[:, 0].double()
+    assert (
+        numbers(output, "tokens seen")[1] == report.seen[0] > numbers(output, "tokens kept")[1] == kept.mean().round()
+    )
+    assert row(output, "least to most")[1] == f"{int(kept.min())} to {int(kept.max())}"
+    assert row(output, "resident KV")[1].endswith(f"({report.resident_bytes / report.full_bytes:.0%})")
+    assert row(output, "answer")[1].endswith("right") == right
+    strip = output.split("What KVCompressCache kept")[1]
+    assert " survived " in strip and " recent " in strip and " evicted " in strip and " prompt " not in strip
+
+
+def test_caches_are_named_one_by_one_or_with_commas():
+    both = [generate("--cache", "kara", "--cache", "kv-compress"), generate("--cache", "kara, kv-compress")]
+    first, second = ([line for line in output.splitlines() if "tokens/s" not in line] for output in both)
+    assert first == second
+    assert "KaraCache: window" in both[0] and "KVCompressCache: retention" in both[0]
+
+
+def test_settings_reach_kv_compress():
+    options = {"max_cache_tokens": 64, "observation": None, "protected": 8, "sinks": 0, "metric": "l1", "block_size": 8}
+    arguments = ("--max-cache-tokens", 64, "--observation", "all", "--protected", 8, "--sinks", 0, "--metric", "l1")
+    output = generate("--cache", "kv-compress", *arguments, "--block-size", 8, "--no-continual")
+    described = "64 tokens per head on average, observation all, protected 8, sinks 0, l1, prompt only"
+    assert f"KVCompressCache: {described}" in " ".join(output.split())
+    assert map_rows(output) == direct_run(**options, continual=False)[0].kept[:, 0].tolist()
+
+
+def test_a_budget_that_is_given_replaces_the_default_one():
+    output = generate("--cache", "kv-compress,kara", "--max-cache-tokens", 96)
+    assert "KVCompressCache: 96 tokens per head" in output and "retention 0.5, recent 16" in output
+    assert numbers(output, "tokens kept")[0] <= 96
+
+
+def test_kv_compress_keeps_a_quarter_where_nothing_is_said(tmp_path):
+    output = generate(
+        "ba : 3 ; ? ba ba >", "--model", cli.BUNDLED_MODEL, "--cache", "kv-compress", "--max-new-tokens", 2
+    )
+    assert "KVCompressCache: retention 0.25," in output
+
+
+def test_kv_compress_evicts_more_under_a_cap_on_bytes():
+    free, capped = (generate("--cache", "kv-compress", *cap) for cap in ((), ("--max-bytes", 200_000)))
+    assert numbers(capped, "tokens kept")[0] < numbers(free, "tokens kept")[0]
+
+
+def test_kv_compress_streams_its_text():
+    output = generate("--cache", "kv-compress", "--stream", "--max-new-tokens", 12)
+    streamed = output.split("--- KVCompressCache\n")[1].split("tiny_reasoner")[0]
+    assert len(streamed.split()) == 12
 
 
 def test_the_chat_template_is_applied_unless_refused(tmp_path):
@@ -137,7 +224,28 @@ REFUSED = [
     (["--anchor-share", "0"], 2, ["anchor_share=0", "(0, 1]"]),
     (["--block-size", "0"], 2, ["block_size=0", "from 1 on"]),
     (["--score", "best"], 2, ["'best'", "bidirectional", "recency"]),
-    (["--cache", "half"], 2, ["'half'", "full or kara"]),
+    (["--cache", "half"], 2, ["'half'", "full or kara or kv-compress"]),
+    (["--cache", ""], 2, ["''", "full or kara or kv-compress"]),
+    (["--cache", "kara,kara"], 2, ["'kara,kara'", "once"]),
+    (["--cache", "full", "--retention", "0.5"], 2, ["retention=0.5 does not apply to full", "kara or kv-compress"]),
+    (["--cache", "full", "--max-bytes", "9"], 2, ["max_bytes=9 does not apply to full"]),
+    (["--cache", "kv-compress", "--window", "64"], 2, ["window=64 does not apply to kv-compress", "choose kara"]),
+    (["--cache", "kv-compress", "--compress-prompt"], 2, ["compress_prompt=True does not apply", "choose kara"]),
+    (["--max-cache-tokens", "99"], 2, ["max_cache_tokens=99 does not apply to full and kara", "choose kv-compress"]),
+    (["--no-continual"], 2, ["continual=False does not apply to full and kara"]),
+    (["--cache", "kv-compress", "--max-cache-tokens", "9"], 2, ["max_cache_tokens=9", "from 64 on"]),
+    (
+        ["--cache", "kv-compress", "--max-cache-tokens", "99", "--retention", "0.5"],
+        2,
+        ["max_cache_tokens=99 and retention=0.5", "exactly one"],
+    ),
+    (["--cache", "kv-compress", "--observation", "some"], 2, ["observation='some'", "or all"]),
+    (["--cache", "kv-compress", "--observation", "0"], 2, ["observation='0'", "from 1 on"]),
+    (["--cache", "kv-compress", "--protected", "0"], 2, ["protected=0", "from 1 on"]),
+    (["--cache", "kv-compress", "--sinks", "-1"], 2, ["sinks=-1", "from 0 on"]),
+    (["--cache", "kv-compress", "--metric", "l3"], 2, ["metric='l3'", "'l1'"]),
+    (["--cache", "kv-compress", "--max-bytes", "7"], 2, ["max_bytes=7", "at least one block"]),
+    (["--cache", "kv-compress", "--max-bytes", "50000"], 1, ["max_bytes=50000"]),
     (["--dtype", "int3"], 2, ["'int3'", "float32", "bfloat16"]),
     (["--device", "toaster"], 2, ["'toaster'", "sees cpu"]),
     (["--device", "meta"], 2, ["'meta'", "sees cpu"]),
@@ -182,7 +290,7 @@ def test_an_unknown_option_or_a_word_for_a_number_prints_the_usage():
 
 # -------------------------------------------------------------------------------------------------------------- display
 def some_run(rows, seen):
-    return Run("KaraCache", "text", 1, None, seen, [2, 4], 100, 300, 300, rows=rows)
+    return Run("KaraCache", "text", 1, None, seen, [2, 4], 400, 100, 300, 300, rows=rows)
 
 
 def test_survival_is_the_share_of_rows_that_keep_a_position():
@@ -214,27 +322,81 @@ def test_a_long_strip_takes_few_lines_of_the_terminal(width):
     assert 1 <= sum(set(line) <= set("█·#") for line in lines if line) <= 3
 
 
+def some_report(kept, layers=None, seen=5000):
+    """Of one sequence; `kept` ``[layer][head]``."""
+    counts = torch.tensor(kept)[:, None]
+    return CacheReport(torch.tensor([seen]), counts, layers or list(range(len(kept))), 9, 9, 9, 9, 0)
+
+
+def printed(table, **options):
+    file = io.StringIO()
+    Console(file=file, width=100, **options).print(table)
+    return file.getvalue()
+
+
+def test_the_map_has_a_row_for_each_layer_and_a_cell_for_each_head_that_is_there():
+    output = printed(kept_table(some_report([[100, 2000], [36, 0], [512, 64]], layers=[2, 5, 8])))
+    assert [line.split() for line in output.splitlines()] == [
+        ["layer", "head", "0", "head", "1", "mean"],
+        ["2", "100", "2,000", "1,050"],
+        ["5", "36", "36"],
+        ["8", "512", "64", "288"],
+        ["of", "5,000", "seen"],
+    ]
+    assert output.isascii()
+
+
+def test_the_map_is_brighter_where_more_is_kept():
+    lines = printed(
+        kept_table(some_report([[10, 20, 30]])), force_terminal=True, color_system="truecolor", no_color=False
+    ).splitlines()
+    backgrounds = [part.split("m")[0] for part in lines[1].split("48;2;")[1:]]
+    assert backgrounds == ["68;1;84", "33;145;140", "253;231;37"]
+
+
+def test_the_map_of_one_sequence_of_a_batch():
+    report = CacheReport(torch.tensor([7, 9]), torch.tensor([[[1, 2], [3, 4]]]), [0], 9, 9, 9, 9, 0)
+    assert "3       4" in printed(kept_table(report, 1)) and "of 9 seen" in printed(kept_table(report, 1))
+    for sequence in (2, -1):
+        with pytest.raises(IndexError, match=f"sequence {sequence} is not there; the report has 2"):
+            kept_table(report, sequence)
+
+
+@pytest.mark.parametrize("width", [30, 80, 100])
+def test_the_map_of_a_large_model_shows_means_of_neighbours(width):
+    kept = [[100 * layer + head + 1 for head in range(32)] for layer in range(80)]
+    lines = printed(kept_table(some_report(kept), width=width, height=20)).splitlines()
+    rows = [line.split() for line in lines if line.split()[0].startswith(tuple("0123456789"))]
+    assert max(len(line.rstrip()) for line in lines[: len(rows)]) <= width
+    assert len(rows) == 20 and rows[0][0] == "0-3" and rows[-1][0] == "76-79"
+    heads = -(-32 // (len(rows[0]) - 2))
+    assert rows[0][1] == f"{150 + (heads + 1) / 2:,.0f}"
+    assert f"mean of up to 4 x {heads} (layers x heads)" in " ".join(" ".join(lines[len(rows) :]).split())
+
+
 # --------------------------------------------------------------------------------------------------- help and packaging
 def test_help_explains_every_option():
     text = " ".join(invoke("generate", "--help").stdout.split())
-    for option in (
-        *(
-            "--model",
-            "--cache",
-            "--retention",
-            "--window",
-            "--recent",
-            "--score",
-            "--anchor-share",
-            "--compress-prompt",
-        ),
-        *("--block-size", "--seed", "--max-bytes", "--max-new-tokens", "--device", "--dtype", "--stream", "--no-chat"),
-        *("--trust-remote-code",),
-    ):
-        assert option in text
-    for field in fields(KaraConfig):
-        if field.name != "compress_prompt":
-            assert f"[default: {field.default}" in text.split(f"--{field.name.replace('_', '-')} ")[1].split(" --")[0]
+    for name in inspect.signature(cli.generate).parameters:
+        assert name == "prompt" or f"--{name.replace('_', '-')} " in text
+    for config in (KaraConfig(), KVCompressConfig(retention=KaraConfig.retention)):
+        for field in fields(config):
+            option = f"--{field.name.replace('_', '-')} "
+            default = getattr(config, field.name)
+            if option in text and default is not None and not isinstance(default, bool):
+                assert f"[default: {default}" in text.split(option)[1].split(" --")[0]
+
+
+def test_help_names_the_caches_and_says_which_options_are_theirs():
+    from kara_hf.methods import METHODS
+
+    text = " ".join(invoke("generate", "--help").stdout.split())
+    *names, last = METHODS
+    assert f"{', '.join(names)} or {last};" in text
+    for name in inspect.signature(cli.generate).parameters:
+        owners = [method for method, kind in METHODS.items() if name.removeprefix("no_") in kind.options]
+        if owners:
+            assert f"{', '.join(owners)}: " in text.split(f"--{name.replace('_', '-')} ")[1].split(" --")[0]
 
 
 def test_version():

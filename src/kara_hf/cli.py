@@ -1,4 +1,4 @@
-"""The `kara-hf` command: generate with the full cache, with `KaraCache`, or with both, compared.
+"""The `kara-hf` command: generate with the full cache, with compressed ones, or with several, compared.
 
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
@@ -23,7 +23,7 @@ BUNDLED_SETTINGS: dict[str, Any] = {"retention": 0.4, "window": 64, "recent": 32
 SOLUTION_ALLOWANCE = 1.25
 MAX_NEW_TOKENS = 512
 
-CACHES = ("full", "kara")
+DEFAULT_CACHES = ("full", "kara")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 app = typer.Typer(
@@ -58,23 +58,69 @@ def generate(
     model: Annotated[
         str | None, typer.Option(help="Hub id or folder of a causal language model [default: the bundled one].")
     ] = None,
-    cache: Annotated[str | None, typer.Option(help="full or kara [default: both, compared].")] = None,
-    retention: Annotated[
-        float | None, typer.Option(help="Share of each window that is kept [default: 0.25; bundled model: 0.4].")
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="full, kara or kv-compress; repeat it, or separate names by commas, to compare several [default: "
+            "full,kara].",
+        ),
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens in a window [default: 256; bundled model: 64].")] = None,
-    recent: Annotated[int | None, typer.Option(help="Newest tokens, always kept whole [default: 32].")] = None,
+    retention: Annotated[
+        float | None,
+        typer.Option(
+            help="kara, kv-compress: share that is kept, of each window or of everything [default: 0.25; bundled "
+            "model: 0.4]."
+        ),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="kara: tokens in a window [default: 256; bundled model: 64].")
+    ] = None,
+    recent: Annotated[int | None, typer.Option(help="kara: newest tokens, always kept whole [default: 32].")] = None,
     score: Annotated[
-        str | None, typer.Option(help="What ranks the tokens of a window [default: bidirectional].")
+        str | None, typer.Option(help="kara: what ranks the tokens of a window [default: bidirectional].")
     ] = None,
     anchor_share: Annotated[
         float | None,
-        typer.Option(help="Share of the kept tokens picked singly, not as chunks [default: 0.5; bundled model: 1]."),
+        typer.Option(
+            help="kara: share of the kept tokens picked singly, not as chunks [default: 0.5; bundled model: 1]."
+        ),
     ] = None,
-    compress_prompt: Annotated[bool, typer.Option("--compress-prompt", help="Compress the prompt too.")] = False,
-    block_size: Annotated[int | None, typer.Option(help="Slots per block of memory [default: 16].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the random scores [default: 0].")] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Stop with an error if KaraCache needs more bytes.")] = None,
+    compress_prompt: Annotated[
+        bool, typer.Option("--compress-prompt", help="kara: compress the prompt too. (kv-compress always does.)")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="kara, kv-compress: seed of what is random [default: 0].")] = None,
+    max_cache_tokens: Annotated[
+        int | None,
+        typer.Option(help="kv-compress: tokens per KV head and layer, on average, instead of --retention."),
+    ] = None,
+    observation: Annotated[
+        str | None,
+        typer.Option(metavar="N|all", help="kv-compress: last prompt queries that vote on what is kept [default: 32]."),
+    ] = None,
+    protected: Annotated[
+        int | None, typer.Option(help="kv-compress: newest tokens, never evicted [default: 32].")
+    ] = None,
+    sinks: Annotated[int | None, typer.Option(help="kv-compress: first tokens, never evicted [default: 4].")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="kv-compress: sum squared probabilities (l2) or plain ones (l1); or random, recency [default: l2]."
+        ),
+    ] = None,
+    no_continual: Annotated[
+        bool, typer.Option("--no-continual", help="kv-compress: cut the prompt only, not what is generated.")
+    ] = False,
+    block_size: Annotated[
+        int | None, typer.Option(help="kara, kv-compress: slots per block of memory [default: 16].")
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            help="kara, kv-compress: most resident bytes; kara stops with an error there, kv-compress evicts more "
+            "while it can."
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens generated at most [default: 512; bundled problem: enough to solve it].")
     ] = None,
@@ -90,39 +136,42 @@ def generate(
 ) -> None:
     """Generate text greedily and show what the cache held: tokens, bytes, speed and what survived.
 
-    Without --cache the prompt runs twice, with the full cache and with KaraCache, side by side.
+    Without --cache the prompt runs twice, with the full cache and with KaraCache, side by side. Options that start with
+    names of caches are settings of these.
     """
     with _readable_errors():
-        require(cache is None or cache in CACHES, "cache", cache, "full or kara, or left out for both")
         require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
         require(max_new_tokens is None or max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
         require(prompt is None or bool(prompt.strip()), "prompt", prompt, "some text to continue")
         require(model is None or prompt is not None, "prompt", None, f'given with --model: --model {model} "text"')
-        given = {
+        options = {
             "retention": retention,
             "window": window,
             "recent": recent,
             "score": score,
             "anchor_share": anchor_share,
-            "compress_prompt": compress_prompt,
-            "block_size": block_size,
+            "compress_prompt": compress_prompt or None,
             "seed": seed,
+            "max_cache_tokens": max_cache_tokens,
+            "protected": protected,
+            "sinks": sinks,
+            "metric": metric,
+            "continual": False if no_continual else None,
+            "block_size": block_size,
+            "max_bytes": max_bytes,
         }
-        settings = {} if model else dict(BUNDLED_SETTINGS)
-        settings |= {name: value for name, value in given.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        if observation is not None:
+            given["observation"] = _count_or_all("observation", observation)
 
         from .evaluation import make_problem
+        from .methods import make_methods
         from .runner import Runner
 
+        names = [name.strip() for names in cache or DEFAULT_CACHES for name in names.split(",")]
+        methods = list(make_methods(names, given, {} if model else BUNDLED_SETTINGS).values())
         problem = None if prompt else make_problem(**BUNDLED_PROBLEM)
-        runner = Runner(
-            model or str(BUNDLED_MODEL),
-            settings,
-            max_bytes=max_bytes,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
+        runner = Runner(model or str(BUNDLED_MODEL), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         text = problem.prompt if problem else str(prompt)
         ids = runner.encode(text, chat=not no_chat)
         if model is None and (ids == runner.tokenizer.unk_token_id).any():
@@ -133,17 +182,19 @@ def generate(
         if max_new_tokens is None:
             wanted = int(SOLUTION_ALLOWANCE * len(problem.completion.split())) if problem else MAX_NEW_TOKENS
             max_new_tokens = max(1, min(wanted, runner.limit - ids.shape[1]))
-        names = [cache] if cache else list(CACHES)
-        runs = runner.run(names, ids, max_new_tokens=max_new_tokens, stream=stream, problem=problem)
-
-        config, console = runner.config, Console(highlight=False)
-        title = f"{runner.name} | prompt of {ids.shape[1]:,} tokens"
-        if "kara" in names:
-            title += f" | window {config.window}, retention {config.retention}, recent {config.recent}"
-            title += f", {config.score}, anchor share {config.anchor_share:g}"
-        if cache and not stream:
+        runs = runner.run(methods, ids, max_new_tokens=max_new_tokens, stream=stream, problem=problem)
+        if len(runs) == 1 and not stream:
             typer.echo(runs[0].text.strip())
-        show_runs(console, runs, title)
+        title = f"{runner.name} | prompt of {ids.shape[1]:,} tokens"
+        show_runs(Console(highlight=False), runs, title)
+
+
+def _count_or_all(name: str, text: str) -> int | None:
+    """A whole number, or None for "all". Raises ValueError."""
+    if text == "all":
+        return None
+    require(text.isdecimal() and int(text) >= 1, name, text, "a whole number from 1 on, or all")
+    return int(text)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Runs of the `kara-hf` command: one model, one prompt, either cache, measured in the same way."""
+"""Runs of the `kara-hf` command: one model, one prompt, one cache after the other, measured in the same way."""
 
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .attention import detach
-from .cache import KaraCache
-from .config import KaraConfig
 from .display import Run
 from .evaluation.tasks import Problem, final_answer
-
-TITLES = {"full": "full cache", "kara": "KaraCache"}
+from .methods import Method
 
 
 class Runner:
-    """A loaded model that runs a prompt under the full cache ("full") or under `KaraCache` ("kara").
+    """A loaded model that runs a prompt under one cache after the other.
 
     Args:
         name: hub id or folder of a causal LM.
-        settings: of `KaraConfig`.
-        max_bytes: cap on `KaraCache`, or None.
         device: name, or None for a GPU if there is one.
         dtype: name, or "auto" for what the model was saved in.
         trust_remote_code: whether code that comes with the model may run.
@@ -39,23 +34,11 @@ class Runner:
         limit: positions that the model has.
 
     Raises:
-        ValueError: a setting, the device or the model's name is not possible; nothing was loaded then.
+        ValueError: the device or the model's name is not possible; nothing was loaded then.
         OSError: the model cannot be loaded.
     """
 
-    def __init__(
-        self,
-        name: str,
-        settings: dict[str, Any],
-        *,
-        max_bytes: int | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
-        trust_remote_code: bool = False,
-    ):
-        self.config = KaraConfig(**settings)
-        self.settings = settings
-        self.max_bytes = max_bytes
+    def __init__(self, name: str, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False):
         self.device = find_device(device)
         local = is_folder(name)
         self.name = Path(name).name if local else name
@@ -84,9 +67,15 @@ class Runner:
         return encoded["input_ids"].to(self.device)
 
     def run(
-        self, caches: list[str], ids: torch.Tensor, *, max_new_tokens: int, stream: bool, problem: Problem | None
+        self,
+        methods: Sequence[Method],
+        ids: torch.Tensor,
+        *,
+        max_new_tokens: int,
+        stream: bool,
+        problem: Problem | None,
     ) -> list[Run]:
-        """Continues the prompt `ids` ``[1, S]`` greedily, once under each cache named and after a warm-up.
+        """Continues the prompt `ids` ``[1, S]`` greedily, once under each cache and after a warm-up.
 
         Shows a progress bar on stderr, or with `stream` the text on stdout. `problem` is what the prompt asks, if its
         answer is known.
@@ -100,61 +89,66 @@ class Runner:
                 f"max_new_tokens={max_new_tokens} is not possible behind a prompt of {ids.shape[1]}: the model has "
                 f"{self.limit} positions; lower max_new_tokens or shorten the prompt"
             )
-        columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description:<15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         console = Console(stderr=True)
         hidden = stream or not console.is_terminal
         with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
-            task = progress.add_task("warm-up", total=len(caches))
-            for cache in caches:
-                self._make_cache(cache)  # refuses a model or a setting before anything runs
-            for cache in caches:
-                self._warm_up(cache, ids)
+            task = progress.add_task("warm-up", total=len(methods))
+            for method in methods:
+                method.make(self.model)  # refuses a model or a setting before anything runs
+            for method in methods:
+                self._warm_up(method, ids)
                 progress.advance(task)
             progress.remove_task(task)
             runs = []
-            for cache in caches:
+            for method in methods:
                 if stream:
-                    print(f"--- {TITLES[cache]}", flush=True)
-                task = progress.add_task(TITLES[cache], total=max_new_tokens)
+                    print(f"--- {method.title}", flush=True)
+                task = progress.add_task(method.title, total=max_new_tokens)
                 watch = Watch(partial(progress.advance, task), self._text_streamer() if stream else None)
-                runs.append(self._run(cache, ids, max_new_tokens, watch, problem))
+                runs.append(self._run(method, ids, max_new_tokens, watch, problem))
                 progress.update(task, total=watch.count)
         return runs
 
-    def _run(self, cache: str, ids: torch.Tensor, max_new_tokens: int, watch: "Watch", problem: Problem | None) -> Run:
-        store = self._make_cache(cache)
-        new = self._generate(ids, store, max_new_tokens, watch)[0, ids.shape[1] :]
+    def _run(
+        self, method: Method, ids: torch.Tensor, max_new_tokens: int, watch: "Watch", problem: Problem | None
+    ) -> Run:
+        cache = method.make(self.model)
+        new = self._generate(ids, cache, max_new_tokens, streamer=watch)[0, ids.shape[1] :]
         text = self.tokenizer.decode(new, skip_special_tokens=True)
-        held = held_by_kara(store) if isinstance(store, KaraCache) else held_by_full(store)
-        answered: dict[str, Any] = {}
+        fields = method.held(cache)
         if problem is not None:
-            answered = {"answer": final_answer(text), "expected": problem.answer, "correct": problem.grade(text)}
-        return Run(name=TITLES[cache], text=text, new_tokens=len(new), decode_rate=watch.rate, **held, **answered)
-
-    def _make_cache(self, cache: str, **changes: Any) -> DynamicCache | KaraCache:
-        if cache == "full":
-            detach(self.model)  # so that the comparison is with the model as it is without this package
-            return DynamicCache(config=self.model.config)
-        return KaraCache(self.model, **{"max_bytes": self.max_bytes, **self.settings, **changes})
-
-    def _warm_up(self, cache: str, ids: torch.Tensor) -> None:
-        """Pays the costs of first calls: one window is sealed within a prompt, then a few tokens are decoded."""
-        length = min(self.config.window + self.config.recent, self.limit - 4)
-        ids = ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
-        self._generate(ids, self._make_cache(cache, compress_prompt=True, max_bytes=None), 4, None)
-
-    def _generate(
-        self, ids: torch.Tensor, store: DynamicCache | KaraCache, max_new_tokens: int, streamer: "Watch | None"
-    ) -> torch.Tensor:
-        return self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=store,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            streamer=streamer,
+            fields |= {"answer": final_answer(text), "expected": problem.answer, "correct": problem.grade(text)}
+        return Run(
+            name=method.title,
+            settings=method.describe(),
+            text=text,
+            new_tokens=len(new),
+            decode_rate=watch.rate,
+            **fields,
         )
+
+    def _warm_up(self, method: Method, ids: torch.Tensor) -> None:
+        """Pays the costs of first calls."""
+        plan = method.rehearsal()
+        new_tokens = min(plan.new_tokens, self.limit // 2)
+        length = min(plan.length, self.limit - new_tokens)
+        ids = ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
+        self._generate(ids, method.make(self.model, **plan.changes), new_tokens, min_new_tokens=new_tokens)
+
+    def _generate(self, ids: torch.Tensor, cache: Cache, max_new_tokens: int, **options: Any) -> torch.Tensor:
+        with warnings.catch_warnings():
+            # Newer versions of Transformers 5 prefer another name for this argument, which older ones do not know.
+            warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
+            return self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                **options,
+            )
 
     def _text_streamer(self) -> TextStreamer:
         return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -191,33 +185,6 @@ class Watch:
     def end(self) -> None:
         if self.echo is not None:
             self.echo.end()
-
-
-def held_by_kara(cache: KaraCache) -> dict[str, Any]:
-    """The fields of `Run` that say what the first sequence of the cache holds."""
-    report = cache.report()
-    heads = [(i, head) for i, kept in enumerate(report.kept[:, 0]) for head in kept.nonzero()[:, 0].tolist()]
-    return {
-        "seen": int(report.seen[0]),
-        "kept": [int(report.kept[i, 0, head]) for i, head in heads],
-        "nominal_bytes": report.nominal_bytes + report.other_bytes,
-        "resident_bytes": report.resident_bytes + report.other_bytes,
-        "peak_bytes": report.peak_bytes + report.other_bytes,
-        "rows": [cache.chunks(report.layers[i], 0, head) for i, head in heads],
-    }
-
-
-def held_by_full(cache: DynamicCache) -> dict[str, Any]:
-    """The same for Transformers' own cache: its tensors' bytes. It grows by copying, so the largest was there twice."""
-    tensors = [leaf for layer in cache.layers for leaf in tree_leaves(vars(layer)) if isinstance(leaf, torch.Tensor)]
-    sizes, seen = [tensor.nbytes for tensor in tensors], cache.get_seq_length()
-    return {
-        "seen": seen,
-        "kept": [seen],
-        "nominal_bytes": sum(sizes),
-        "resident_bytes": sum(sizes),
-        "peak_bytes": sum(sizes) + max(sizes),
-    }
 
 
 def is_folder(name: str) -> bool:

@@ -1,0 +1,158 @@
+"""`examples/kept_map.py`: what it shows and writes is what the cache holds."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import kara_hf
+from kara_hf import KVCompressCache
+from kara_hf.evaluation import make_problem
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "kept_map.py"
+
+
+def load_example():
+    spec = importlib.util.spec_from_file_location("kept_map", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kept_map"] = module  # where dataclasses look for the names in their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+kept_map = load_example()
+
+
+@pytest.fixture(scope="module")
+def run():
+    """The cache after the problem that the example solves, the prompt's length, and the text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(kept_map.BUNDLED_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(kept_map.BUNDLED_MODEL).eval()
+    cache = KVCompressCache(model, retention=kept_map.RETENTION)
+    inputs = tokenizer(make_problem(**kept_map.BUNDLED_PROBLEM).prompt, return_tensors="pt")
+    ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=64, do_sample=False)
+    length = inputs["input_ids"].shape[1]
+    return cache, length, tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+
+
+def invoke(*args):
+    import typer
+
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(kept_map.main)
+    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "100", "NO_COLOR": "1"})
+
+
+def error(*args):
+    result = invoke(*args)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+def test_as_a_program_it_shows_what_is_kept_and_writes_a_page(run, tmp_path):
+    cache, _, text = run
+    command = [sys.executable, str(EXAMPLE), "--out", str(tmp_path / "kept.html")]
+    path = str(Path(kara_hf.__file__).parents[1])
+    result = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=200, env={"PYTHONPATH": path, "COLUMNS": "200"}
+    )
+    assert text.strip() in result.stdout and "(right)" in result.stdout
+    lines = [line.split() for line in result.stdout.split("mean\n")[1].splitlines()]
+    shown = [[int(cell) for cell in cells[1:-1]] for cells in lines if cells[0].isdigit()]
+    assert shown == cache.report().kept[:, 0].tolist()
+
+    page = (tmp_path / "kept.html").read_text()
+    assert "What KV-Compress keeps of 512 tokens of tiny_reasoner" in page
+    assert "Tokens kept by each KV head" in page and "Which positions survive" in page
+    assert "Plotly.newPlot" in page and len(page) > 3_000_000  # the library is inside
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)
+
+
+def test_a_picture_has_the_size_of_a_screen(tmp_path):
+    from matplotlib.image import imread
+
+    out = tmp_path / "kept.png"
+    result = invoke("--out", out, "--max-cache-tokens", 96)
+    assert result.exit_code == 0 and f"Written to {out}" in " ".join(result.stdout.split())
+    picture = imread(out)
+    assert picture.shape[:2] == (800, 1280)
+    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20
+
+
+def test_the_map_is_what_the_cache_holds(run):
+    cache, length, _ = run
+    report = cache.report()
+    drawn = kept_map.map_of(cache, "it", length)
+    assert (drawn.counts == report.kept[:, 0].numpy()).all()
+    assert (drawn.seen, drawn.prompt, drawn.stretch, drawn.layers) == (int(report.seen[0]), length, 1, [0, 1, 2, 3])
+    for number, name in enumerate(drawn.rows):
+        layer, head = map(int, name.split(" / "))
+        assert np.flatnonzero(drawn.survival[number]).tolist() == cache.kept_positions(layer, 0, head).tolist()
+    assert f"{report.resident_bytes / 1024:,.0f} KiB resident" in drawn.subtitle
+
+
+def test_a_long_sequence_is_drawn_in_stretches(run, monkeypatch):
+    cache, length, _ = run
+    monkeypatch.setattr(kept_map, "MOST_COLUMNS", 100)
+    drawn = kept_map.map_of(cache, "it", length)
+    assert drawn.stretch == 6 and drawn.survival.shape == (8, -(-drawn.seen // 6))
+    positions = cache.kept_positions(2, 0, 1)
+    assert drawn.survival[5, 10] == ((positions >= 60) & (positions < 66)).sum() / 6
+    assert drawn.survival[:, -1].tolist() == [1] * 8  # the newest, a shorter stretch
+
+
+def test_a_large_model_fits(tmp_path):
+    rows = np.linspace(0, 1, 60 * 8 * 50).reshape(60 * 8, 50)
+    counts = np.arange(60 * 8, dtype=float).reshape(60, 8)
+    counts[3, 4:] = rows[28:32] = np.nan
+    drawn = kept_map.Map("title & more", "sub", list(range(60)), counts, rows, 100, 5000, 4000)
+    assert not drawn.numbered and len(drawn.named[0]) <= kept_map.MOST_NAMES
+    for suffix in (".html", ".png"):
+        out = tmp_path / f"large{suffix}"
+        kept_map.find_writer(out)(drawn, out)
+        assert out.stat().st_size > 10_000
+    assert "<title>title &amp; more</title>" in (tmp_path / "large.html").read_text()
+
+
+def test_a_prompt_alone_is_cut_too(tmp_path):
+    result = invoke("--out", tmp_path / "kept.png", "--max-new-tokens", 1)
+    assert result.exit_code == 0, result.output
+    assert "keeps of 491 tokens" in result.stdout
+    assert int(re.search(r"\((\d+)%\)", result.stdout)[1]) < 50
+
+
+@pytest.mark.parametrize(("library", "name"), [("plotly", "kept.html"), ("matplotlib", "kept.png")])
+def test_a_missing_library_is_named_with_its_remedy(library, name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    assert error("--out", tmp_path / name).endswith(f"need {library}, which is not there; pip install {library}")
+
+
+def test_neither_library_is_loaded_before_it_is_needed():
+    code = f"import sys, runpy; runpy.run_path({str(EXAMPLE)!r}); print({{'plotly', 'matplotlib'}} & set(sys.modules))"
+    env = {"PYTHONPATH": str(Path(kara_hf.__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=200, env=env
+    )
+    assert result.stdout.strip() == "set()"
+
+
+def test_mistakes_end_in_one_line(tmp_path):
+    png = tmp_path / "kept.png"
+    assert "must end in .html or .png" in error("--out", tmp_path / "kept.pdf")
+    assert "no folder" in error("--out", tmp_path / "nowhere" / "kept.png")
+    assert "exactly one" in error("--out", png, "--retention", 0.5, "--max-cache-tokens", 128)
+    assert "retention=7.0" in error("--out", png, "--retention", 7)
+    assert "prompt is missing" in error("--out", png, "--model", kept_map.BUNDLED_MODEL)
+    assert "prompt is empty" in error("--out", png, "--prompt", "")
+    assert "words of its own problems" in error("--out", png, "--prompt", "Why is the sky blue?")
+    assert "nowhere" in error("--out", png, "--model", str(tmp_path / "nowhere"), "--prompt", "hello")
+    assert not png.exists()
