@@ -3,6 +3,8 @@
 import hashlib
 import json
 import platform
+import shutil
+import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,9 +31,18 @@ def provenance(device: str) -> dict[str, Any]:
         "device": processor(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "versions": {name: version(name) for name in ("torch", "transformers")} | gpu_versions(device),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def gpu_versions(device: str) -> dict[str, str | None]:
+    """What else a number from a GPU depends on: CUDA, its driver and Triton. Nothing on a CPU."""
+    if not device.startswith("cuda"):
+        return {}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if shutil.which(query[0]) else []
+    return {"cuda": torch.version.cuda, "driver": driver[0] if driver else "unknown", "triton": version("triton")}
 
 
 def digest(folder: Path) -> str:
@@ -55,5 +66,10 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
 def update_rows(path: Path, rows: list[dict[str, Any]], key: tuple[str, ...]) -> None:
     """Writes `rows` to a JSON file; a row with the same values under `key` as an old one replaces it."""
     new = {tuple(row.get(name) for name in key): row for row in [*load_rows(path), *rows]}
+    write_rows(path, list(new.values()))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Makes a JSON file of these rows and no others."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(new.values()), indent=1) + "\n")
+    path.write_text(json.dumps(rows, indent=1) + "\n")
