@@ -7,7 +7,7 @@ import torch
 from architectures import build
 from transformers import DynamicCache
 
-from kara_hf import KaraCache, attach, detach
+from kara_hf import KaraCache, KVCompressCache, attach, detach
 from kara_hf.attention import PREFIX
 
 SMALL = {"window": 16, "recent": 8, "block_size": 8}
@@ -395,3 +395,33 @@ def test_an_own_implementation_that_looks_itself_up_by_name_finds_its_name():
     out = model.generate(**prompt(), past_key_values=KaraCache(model, retention=1.0, **SMALL), **LONG)
     assert out.tolist() == expected.tolist() and set(names) == {"flash_like"}
     assert model.config._attn_implementation == PREFIX + "flash_like"
+
+
+@pytest.mark.parametrize("modes", ["i", "in", "ni", "ig", "gi"])
+@pytest.mark.parametrize("kind", ["kara", "kv-compress"])
+def test_any_mix_of_inference_no_grad_and_grad_mode(kind, modes):
+    """What is stored in one mode is written, rearranged and cropped in another."""
+    model = build("llama")
+    ids, mask = torch.randint(3, 100, (2, 50)), torch.ones(2, 50, dtype=torch.long)
+    mask[0, :9] = 0
+    contexts = {"i": torch.inference_mode, "n": torch.no_grad, "g": torch.enable_grad}
+
+    def steps(modes):
+        if kind == "kara":
+            cache = KaraCache(model, retention=0.5, **SMALL)
+        else:
+            cache = KVCompressCache(model, max_cache_tokens=24, protected=4, sinks=2, block_size=4)
+        logits = []
+        for number, stop in enumerate(range(20, 51)):
+            with contexts[modes[number % len(modes)]]():
+                part = slice(0 if number == 0 else stop - 1, stop)
+                out = model(ids[:, part], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+                logits.append(out.logits[:, -1].detach().clone())
+            if number in (0, 20):
+                cache.compress()
+            if number == 12:
+                cache.reorder_cache(torch.tensor([0, 0]))
+        cache.crop(-1)
+        return torch.stack(logits)
+
+    assert torch.equal(steps(modes), steps("n"))

@@ -12,6 +12,7 @@ import torch
 from .meter import MemoryMeter
 
 
+@torch.inference_mode(False)
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy of `array` on the device, for which the host does not wait."""
     tensor = torch.tensor(array)
@@ -183,6 +184,7 @@ class Blocks:
             self._table_device = self.meter.count(fresh)
         self.contiguous = bool((self._host.reshape(-1) == np.arange(self._host.size)).all())
 
+    @torch.inference_mode(False)
     def _relayout(self, counts: np.ndarray, spare: int = 0) -> None:
         """Moves everything into pools of exactly the blocks that `counts` ``[B, H]`` asks for, row after row, plus
         `spare`.

@@ -34,6 +34,7 @@ class MemoryMeter:
                 "max_bytes, lower retention, window or max_cache_tokens, or shorten the batch or the prompt"
             )
 
+    @torch.inference_mode(False)  # what is held is written again, perhaps outside inference mode
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A counted tensor of zeros, so that a slot never written is finite and cannot spoil a masked product."""
         return self.count(torch.zeros(*shape, dtype=dtype, device=device))

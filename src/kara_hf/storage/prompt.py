@@ -16,6 +16,7 @@ class Prompt:
     def __init__(self, meter: MemoryMeter):
         self.meter = meter
 
+    @torch.inference_mode(False)
     def append(
         self,
         keys: torch.Tensor,
@@ -92,6 +93,7 @@ class Prompt:
         newest = self.real.cumsum(1) > count - torch.from_numpy(tokens).to(count.device)[:, None]
         self.real &= ~newest
 
+    @torch.inference_mode(False)
     def fork(self, index: np.ndarray) -> None:
         """Makes sequence i a copy of what sequence ``index[i]`` was."""
         chosen = torch.from_numpy(index.astype(np.int64)).to(self.keys.device)

@@ -60,6 +60,7 @@ class QueryBuffer:
         if self.places > needed:
             self._resize(needed)
 
+    @torch.inference_mode(False)
     def fork(self, index: torch.Tensor) -> None:
         """Makes sequence i a copy of sequence ``index[i]``."""
         self.meter.require(self.fork_bytes(len(index)))
@@ -73,6 +74,7 @@ class QueryBuffer:
         """Stops counting what is held here; the object is not used afterwards."""
         self.meter.drop(self.buffer)
 
+    @torch.inference_mode(False)
     def _resize(self, places: int) -> None:
         old = self.buffer
         self.meter.require((places - old.shape[2]) * old[:, :, :0].new_empty(*old.shape[:2], 1, old.shape[3]).nbytes)
