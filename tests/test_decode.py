@@ -201,6 +201,39 @@ def decode(model, cache, ids, mask, steps, masked=True):
 
 
 @EVERY
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(name):
+    """The real thing: calm steps under a mode in which waiting is an error, and a real graph."""
+    model = build("llama").cuda()
+    ids, mask = (part.cuda() for part in inputs(5))
+    results = []
+    for more in ({}, {"cuda_graph": True}):
+        cache = CACHES[name](model, **more)
+        logits, positions, seen = [], (mask.cumsum(1) - 1).clamp(min=0), mask
+        tokens = ids
+        with torch.no_grad():
+            for step in range(45):
+                calm = step > 2 and cache.compression.still_steps() > 0 and not more
+                torch.cuda.set_sync_debug_mode("error" if calm else "default")
+                try:
+                    out = model(
+                        input_ids=tokens,
+                        attention_mask=seen,
+                        position_ids=positions,
+                        past_key_values=cache,
+                        use_cache=True,
+                    )
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                logits.append(out.logits[:, -1])
+                tokens, positions = logits[-1].argmax(-1, keepdim=True), positions[:, -1:] + 1
+                seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
+        assert not more or cache.graph.replays > 20
+        results.append(torch.stack(logits))
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-3)
+
+
+@EVERY
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no-mask"])
 def test_decode_steps_wait_for_nothing(gpu, name, masked):
     model = build("llama")
@@ -323,3 +356,17 @@ def test_a_capture_that_fails_changes_nothing(gpu, monkeypatch):
                 model(input_ids=token, past_key_values=cache, use_cache=True)
     assert cache.get_seq_length() in (seen, seen + 1)
     assert cache.report().seen.tolist() == [cache.get_seq_length()] * 2
+
+
+@EVERY
+def test_a_cache_that_was_reset_is_like_a_new_one(gpu, name):
+    """Nothing that decode steps noted of the sequences before is taken for the new ones'."""
+    model = build("llama")
+    used, new = CACHES[name](model), CACHES[name](model)
+    decode(model, used, *inputs(length=30), 8)
+    used.reset()
+    prompt = inputs(length=12)
+    logits, expected = (decode(model, cache, *prompt, 40)[0] for cache in (used, new))
+    torch.testing.assert_close(logits, expected)
+    for layer in range(3):
+        assert torch.equal(used.kept_positions(layer, 0, 0), new.kept_positions(layer, 0, 0))

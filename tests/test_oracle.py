@@ -1,12 +1,12 @@
 """The end-to-end oracle: attention over what is stored equals dense attention with -inf at every evicted token.
 
 A second model runs on a DynamicCache that keeps everything; its attention masks, per layer, head and true position,
-what
-the compressed cache evicted. The logits of every step must agree.
+what the compressed cache evicted. The logits of every step must agree.
 """
 
 import copy
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from architectures import build
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from kara_hf import KaraCache
+from kara_hf import CompressedCache, KaraCache
 from kara_hf.policy import SCORES
 
 EVICTED: dict[int, torch.Tensor] = {}  # layer -> [B, H, columns] bool
@@ -36,7 +36,8 @@ AttentionInterface.register("oracle", masked_attention)
 AttentionMaskInterface.register("oracle", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
-def evicted_of(cache: KaraCache, columns: int, padding: list[int]) -> dict[int, torch.Tensor]:
+def evicted_of(cache: CompressedCache, columns: int, padding: list[int]) -> dict[int, torch.Tensor]:
+    """Which of the first `columns` each layer does not store, ``[B, H, columns]`` bool; padding counts as stored."""
     report = cache.report()
     masks = {}
     for layer in report.layers:
@@ -44,7 +45,8 @@ def evicted_of(cache: KaraCache, columns: int, padding: list[int]) -> dict[int, 
         mask = torch.ones(len(padding), heads, columns, dtype=torch.bool)
         for b, pad in enumerate(padding):
             for h in range(heads):
-                mask[b, h, cache.kept_positions(layer, b, h) + pad] = False
+                kept = cache.kept_positions(layer, b, h) + pad
+                mask[b, h, kept[kept < columns]] = False
             mask[b, :, :pad] = False  # the padding mask hides those
         masks[layer] = mask
     return masks
@@ -55,24 +57,47 @@ def evicted_of(cache: KaraCache, columns: int, padding: list[int]) -> dict[int, 
 def test_scores(name, score):
     if name != "llama" and score not in ("bidirectional", "random"):
         pytest.skip("one model tries every score")
-    check(name, [3, 0], score=score, retention=0.25)
+    assert check(name, [3, 0], kara(score=score, retention=0.25)) > 0
 
 
 @pytest.mark.parametrize("steps", [[24, 1, 1, 9, 1, 30, 1], [40] + [1] * 40], ids=["turns", "tokens"])
 @pytest.mark.parametrize("compress_prompt", [True, False])
 @pytest.mark.parametrize("padding", [[0, 0], [5, 0], [0, 17]], ids=str)
 def test_steps(padding, compress_prompt, steps):
-    check("llama", padding, steps=steps, compress_prompt=compress_prompt, retention=0.5, anchor_share=0.6)
+    make = kara(compress_prompt=compress_prompt, retention=0.5, anchor_share=0.6)
+    evictions = check("llama", padding, make, steps)
+    assert evictions > 0 or not (compress_prompt or len(steps) > 30)
+
+
+def kara(**settings) -> Callable[..., KaraCache]:
+    return lambda model: KaraCache(model, window=16, recent=4, block_size=4, **settings)
 
 
 @torch.no_grad()
-def check(name: str, padding: list[int], steps: list[int] | None = None, **settings) -> None:
+def check(
+    name: str,
+    padding: list[int],
+    make: Callable[..., CompressedCache],
+    steps: list[int] | None = None,
+    first: bool = False,
+    after: Callable[..., None] = lambda *_: None,
+) -> int:
+    """Runs the named model on ``make(model)`` and on the oracle, in `steps`, and compares the logits of each.
+
+    Args:
+        padding: columns of padding on the left of each sequence.
+        first: whether a step first evicts and then attends, instead of the other way round.
+        after: called with the cache, the oracle's output and the number of columns after every step.
+
+    Returns:
+        The most (sequence, head, position) that any layer had evicted.
+    """
     steps = steps or [24] + [1] * 45
     model = build(name)
     oracle = copy.deepcopy(model)
     model.set_attn_implementation("eager")
     oracle.set_attn_implementation("oracle")
-    cache = KaraCache(model, window=16, recent=4, block_size=4, **settings)
+    cache = make(model)
     dense = DynamicCache(config=model.config)
     ids = torch.randint(3, 100, (len(padding), sum(steps)))
     mask = torch.ones_like(ids)
@@ -80,22 +105,26 @@ def check(name: str, padding: list[int], steps: list[int] | None = None, **setti
         mask[b, :pad] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     seen, evictions = 0, 0
-    for new in steps:
+    try:
+        for new in steps:
+            EVICTED.clear()
+            if seen and not first:
+                EVICTED.update(evicted_of(cache, seen, padding))
+            inputs = {
+                "input_ids": ids[:, seen : seen + new],
+                "attention_mask": mask[:, : seen + new],
+                "position_ids": positions[:, seen : seen + new],
+            }
+            actual = model(**inputs, past_key_values=cache, use_cache=True).logits
+            if seen and first:
+                EVICTED.update(evicted_of(cache, seen, padding))
+            evictions = max([evictions, *(int(evicted.sum()) for evicted in EVICTED.values())])
+            expected = oracle(**inputs, past_key_values=dense, use_cache=True, output_attentions=True)
+            real = mask[:, seen : seen + new].bool()
+            torch.testing.assert_close(actual[real], expected.logits[real], atol=2e-5, rtol=1e-4)
+            seen += new
+            after(cache, expected, seen)
+    finally:
         EVICTED.clear()
-        if seen:
-            EVICTED.update(evicted_of(cache, seen, padding))
-            evictions = max(evictions, max(int(m.sum()) for m in EVICTED.values()))
-        inputs = {
-            "input_ids": ids[:, seen : seen + new],
-            "attention_mask": mask[:, : seen + new],
-            "position_ids": positions[:, seen : seen + new],
-        }
-        actual = model(**inputs, past_key_values=cache, use_cache=True).logits
-        expected = oracle(**inputs, past_key_values=dense, use_cache=True).logits
-        real = mask[:, seen : seen + new].bool()
-        torch.testing.assert_close(actual[real], expected[real], atol=2e-5, rtol=1e-4)
-        seen += new
-    EVICTED.clear()
     assert cache.get_seq_length() == seen == dense.get_seq_length()
-    if settings.get("compress_prompt") or len(steps) > 30:
-        assert evictions > 0
+    return evictions

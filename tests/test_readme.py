@@ -1,5 +1,6 @@
 """What the README shows runs."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def test_the_example_runs(capsys, monkeypatch):
 def test_the_one_liner_stands_in_the_package_docstring_too():
     import kara_hf
 
-    (line,) = (block.strip() for block in BLOCKS if "import" not in block)
-    assert line in kara_hf.__doc__
+    for line in (block.strip() for block in BLOCKS if "import" not in block):
+        assert line in kara_hf.__doc__
 
 
 @pytest.mark.parametrize("name", re.findall(r"\]\(([^)#]+)\)", README))
@@ -33,14 +34,18 @@ def test_links_lead_somewhere(name):
     assert (ROOT / name).exists()
 
 
-def test_settings_are_the_defaults():
-    from kara_hf import KaraConfig
+@pytest.mark.parametrize("cache", ["KaraCache", "KVCompressCache"])
+def test_settings_are_the_defaults(cache):
+    import kara_hf
 
-    shown = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", README, flags=re.M))
+    (table,) = re.findall(rf"^\| `{cache}` \| default .*\n\|---.*\n((?:\|.*\n)+)", README, flags=re.M)
+    shown = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", table, flags=re.M))
+    settings = inspect.signature(getattr(kara_hf, cache)).parameters
     for name, default in shown.items():
-        if name != "max_bytes":
-            assert default.strip("`").strip('"') == str(getattr(KaraConfig(), name))
-    assert set(shown) >= {"retention", "window", "recent", "score", "anchor_share", "compress_prompt"}
+        assert default.strip("`").strip('"') == str(settings[name].default)
+    left_out = {"model", "block_size", "cuda_graph", "seed"}
+    beside = {"retention"} if cache == "KVCompressCache" else set()
+    assert set(shown) == set(settings) - left_out - beside
 
 
 def test_commands_exist():

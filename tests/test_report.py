@@ -10,7 +10,7 @@ from architectures import build
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kara_hf import KaraCache
+from kara_hf import CompressedCache, KaraCache
 from kara_hf.attention import CarriedKey
 from kara_hf.layer import StoreLayer
 
@@ -31,12 +31,12 @@ def run(model, batch: int = 2, prompt: int = 37, **settings) -> KaraCache:
     return cache
 
 
-def live_tensors(cache: KaraCache) -> list[torch.Tensor]:
+def live_tensors(cache: CompressedCache) -> list[torch.Tensor]:
     """Every tensor that can be reached from the cache's compressed layers."""
     found, todo, visited = [], [layer for layer in cache.layers if isinstance(layer, StoreLayer)], set()
     while todo:
         thing = todo.pop()
-        if id(thing) in visited or isinstance(thing, KaraCache | type | np.ndarray | str | int | float):
+        if id(thing) in visited or isinstance(thing, CompressedCache | type | np.ndarray | str | int | float):
             continue
         visited.add(id(thing))
         if isinstance(thing, torch.Tensor):

@@ -1,6 +1,7 @@
 """KV-cache compression for Hugging Face Transformers that frees the bytes it says it frees.
 
     out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.25))
+    out = model.generate(**inputs, past_key_values=KVCompressCache(model, max_cache_tokens=512))
 
 Names are loaded when they are first used, so that importing the package costs nothing and changes nothing.
 """

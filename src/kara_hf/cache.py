@@ -168,8 +168,9 @@ class CompressedCache(Cache):
         """Empties the cache and gives its memory back; it can then start over with any batch."""
         for layer in self.store_layers:
             layer.clear()
-        self.layers = self._make_layers()
         self.meter = MemoryMeter(self.meter.max_bytes)
+        self.compression = COMPRESSIONS[type(self.policy)](self, self.policy)
+        self.layers = self._make_layers()
         self.sequences = []
         self.columns = self._solid_columns = 0
         self._drafting = self._assumed = False
@@ -563,7 +564,8 @@ class KVCompressCache(CompressedCache):
         levels: different lengths, in blocks, that rows may be cut to; None for any, 1 for uniform heads.
         block_size: slots per block.
         max_bytes: cap on resident bytes: more is evicted if it takes that, as long as there is something to evict.
-            A prompt is held whole outside the cap until decoding begins.
+            A prompt that comes at once is held whole outside the cap until decoding begins. Turns and prompts in chunks
+            are not: before one that does not fit, what is there is cut.
         cuda_graph: replays the decode step as a CUDA graph between compressions; see `CompressedCache`.
         seed: of the random metric.
 

@@ -26,17 +26,19 @@ if TYPE_CHECKING:
 
 
 class Votes:
-    """The newest queries of a prompt or turn in one layer, ``[B, Hq, w, D]``, the last one last.
+    """What one layer holds of a prompt or turn that is not cut yet: its newest queries ``[B, Hq, w, D]``, in order.
 
     They are about to go, like the prompt that they belong to, and like it they are not counted against a cap.
     """
 
     def __init__(self, meter: MemoryMeter):
         self.meter = meter
+        self.undecided = 0  # columns of the prompt or turn
         self.queries: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None  # [B, w] bool
         self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @torch.inference_mode(False)
     def add(self, queries: torch.Tensor, real: torch.Tensor | None, window: int) -> None:
         """The newest `window` of those held and ``[B, Hq, S, D]`` new ones are held once `commit` follows."""
         if real is None:
@@ -49,7 +51,9 @@ class Votes:
         index = newest[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
         self._fresh = queries.gather(2, index), real.gather(1, newest)
 
-    def commit(self) -> None:
+    def commit(self, columns: int) -> None:
+        """The step of `add` is done; it had so many columns."""
+        self.undecided += columns
         if self._fresh is not None:
             self._replace(*self._fresh)
             self._fresh = None
@@ -61,10 +65,15 @@ class Votes:
         return self.queries[sequence, :, self.valid[sequence]]
 
     def crop(self, tokens: np.ndarray) -> None:
-        if self.valid is not None:
+        """Takes off the newest `tokens` ``[B]``, one for each column; what voted before them does not come back."""
+        self.undecided = max(0, self.undecided - int(tokens.max()))
+        if not self.undecided:
+            self.release()
+        elif self.valid is not None:
             behind = self.valid.sum(1, keepdim=True) - self.valid.cumsum(1)
             self.valid &= behind >= torch.from_numpy(tokens).to(behind.device)[:, None]
 
+    @torch.inference_mode(False)
     def fork(self, index: np.ndarray) -> None:
         if self.queries is not None and self.valid is not None:
             chosen = torch.from_numpy(index.astype(np.int64)).to(self.queries.device)
@@ -96,13 +105,17 @@ class Evicting:
     def __init__(self, cache: "CompressedCache", policy: KVCompressPolicy):
         self.cache, self.policy, self.config = cache, policy, policy.config
         self.block_size = policy.config.block_size
-        self.undecided = False  # whether the newest tokens are a prompt or turn that was not cut yet
         self.until = 0  # columns of the cache at which the next pass is due
         self.decoding = False
         self.observing = False
 
     def layer_state(self) -> Votes:
         return Votes(self.cache.meter)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the newest tokens are a prompt or turn that was not cut yet."""
+        return self.cache.store_layers[0].state.undecided > 0
 
     # ------------------------------------------------------------------------------------------------------ in a step
     def begin(self, step: Step) -> None:
@@ -147,14 +160,13 @@ class Evicting:
 
     def done(self, step: Step) -> list[Sequence]:
         if not self.decoding:
-            self.undecided = True
             for layer in self.cache.store_layers:
-                layer.state.commit()
+                layer.state.commit(step.new)
         return step.after
 
     # ------------------------------------------------------------------------------------------------------- a pass
     def compress(self, ahead: int = 1) -> None:
-        """Cuts every sequence to its budget less what `ahead` tokens, at least a block, take of it; makes room for them.
+        """Cuts every sequence to its budget less what `ahead` tokens, at least a block, take, and makes room for them.
 
         Without continual eviction the whole budget is the prompt's, and the cache grows behind it.
         """
@@ -165,8 +177,9 @@ class Evicting:
         """Makes room for more of a prompt, or for tokens before the next pass; under a cap by evicting, if need be."""
         try:
             if self.undecided:
-                self._put_in_blocks(0)
-            self.cache.reserve(tokens)
+                self._carry_out(0)
+            if self.cache.room < tokens:  # arranged at once for all tokens until the next pass, at most a block of them
+                self.cache.reserve(max(tokens, min(self.block_size, self.calm_steps())))
         except PoolExhausted:
             if not self.policy.compresses:
                 raise
@@ -175,28 +188,20 @@ class Evicting:
     def _pass(self, ahead: int, counted: int) -> None:
         """Cuts every sequence to its budget less what `counted` tokens take of it, and makes room for `ahead`."""
         cache, layers = self.cache, self.cache.store_layers
-        eviction = None
-        if self.policy.compresses:
-            self._count_votes()
-            lengths = np.concatenate([layer.stored().lengths for layer in layers], axis=1)
-            tokens = np.array([sequence.tokens for sequence in cache.sequences])
-            quota = self._quota(-(-lengths // self.block_size), tokens, ahead, counted)
-            if quota.any():
-                eviction = self._choose(lengths, tokens, quota)
-        if eviction is not None:
-            self._evict(eviction)
-        self._put_in_blocks(ahead, eviction)
-        self.undecided, self.until = False, cache.columns + counted
+        self._carry_out(ahead, self._choose(ahead, counted) if self.policy.compresses else None)
+        for layer in layers:
+            layer.state.undecided = 0
+        self.until = cache.columns + counted
         try:
             cache.reserve(ahead)
-        except PoolExhausted:
+        except PoolExhausted:  # layers that lost much may hold free blocks that others need
             for layer in layers:
                 layer.paged().trim()
             cache.reserve(ahead)
 
     def _count_votes(self) -> None:
         """Adds to the metric what the newest queries of a prompt or turn say; they are not needed afterwards."""
-        for layer in self.cache.store_layers if self.undecided else ():
+        for layer in self.cache.store_layers:
             for sequence in range(len(self.cache.sequences)):
                 queries = layer.state.of(sequence)
                 if queries is not None:
@@ -218,32 +223,26 @@ class Evicting:
             seen = observe(queries[members], keys[order][None], sinks=sinks)[0]
             store.add_metric(sequence, head, torch.empty_like(seen).scatter_(0, order, seen))
 
-    def _quota(self, blocks: np.ndarray, tokens: np.ndarray, ahead: int, counted: int) -> np.ndarray:
-        """Blocks that each sequence has to give up, ``[B]``; its rows hold `blocks` ``[B, R]``, it has seen `tokens`."""
-        rows, used = blocks.shape[1], blocks.sum(1)
-        quota = np.zeros_like(used)
+    def _choose(self, ahead: int, counted: int) -> Eviction | None:
+        """What the budget and the cap ask for, or None if that is nothing."""
+        if self.undecided:
+            self._count_votes()
+        lengths = np.concatenate([layer.stored().lengths for layer in self.cache.store_layers], axis=1)
+        tokens = np.array([sequence.tokens for sequence in self.cache.sequences])
+        blocks, rows = -(-lengths // self.block_size), lengths.shape[1]
+        quota = np.zeros(len(tokens), np.int64)
         if self.undecided or self.config.continual:
-            quota = self.policy.quota(tokens, rows, used, rows * -(-counted // self.block_size))
-        taken = -(-ahead // self.block_size)
-        allowed = self._blocks_within_cap(blocks.size, int(blocks.max()) + taken)
-        excess = int((used + rows * taken - quota).sum()) - allowed
+            quota = self.policy.quota(tokens, rows, blocks.sum(1), rows * -(-counted // self.block_size))
+        eviction = self._rank(lengths, tokens, quota) if quota.any() else None
+        excess = self._blocks_past_cap(lengths if eviction is None else eviction.lengths.cpu().numpy(), ahead)
         if excess > 0:  # what the cap asks for comes from all sequences, in proportion to what they can spare
             spare = np.maximum(0, np.maximum(0, blocks - self.config.least_blocks).sum(1) - quota)
-            quota = quota + np.minimum(spare, -(-excess * spare // max(1, spare.sum())))
-        return quota
+            more = np.minimum(spare, -(-excess * spare // max(1, spare.sum())))
+            if more.any():
+                eviction = self._rank(lengths, tokens, quota + more)
+        return eviction
 
-    def _blocks_within_cap(self, rows: int, widest: int) -> int:
-        """Blocks that the layers may hold in all for `rows` rows, of which none has more than `widest`."""
-        meter = self.cache.meter
-        if meter.max_bytes is None:
-            return sys.maxsize
-        stores = [layer.stored() for layer in self.cache.store_layers]
-        block = max(store.token_bytes for store in stores) + 4 + 4  # with the position and metric of a token
-        lists = rows * (2 * 4 * widest + 4)  # tables and lengths
-        others = meter.held - meter.lent - sum(store.paged_bytes for store in stores)
-        return (meter.max_bytes - others - lists) // (block * self.block_size)
-
-    def _choose(self, lengths: np.ndarray, tokens: np.ndarray, quota: np.ndarray) -> Eviction:
+    def _rank(self, lengths: np.ndarray, tokens: np.ndarray, quota: np.ndarray) -> Eviction:
         """What each sequence gives up: rows of all layers side by side, filled up to the longest."""
         device = self.cache.store_layers[0].stored().device
         ranked = [layer.stored().ranked() for layer in self.cache.store_layers]
@@ -254,25 +253,26 @@ class Evicting:
         )
         return self.policy.evict(metric, positions, torch.from_numpy(lengths).to(device), tokens, quota)
 
-    def _evict(self, eviction: Eviction) -> None:
-        """Carries out in all layers that are in blocks what was chosen."""
-        freed, lengths = (part.cpu().numpy() for part in (eviction.freed, eviction.lengths))
-        self.cache.sequences = [  # first, so that nobody takes a sequence for whole if something fails on the way
-            Sequence(s.tokens, 0, (Segment("sealed", 0, s.tokens, 0),)) if count else s
-            for s, count in zip(self.cache.sequences, freed.sum(1), strict=True)
-        ]
+    def _blocks_past_cap(self, lengths: np.ndarray, ahead: int) -> int:
+        """By how many blocks the cap is passed if rows have `lengths` ``[B, R]`` and room for `ahead` tokens more."""
+        meter = self.cache.meter
+        if meter.max_bytes is None:
+            return 0
+        need, block = meter.held - meter.lent, sys.maxsize
         for layer, rows in self._rows():
             store = layer.stored()
-            if isinstance(store, PagedStore) and freed[:, rows].any():
-                dropped, after = (part[:, rows].to(store.device) for part in (eviction.dropped, eviction.lengths))
-                store.evict(*moves(dropped, after), lengths[:, rows])
+            blocks = -(-(lengths[:, rows] + ahead) // self.block_size)
+            size = self.block_size * (store.token_bytes + 4 + 4)  # with the position and metric of each token
+            lists = blocks.size * (2 * 4 * int(blocks.max()) + 4)  # two tables, and lengths
+            need += int(blocks.sum()) * size + lists - store.paged_bytes
+            block = min(block, size)
+        return -(-(need - meter.max_bytes) // block)
 
-    def _put_in_blocks(self, ahead: int, eviction: Eviction | None = None) -> None:
-        """Puts a prompt into blocks without what was chosen, with room for `ahead` tokens more in every row.
+    def _carry_out(self, ahead: int, eviction: Eviction | None = None) -> None:
+        """Evicts what was chosen, and puts a prompt into blocks without it, with room for `ahead` tokens in every row.
 
-        Raises `PoolExhausted` before any layer changes.
+        Raises `PoolExhausted` before anything changes.
         """
-        meter = self.cache.meter
         plan: list[tuple[StoreLayer, Prompt, PagedStore, torch.Tensor]] = []
         try:
             for layer, rows in self._rows():
@@ -280,7 +280,9 @@ class Evicting:
                 if isinstance(prompt, Prompt):
                     dropped = None if eviction is None else eviction.dropped[:, rows].to(prompt.device)
                     plan.append((layer, prompt, self._empty_like(prompt), prompt.kept(dropped)))
-            meter.require(sum(store.fill_bytes(kept, ahead) for _, _, store, kept in plan))
+            self.cache.meter.require(sum(store.fill_bytes(kept, ahead) for _, _, store, kept in plan))
+            if eviction is not None:
+                self._evict(eviction)
             while plan:
                 layer, prompt, store, kept = plan[0]
                 store.fill(prompt.keys, prompt.values, prompt.positions, prompt.metric, kept, ahead)
@@ -291,6 +293,19 @@ class Evicting:
             for _, _, store, _ in plan:
                 store.release()
             raise
+
+    def _evict(self, eviction: Eviction) -> None:
+        """Moves what stays in the layers that are in blocks, and frees what was chosen."""
+        freed, lengths = (part.cpu().numpy() for part in (eviction.freed, eviction.lengths))
+        self.cache.sequences = [  # first, so that nobody takes a sequence for whole should something fail on the way
+            Sequence(s.tokens, 0, (Segment("sealed", 0, s.tokens, 0),)) if count else s
+            for s, count in zip(self.cache.sequences, freed.sum(1), strict=True)
+        ]
+        for layer, rows in self._rows():
+            store = layer.stored()
+            if isinstance(store, PagedStore) and freed[:, rows].any():
+                dropped, after = (part[:, rows].to(store.device) for part in (eviction.dropped, eviction.lengths))
+                store.evict(*moves(dropped, after), lengths[:, rows])
 
     def _rows(self) -> Iterator[tuple[StoreLayer, slice]]:
         """The layers, and which rows of a sequence each of them has."""

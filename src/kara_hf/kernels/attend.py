@@ -159,10 +159,10 @@ def _probabilities(
     batch, query_heads, new, _ = query.shape
     heads = keys.shape[1]
     group = query_heads // heads
-    grouped = query.float().reshape(batch, heads, group * new, -1)
+    grouped = (query.float() * scaling).reshape(batch, heads, group * new, -1)
     products = [grouped @ part.float().transpose(-1, -2) for part in _parts(keys)]
     logits = torch.cat(products, -1) if len(products) > 1 else products[0]
-    logits = logits.view(batch, heads, group, new, -1) * scaling
+    logits = logits.view(batch, heads, group, new, -1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:

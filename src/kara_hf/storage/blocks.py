@@ -66,15 +66,18 @@ class Blocks:
         return len(self._free)
 
     # ------------------------------------------------------------------------------------------------- what others do
-    def grow(self, counts: np.ndarray) -> None:
-        """Gives every row at least `counts` ``[B, H]`` blocks. Raises `PoolExhausted` before anything changes."""
+    def grow(self, counts: np.ndarray, spare: int = 0) -> None:
+        """Gives every row at least `counts` ``[B, H]`` blocks. Raises `PoolExhausted` before anything changes.
+
+        Where the pool has to grow for that, it gets `spare` free blocks beyond.
+        """
         self.meter.require(self.growth(counts))
         counts = np.maximum(counts, self.counts)
         new = int((counts - self.counts).sum())
         if new == 0:
             return
         if new > self.free_blocks:
-            self._relayout(counts)
+            self._relayout(counts, spare)
             return
         table = self._widened(int(counts.max()))
         columns = np.arange(table.shape[2])

@@ -10,7 +10,7 @@ from .blocks import Blocks, upload
 from .meter import MemoryMeter
 
 SLACK = 1 / 8  # share of a pool that may be unused before it is given back
-HEADROOM = 1 / 32  # blocks reserved ahead, as a share of a row's blocks: bounds both unused memory and copying
+HEADROOM = 1 / 32  # blocks reserved ahead, as a share of those in use: bounds both unused memory and copying
 
 
 class Store(Protocol):
@@ -76,7 +76,8 @@ class PagedStore:
         meter: counts every byte.
         metric: whether every slot has a running importance, float32. Sequences then never share blocks, because each
             adds to its own.
-        tight: whether blocks are neither reserved beyond what is asked for nor kept beyond one of each row.
+        tight: whether no row has blocks reserved beyond what is asked for. Instead a pool that grows gets some that
+            any row may take, and what is free beyond one block of each row is given back.
         steady: whether `rows` stay as they are, bound for bound, while there is `room`, so that a CUDA graph can be
             replayed on them.
     """
@@ -127,12 +128,18 @@ class PagedStore:
         if tokens <= self.room:
             return
         needed = -(-(self.lengths + tokens) // self.block_size)
-        if not self.tight:
-            needed = np.where(needed > self.keys.counts, needed + (needed * HEADROOM).astype(np.int32), needed)
+        spare = 0
+        headroom = HEADROOM / 2 if self.tight else HEADROOM
+        if self.tight and self.meter.max_bytes is not None:  # under a cap nobody pays for it with tokens
+            pass
+        elif self.tight and not (self.keys.contiguous and self.values.contiguous):
+            spare = int(needed.sum() * headroom)
+        else:  # rows that lie in order stay so
+            needed = np.where(needed > self.keys.counts, needed + (needed * headroom).astype(np.int32), needed)
         self.meter.require(self.keys.growth(needed) + self.values.growth(needed))  # both grow or neither does
         try:
-            self.keys.grow(needed)
-            self.values.grow(needed)
+            self.keys.grow(needed, spare)
+            self.values.grow(needed, spare)
             for blocks in (self.keys, self.values):  # a shared last block is about to be written
                 blocks.own(self.lengths // self.block_size, blocks.counts)
         finally:  # pools may have moved before something failed
@@ -259,7 +266,7 @@ class PagedStore:
         """
         if source.shape[2]:
             everyone = torch.arange(len(lengths), device=self.device)
-            compact(self.rows(), everyone, source.to(torch.int32), target.to(torch.int32))
+            compact(self.rows(), everyone, source, target)
         self.lengths = lengths.astype(np.int32)
         self._fit()
 
@@ -338,7 +345,7 @@ class PagedStore:
         for blocks in (self.keys, self.values):
             if self.tight:  # every row is about to take one more block
                 blocks.give_back(used)
-                blocks.shrink(used, 2 * used.size)
+                blocks.shrink(used, 2 * used.size + HEADROOM * blocks.held_blocks)
             else:
                 blocks.shrink(used, SLACK * blocks.held_blocks)
         self._changed()

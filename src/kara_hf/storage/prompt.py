@@ -9,8 +9,8 @@ from .meter import MemoryMeter
 class Prompt:
     """Dense keys ``[B, H, S, Dk]``, values ``[B, H, S, Dv]`` and metric ``[B, H, S]`` of a first forward.
 
-    Nothing is copied: these are the model's own tensors, counted as held but not against a cap. Rows are those of a
-    `Store`; slots are the columns that hold a token.
+    Keys and values are the model's own tensors, not copies; all is counted as held, but not against a cap. Rows are
+    those of a `Store`; slots are the columns that hold a token.
     """
 
     def __init__(self, meter: MemoryMeter):

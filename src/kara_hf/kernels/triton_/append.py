@@ -38,9 +38,9 @@ def append_kernel(
     PAD: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
-    token = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     real = token < new
     slot = tl.load(lengths + row) + token
     if real_before is not None:
@@ -79,7 +79,7 @@ def append(
     if not batch * heads * new:
         return
     keys, values = (part if part.stride(-1) == 1 else part.contiguous() for part in (keys, values))
-    append_kernel[batch * heads, triton.cdiv(new, COPY_TILE)](
+    append_kernel[triton.cdiv(new, COPY_TILE), batch * heads](
         rows.keys,
         rows.values,
         rows.positions,

@@ -48,9 +48,9 @@ def compact_kernel(
     TILE: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    named = tl.program_id(0).to(tl.int64)
+    named = tl.program_id(1).to(tl.int64)
     row = tl.load(sequences + named // heads).to(tl.int64) * heads + named % heads
-    token = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     held = named * count + token
     slot = tl.load(target + held, mask=token < count, other=-1).to(tl.int64)
     moved = slot >= 0
@@ -83,7 +83,7 @@ def compact(rows: Rows, sequences: torch.Tensor, source: torch.Tensor, target: t
     named, heads, count = target.shape
     sizes = rows.keys.shape[-1], rows.values.shape[-1]
     for gather in (True, False):
-        compact_kernel[named * heads, triton.cdiv(count, COPY_TILE)](
+        compact_kernel[triton.cdiv(count, COPY_TILE), named * heads](
             *pools,
             rows.key_table,
             rows.value_table,

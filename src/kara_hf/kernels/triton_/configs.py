@@ -12,7 +12,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PADS = (64, 128, 256)
 PAIRS = ((64, 64), (128, 128), (256, 128), (256, 256))  # padded sizes of a key and of a value
 
-COPY_TILE = 4  # tokens in a program that only moves them
+COPY_TILE = 4  # tokens in a program that only moves them; on the grid's long axis, a prompt may have a million
 MERGE_TILE = 1  # queries in a program that merges
 MAX_REGISTERS = 255  # asked for where the compiler, left alone, spills to let more programs run beside each other
 FEW = 16  # query rows that the smaller tile of queries takes
