@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from kara_hf.kernels import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-LAYOUTS = ["contiguous", "shuffled"]
+LAYOUTS = ["contiguous", "shuffled", "one-by-one"]
 NAN = float("nan")
 HIDES_ALL = torch.iinfo(torch.int32).max  # how many tokens are hidden from padding
 BITS = {2: torch.int16, 4: torch.int32}
@@ -49,17 +50,24 @@ def make_rows(
     """Rows of the given `lengths` [B][H] with random tokens, and room for `room` more; other slots hold `unused`, and
     where there is a `metric` NaN in it.
 
-    A contiguous layout has row after row in both pools. A shuffled one has blocks anywhere, different for keys and
-    values, blocks that nobody uses, and -1 behind the last block of each row.
+    A contiguous layout has row after row in both pools, as many blocks each. One by one, each row has just the blocks
+    that it needs. A shuffled layout has blocks anywhere, different for keys and values, blocks that nobody uses, and -1
+    behind the last block of each row.
     """
     lengths = torch.tensor(lengths, dtype=torch.int32)
     counts = -(-(lengths + room) // block_size)
     width = max(int(counts.max()), 1)
     total = lengths.numel() * width
+    first = (counts.flatten().cumsum(0).to(torch.int32) - counts.flatten()).view_as(counts)
 
     def pool_and_table(*shape):
         if layout == "contiguous":
             return unused_pool(total, *shape), torch.arange(total, dtype=torch.int32).view(*lengths.shape, width)
+        if layout == "one-by-one":
+            table = first[..., None] + torch.arange(width, dtype=torch.int32)
+            return unused_pool(int(counts.sum()), *shape), table.masked_fill(
+                torch.arange(width) >= counts[..., None], -1
+            )
         table = torch.randperm(total + 3)[:total].to(torch.int32).view(*lengths.shape, width)
         return unused_pool(total + 3, *shape), table.masked_fill(torch.arange(width) >= counts[..., None], -1)
 
@@ -93,6 +101,7 @@ def make_rows(
         uniform,
         layout == "contiguous",
         importance if metric else None,
+        first.numpy().astype(np.int64) * block_size if layout == "one-by-one" else None,
     )
 
 

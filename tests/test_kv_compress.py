@@ -110,10 +110,10 @@ def assert_promises(cache: KVCompressCache, decoding: bool = True) -> None:
 
 
 def most_bytes(cache: KVCompressCache) -> int:
-    """The documented bound: the budget, one free block for each row, a 32nd of the pools, and tables and lengths."""
+    """The documented bound: the budget, one free block for each row, and tables and lengths."""
     config = cache.policy.config
     batch = len(cache.sequences)
-    blocks = batch * (config.max_cache_tokens * ROWS // config.block_size + ROWS) * 32 // 31
+    blocks = batch * (config.max_cache_tokens * ROWS // config.block_size + ROWS)
     widest = max(layer.paged().keys.table.shape[2] for layer in cache.store_layers)
     token = cache.store_layers[0].stored().token_bytes + 4 + 4  # its position and its metric
     return blocks * config.block_size * token + batch * ROWS * (2 * 4 * widest + 4)
@@ -449,15 +449,17 @@ def test_the_pool_never_holds_the_prompt(model, monkeypatch, batch):
 
 
 @pytest.mark.parametrize("chosen", [{}, {"continual": False}, {"retention": 0.5}], ids=str)
-def test_pools_are_not_moved_at_every_pass(model, monkeypatch, chosen):
+def test_pools_are_moved_at_most_once_a_pass(model, monkeypatch, chosen):
+    """On a CPU rows are put in order then, to be read in place until the next one; without passes they seldom move."""
     moved, relayout = [], Blocks._relayout
     monkeypatch.setattr(Blocks, "_relayout", lambda blocks, *args: (moved.append(1), relayout(blocks, *args)))
     chosen = {"max_cache_tokens": 200} | chosen if "retention" not in chosen else chosen
     cache = make(**chosen | {"block_size": 2})(model)
     steps = 160
     run(model, cache, prompt(300)["input_ids"], [140] + [1] * steps)
-    pools, passes = 2 * 3, steps // 2
-    assert len(moved) < pools * passes / 2
+    pools, passes = 2 * 3, steps // 2 + 1
+    assert len(moved) <= pools * (passes if cache.policy.config.continual else passes / 3)
+    assert cache.store_layers[0].paged().rows().starts is not None
 
 
 @pytest.mark.parametrize("modes", ["inggnni", "niginng"])

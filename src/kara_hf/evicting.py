@@ -324,7 +324,7 @@ class Evicting:
             block_size=self.block_size,
             meter=self.cache.meter,
             metric=self.policy.compresses,
-            tight=self.policy.compresses,
+            tight=self.policy.compresses and self.config.continual,
             steady=self.cache.steady,
         )
 

@@ -73,6 +73,15 @@ def append(
         return
 
     heads = keys.shape[1]
+    if real is None and rows.starts is not None:
+        first = torch.from_numpy(rows.starts) + rows.lengths
+        where = first.flatten() if new == 1 else (first[..., None] + torch.arange(new)).flatten()
+        sources = (keys, values, positions[:, None].expand(-1, heads, -1))
+        for pool, source in zip((rows.keys, rows.values, rows.positions), sources, strict=True):
+            pool.flatten(0, 1).index_copy_(0, where, source.flatten(0, 2))
+        if rows.metric is not None:
+            rows.metric.flatten().index_fill_(0, where, 0.0)
+        return
     if real is None:
         offset = torch.arange(new, device=keys.device, dtype=torch.int32).expand(keys.shape[0], new)
     else:

@@ -24,6 +24,7 @@ from .append import slot_index
 from .backend import use_triton
 from .rows import Rows, gather_rows
 
+FEW_ROWS = 32  # rows that are worth a loop of their own each
 QUERY_CHUNK = 256  # queries handled at once, so that a long new turn does not build an S x T mask
 OBSERVED_CHUNK = 32  # queries observed at once: their probabilities of all tokens lie in memory
 KEY_CHUNK = 1024  # half-precision tokens that are float32 at once
@@ -102,6 +103,8 @@ def attend(
 
         return attend_triton(query, rows, hidden=hidden, observe=observe, **settings)
 
+    if new == 1 and hidden is None and rows.starts is not None and batch * heads <= FEW_ROWS and not rows.contiguous:
+        return _attend_each(query, rows, observe, **settings)
     keys, values = rows.dense()
     if hidden is None and not (new == 1 and rows.uniform):  # else every query sees all there is
         hidden = _behind(query)
@@ -142,6 +145,37 @@ def attend_masked(
     if mask is not None:  # a query that sees nothing gets zeros, whatever the backend made of it
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return out.reshape(batch, query_heads, new, -1)
+
+
+def _attend_each(
+    query: torch.Tensor,
+    rows: Rows,
+    observe: int | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """A decode step row by row, each read in place: nothing is gathered, and no row is as long as the longest."""
+    assert rows.starts is not None
+    batch, heads = rows.lengths.shape
+    grouped = (query.float() * scaling).view(batch * heads, -1, query.shape[-1])
+    keys, values = rows.keys.flatten(0, 1), rows.values.flatten(0, 1)
+    metric = None if observe is None or rows.metric is None else rows.metric.flatten()
+    places = zip(rows.starts.ravel().tolist(), rows.lengths.flatten().tolist(), strict=True)
+    out = []
+    for row, (start, length) in enumerate(places):
+        logits = torch.mm(grouped[row], keys.narrow(0, start, length).float().t())
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        weights = logits.softmax(-1)
+        if sinks is not None:
+            sink = sinks.view(heads, -1, 1)[row % heads].float()
+            weights = weights * torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sink)
+        if metric is not None:
+            votes = weights.detach()
+            metric.narrow(0, start, length).add_((votes.square() if observe == 2 else votes).sum(0))
+        out.append(torch.mm(weights, values.narrow(0, start, length).float()))
+    return torch.stack(out).to(query.dtype).view(batch, query.shape[1], 1, -1)
 
 
 def _probabilities(

@@ -7,6 +7,7 @@ values have a table each, because another layer's keys may stand in for a row's 
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 
@@ -27,6 +28,8 @@ class Rows:
         contiguous: whether the blocks of the rows lie one after the other in both pools, row after row, ``M`` each, so
             that a row can be read in place.
         metric: running importance of the token in every value slot, ``[Nv, P]`` float32; None where none is kept.
+        starts: on the host, flat slot of each row's first token, ``[B, H]`` int64, the same in all pools, where the
+            blocks of every row follow one another, so that it can be read in place; None elsewhere, and on a GPU.
     """
 
     keys: torch.Tensor
@@ -39,6 +42,7 @@ class Rows:
     uniform: bool
     contiguous: bool
     metric: torch.Tensor | None = None
+    starts: np.ndarray | None = None
 
     @property
     def block_size(self) -> int:

@@ -46,6 +46,7 @@ class Blocks:
         self.counts = np.zeros(rows, np.int32)
         self.refs = np.zeros(0, np.int32)
         self._free: np.ndarray = np.zeros(0, np.int32)
+        self.first: np.ndarray | None = None  # [B, H], where the blocks of every row follow one another
         self._table_device: torch.Tensor | None = None
         self._set_table(np.zeros((*rows, 0), np.int32))
 
@@ -66,18 +67,18 @@ class Blocks:
         return len(self._free)
 
     # ------------------------------------------------------------------------------------------------- what others do
-    def grow(self, counts: np.ndarray, spare: int = 0) -> None:
+    def grow(self, counts: np.ndarray, in_order: bool = False) -> None:
         """Gives every row at least `counts` ``[B, H]`` blocks. Raises `PoolExhausted` before anything changes.
 
-        Where the pool has to grow for that, it gets `spare` free blocks beyond.
+        With `in_order`, rows that get some lie one behind the other afterwards, and no block is free.
         """
         self.meter.require(self.growth(counts))
         counts = np.maximum(counts, self.counts)
         new = int((counts - self.counts).sum())
         if new == 0:
             return
-        if new > self.free_blocks:
-            self._relayout(counts, spare)
+        if new > self.free_blocks or in_order:
+            self._relayout(counts)
             return
         table = self._widened(int(counts.max()))
         columns = np.arange(table.shape[2])
@@ -186,6 +187,9 @@ class Blocks:
                 self.meter.drop(self._table_device)
             self._table_device = self.meter.count(fresh)
         self.contiguous = bool((self._host.reshape(-1) == np.arange(self._host.size)).all())
+        ids = self._host[:, :, :1] + np.arange(self._host.shape[2])
+        in_order = self._host.size and bool(((self._host == ids) | (self._host < 0)).all())
+        self.first = np.maximum(self._host[:, :, 0], 0) if in_order else None
 
     @torch.inference_mode(False)
     def _relayout(self, counts: np.ndarray, spare: int = 0) -> None:

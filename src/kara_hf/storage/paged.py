@@ -76,8 +76,8 @@ class PagedStore:
         meter: counts every byte.
         metric: whether every slot has a running importance, float32. Sequences then never share blocks, because each
             adds to its own.
-        tight: whether no row has blocks reserved beyond what is asked for. Instead a pool that grows gets some that
-            any row may take, and what is free beyond one block of each row is given back.
+        tight: whether no row has blocks reserved beyond what is asked for, and what is free beyond one block of each
+            row is given back.
         steady: whether `rows` stay as they are, bound for bound, while there is `room`, so that a CUDA graph can be
             replayed on them.
     """
@@ -128,18 +128,15 @@ class PagedStore:
         if tokens <= self.room:
             return
         needed = -(-(self.lengths + tokens) // self.block_size)
-        spare = 0
-        headroom = HEADROOM / 2 if self.tight else HEADROOM
-        if self.tight and self.meter.max_bytes is not None:  # under a cap nobody pays for it with tokens
-            pass
-        elif self.tight and not (self.keys.contiguous and self.values.contiguous):
-            spare = int(needed.sum() * headroom)
-        else:  # rows that lie in order stay so
+        even = self.keys.contiguous and self.values.contiguous and self.meter.max_bytes is None
+        if not self.tight or even:  # before anything was evicted, tight rows grow like any others
+            headroom = HEADROOM / 2 if self.tight else HEADROOM
             needed = np.where(needed > self.keys.counts, needed + (needed * headroom).astype(np.int32), needed)
         self.meter.require(self.keys.growth(needed) + self.values.growth(needed))  # both grow or neither does
+        in_order = self.tight and self.device.type == "cpu"  # copied once there, instead of gathered at every step
         try:
-            self.keys.grow(needed, spare)
-            self.values.grow(needed, spare)
+            self.keys.grow(needed, in_order)
+            self.values.grow(needed, in_order)
             for blocks in (self.keys, self.values):  # a shared last block is about to be written
                 blocks.own(self.lengths // self.block_size, blocks.counts)
         finally:  # pools may have moved before something failed
@@ -345,7 +342,7 @@ class PagedStore:
         for blocks in (self.keys, self.values):
             if self.tight:  # every row is about to take one more block
                 blocks.give_back(used)
-                blocks.shrink(used, 2 * used.size + HEADROOM * blocks.held_blocks)
+                blocks.shrink(used, 2 * used.size)
             else:
                 blocks.shrink(used, SLACK * blocks.held_blocks)
         self._changed()
@@ -377,4 +374,12 @@ class PagedStore:
             uniform=self._exact and not self.steady and bool((lengths == longest).all()),
             contiguous=self.keys.contiguous and self.values.contiguous,
             metric=None if self.shares else self.values.pools[2],
+            starts=self._starts(),
         )
+
+    def _starts(self) -> np.ndarray | None:
+        """For `Rows`; a GPU reads through the table, and would have to be asked for the lengths."""
+        keys, values = self.keys.first, self.values.first
+        if self.device.type != "cpu" or keys is None or values is None or not np.array_equal(keys, values):
+            return None
+        return keys.astype(np.int64) * self.block_size
