@@ -65,3 +65,21 @@ def test_the_tables_are_the_measured_ones(monkeypatch):
     weights = provenance.digest(retention.ASSETS)
     assert retention.markdown(provenance.load_rows(results / "retention.json"), weights) in README
     assert generation.markdown(provenance.load_rows(results / "generation.json")) in README
+
+
+def test_the_tables_of_kv_compress_are_the_measured_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import kv_compress
+    import kv_compress_quality
+    import kv_compress_tables
+    import provenance
+
+    shown = (ROOT / "docs" / "kv_compress.md").read_text()
+    rows, quality = (
+        provenance.load_rows(ROOT / "benchmarks" / "results" / f"{name}.json")
+        for name in ("kv_compress", "kv_compress_quality")
+    )
+    weights = provenance.digest(kv_compress_quality.ASSETS)
+    assert kv_compress.markdown(rows) in shown
+    assert kv_compress_tables.markdown(quality, weights) in shown
+    assert kv_compress_tables.summary(quality, weights) in README
