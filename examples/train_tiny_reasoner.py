@@ -13,6 +13,7 @@ curriculum and the random state are in the checkpoint. A second leg on longer pr
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import time
@@ -77,6 +78,33 @@ def build_model(hidden: int, layers: int) -> LlamaForCausalLM:
         do_sample=False, max_new_tokens=2048, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None
     )
     return model
+
+
+def deepen(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
+    """A model of `layers` layers in which every layer of `model` is done by several copies, each with its share.
+
+    A residual layer is one step of a walk; n copies whose outputs are divided by n walk about the same way in smaller
+    steps. Training goes on from there much sooner than from random weights, and neighbouring layers start out looking
+    at the same tokens, as those of large models do.
+    """
+    before = model.config.num_hidden_layers
+    if layers % before:
+        raise ValueError(f"deepen={layers} is not possible: choose a multiple of the {before} layers of the model")
+    copies = layers // before
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    config.layer_types = None
+    deeper = LlamaForCausalLM(config)
+    state = {name: weight for name, weight in model.state_dict().items() if ".layers." not in name}
+    for index in range(layers):
+        prefix = f"model.layers.{index // copies}."
+        for name, weight in model.state_dict().items():
+            if name.startswith(prefix):
+                share = copies if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                state[f"model.layers.{index}." + name.removeprefix(prefix)] = weight / share
+    deeper.load_state_dict(state)
+    deeper.generation_config = model.generation_config
+    return deeper
 
 
 def running_mean(mean: float, value: float) -> float:
@@ -200,6 +228,7 @@ def train(
     adam_lr: Annotated[float, typer.Option(help="Learning rate of embeddings and norms.")] = 0.002,
     hidden: Annotated[int, typer.Option(help="Hidden size.")] = 128,
     layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    deepen_to: Annotated[int | None, typer.Option(help="Layers of INIT are copied to make so many; see deepen.")] = None,
     precision: Annotated[str, typer.Option(help="'bf16' autocast or 'no'; weights stay float32.")] = "bf16",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the stream of problems.")] = 0,
@@ -212,6 +241,8 @@ def train(
     accelerator = Accelerator(mixed_precision=precision)
     set_seed(seed)
     model = LlamaForCausalLM.from_pretrained(init, dtype=torch.float32) if init else build_model(hidden, layers)
+    if deepen_to:
+        model = deepen(model, deepen_to)
     optimizers = build_optimizers(model, muon_lr, adam_lr)
 
     def scale(step: int) -> float:

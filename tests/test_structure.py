@@ -18,6 +18,8 @@ MAY_IMPORT = {
     "evaluation": set(),
     "report": set(),
     "attention": set(),
+    "sharing": {"config"},
+    "pod": {"attention", "cache", "config", "evaluation", "kernels", "sharing"},
     "storage": {"kernels"},
     "policy": {"kernels", "config"},
     "sequence": {"policy"},

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config import KaraConfig, KVCompressConfig
     from .policy import KaraPolicy, KVCompressPolicy, register_score
     from .report import CacheReport
+    from .sharing import PoDSharing
     from .storage import PoolExhausted
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ _HOMES = {
     "KaraCache": "cache",
     "KaraConfig": "config",
     "KaraPolicy": "policy",
+    "PoDSharing": "sharing",
     "PoolExhausted": "storage",
     "attach": "attention",
     "detach": "attention",
@@ -43,6 +45,7 @@ __all__ = [
     "KaraCache",
     "KaraConfig",
     "KaraPolicy",
+    "PoDSharing",
     "PoolExhausted",
     "attach",
     "detach",

@@ -283,6 +283,9 @@ def _attention(own: str) -> AttentionFunction:
                 return call(module, *args, **kwargs)
 
         if not isinstance(key, CarriedKey):
+            whole = vars(module).get("shared_forward")  # a `kara_hf.pod.SharedForward`
+            if whole is not None:
+                return whole.attend(function, module, query, key, value, attention_mask, **kwargs)
             return function(module, query, key, value, attention_mask, **kwargs)
         if own == "sdpa" and kwargs.get("softcap") is not None:
             raise ValueError(

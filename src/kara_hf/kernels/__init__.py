@@ -5,9 +5,11 @@ from .attend import attend, attend_masked, attend_reference
 from .compact import compact, compact_reference
 from .merge import merge, merge_reference
 from .rows import Rows, gather_rows
+from .shared import Near, shared_attention, shared_attention_reference
 from .window_scores import window_scores, window_scores_reference
 
 __all__ = [
+    "Near",
     "Rows",
     "append",
     "append_reference",
@@ -19,6 +21,8 @@ __all__ = [
     "gather_rows",
     "merge",
     "merge_reference",
+    "shared_attention",
+    "shared_attention_reference",
     "slot_index",
     "window_scores",
     "window_scores_reference",
