@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import attach, detach
-    from .cache import CompressedCache, KaraCache, KVCompressCache
+    from .cache import CompressedCache, KaraCache, KVCompressCache, PoDCache
     from .config import KaraConfig, KVCompressConfig
     from .policy import KaraPolicy, KVCompressPolicy, register_score
     from .report import CacheReport
@@ -29,6 +29,7 @@ _HOMES = {
     "KaraCache": "cache",
     "KaraConfig": "config",
     "KaraPolicy": "policy",
+    "PoDCache": "cache",
     "PoDSharing": "sharing",
     "PoolExhausted": "storage",
     "attach": "attention",
@@ -45,6 +46,7 @@ __all__ = [
     "KaraCache",
     "KaraConfig",
     "KaraPolicy",
+    "PoDCache",
     "PoDSharing",
     "PoolExhausted",
     "attach",

@@ -2,8 +2,9 @@
 
 An attention module calls ``past_key_values.update(key, value, layer_idx)`` and hands the result, with the query, to the
 function that its config names. The key that a kara_hf layer returns carries that layer (`CarriedKey`), so the function
-registered here finds it there; without one it is the model's own implementation, call for call. The mask function tells
-a compressed layer by the length it announces, which is a `StoredLength`.
+registered here finds it there; without one it is the model's own implementation, call for call, unless the module has
+an `attention_hook` (an `AttentionHook`), which then answers. The mask function tells a compressed layer by the length
+it announces, which is a `StoredLength`.
 """
 
 import contextlib
@@ -49,6 +50,22 @@ class Layer(Protocol):
             query, key, value, attention_mask, kwargs: as Transformers passes them, the key without its carrier.
             transformed: whether the model computed with the keys after `update` returned them.
         """
+
+
+class AttentionHook(Protocol):
+    """What the attribute `attention_hook` of an attention module may be: it answers while no kara_hf cache is used."""
+
+    def attend(
+        self,
+        own: AttentionFunction,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As an attention function of Transformers; `own` is the model's."""
 
 
 class StoredLength(int):
@@ -282,19 +299,21 @@ def _attention(own: str) -> AttentionFunction:
             with _named(module, own):
                 return call(module, *args, **kwargs)
 
-        if not isinstance(key, CarriedKey):
-            whole = vars(module).get("shared_forward")  # a `kara_hf.pod.SharedForward`
-            if whole is not None:
-                return whole.attend(function, module, query, key, value, attention_mask, **kwargs)
+        hook: AttentionHook | None = vars(module).get("attention_hook")
+        if hook is None and not isinstance(key, CarriedKey):
             return function(module, query, key, value, attention_mask, **kwargs)
         if own == "sdpa" and kwargs.get("softcap") is not None:
             raise ValueError(
                 f"{type(module).__name__} caps its attention scores (softcap={kwargs['softcap']}), which sdpa does "
                 'not; load the model with attn_implementation="eager"'
             )
-        return key.layer.attend(
-            function, module, query, key.plain, _plain(value), attention_mask, transformed=key.transformed, **kwargs
-        )
+        if isinstance(key, CarriedKey):
+            value, transformed = _plain(value), key.transformed
+            return key.layer.attend(
+                function, module, query, key.plain, value, attention_mask, transformed=transformed, **kwargs
+            )
+        assert hook is not None
+        return hook.attend(function, module, query, key, value, attention_mask, **kwargs)
 
     return attention
 

@@ -1,5 +1,6 @@
 """The model that a cache belongs to: what it is called, which of its layers can be compressed, whether it answers."""
 
+import warnings
 import weakref
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAt
 
 from .attention import calls_sdpa, check_supported, decoder_config, is_attached
 from .config import is_int, require
+from .sharing import PoDSharing
 
 # Layers that hold full attention together with something else.
 _UNSUPPORTED_LAYERS = (LinearAttentionAndFullAttentionLayer, DynamicIndexedLayer)
@@ -61,6 +63,25 @@ class Binding:
                 f"{self.name} has no full-attention layer, so there is nothing to compress; use Transformers' own cache"
             )
         return layers
+
+    def check_sharing(self, sharing: PoDSharing) -> None:
+        """Raises ValueError if `sharing` is not possible with this model; warns if it cannot save anything."""
+        sharing.check(self.config)
+        devices = {module.layer_idx: next(module.parameters(), torch.empty(0)).device for module in self._modules}
+        for layer, heads in enumerate(sharing.lead):
+            for lead in heads:
+                if devices.get(layer) != devices.get(lead):
+                    raise ValueError(
+                        f"layer {layer} on {devices[layer]} cannot follow layer {lead} on {devices[lead]}: the layers "
+                        "of a group must be on one device; change the device_map, or explore the model as it is placed"
+                    )
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and sharing.followers_share and sharing.proximal >= limit:
+            warnings.warn(
+                f"nothing is saved: sinks + recent = {sharing.proximal} tokens are proximal, and {self.name} has "
+                f"positions for {limit}; lower `recent`",
+                stacklevel=4,
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
         return self

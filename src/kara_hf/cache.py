@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .attention import attach, real_tokens, route, unwrap
 from .binding import Binding, check_max_bytes
 from .compression import Compression
-from .config import KaraConfig, KVCompressConfig
+from .config import KaraConfig, KVCompressConfig, require
 from .evicting import Evicting
 from .graph import DecodeGraph, check_graph
 from .layer import Step, StoreLayer
@@ -23,6 +23,7 @@ from .policy import KaraPolicy, KVCompressPolicy
 from .report import CacheReport
 from .sealing import Sealing
 from .sequence import Kind, Sequence
+from .sharing import PoDSharing
 from .storage import MemoryMeter, PagedStore, Prompt, upload
 
 COMPRESSIONS: dict[type, Callable[..., Compression]] = {KaraPolicy: Sealing, KVCompressPolicy: Evicting}
@@ -43,6 +44,8 @@ class CompressedCache(Cache):
     Args:
         model: a Transformers causal LM, which may be wrapped by PEFT.
         policy: which tokens survive.
+        sharing: which layers attend to distant tokens by another layer's keys (PoD); None: none. Which tokens survive
+            is then decided once for every group of layers, at its lead.
         max_bytes: cap on `report().resident_bytes`; a step that would pass it raises `PoolExhausted` and is undone.
         cuda_graph: captures the decode step in a CUDA graph and replays it between compressions. Room for all tokens
             until the next compression is then reserved at once. Puts a `Route` in front of the model's forward, which
@@ -58,11 +61,16 @@ class CompressedCache(Cache):
         model: Any,
         *,
         policy: KaraPolicy | KVCompressPolicy,
+        sharing: PoDSharing | None = None,
         max_bytes: int | None = None,
         cuda_graph: bool = False,
     ):
         inner = unwrap(model)
         self.binding = Binding(inner)
+        if sharing is not None:
+            self.binding.check_sharing(sharing)
+            require(not cuda_graph, "cuda_graph", cuda_graph, "False in a cache with `sharing`")
+        self.sharing = sharing
         check_max_bytes(max_bytes, inner, policy.config.block_size)
         self.policy = policy
         self.compression = COMPRESSIONS[type(policy)](self, policy)
@@ -105,7 +113,7 @@ class CompressedCache(Cache):
         for layer in layers:
             store = layer.stored()
             full += sum(seen) * store.lengths.shape[1] * store.token_bytes
-            nominal += int(store.lengths.sum()) * store.token_bytes
+            nominal += store.stored_bytes
             kept.append(torch.from_numpy(store.lengths.astype(np.int64)))
         heads = max((lengths.shape[1] for lengths in kept), default=0)
         padded = [torch.nn.functional.pad(lengths, (0, heads - lengths.shape[1])) for lengths in kept]
@@ -234,6 +242,8 @@ class CompressedCache(Cache):
             if cropped is None:
                 raise ValueError(self.compression.uncroppable(number, sequence, count))
             after.append(cropped)
+        if count < self.columns:
+            self._check_near(count)
         for layer in self.layers:
             if not isinstance(layer, StoreLayer):
                 layer.crop(-count)
@@ -248,6 +258,16 @@ class CompressedCache(Cache):
         self.sequences = after
         self.columns -= count
         self._solid_columns -= count
+
+    def _check_near(self, count: int) -> None:
+        """Raises ValueError if the keys of followers do not reach back behind the newest `count` tokens."""
+        for layer in self.store_layers:
+            near = layer.store.near if isinstance(layer.store, PagedStore) else None
+            if near is not None and not near.can_crop(np.full(len(self.sequences), count)).all():
+                raise ValueError(
+                    f"crop({-count}) would reach behind the newest keys that layer {layer.index} has of its own: those "
+                    "of tokens that became distant are gone. Crop fewer tokens, or reset() the cache"
+                )
 
     # --------------------------------------------------------------------------------------------------- one step of it
     def update(
@@ -336,6 +356,10 @@ class CompressedCache(Cache):
         if step.first and not step.counts.all():
             row = int(np.flatnonzero(step.counts == 0)[0])
             raise ValueError(f"sequence {row} of the batch is nothing but padding; leave it out or give it a token")
+        if step.drafts and not step.first:
+            for layer in self.store_layers:
+                if isinstance(layer.store, PagedStore) and layer.store.near is not None:
+                    layer.store.widen(step.new)
         self.compression.begin(step)
         step.positions = self._positions(step, device)
         step.prepared = True
@@ -392,6 +416,7 @@ class CompressedCache(Cache):
         self.sequences = self.compression.done(step)
         for each in self.store_layers:
             each.let_go()
+            each.settle()
         self.columns += step.new
         padded = step.looks and step.real is not None
         self._solid_columns = 0 if padded else self._solid_columns + step.new
@@ -414,7 +439,7 @@ class CompressedCache(Cache):
             return
         counts = step.real_counts() if step.appended else step.counts
         for layer in step.appended:
-            layer.stored().crop(counts)
+            layer.paged().take_back(counts)
         for index, before in step.before.items():
             vars(self.layers[index]).clear()
             vars(self.layers[index]).update(before)
@@ -454,9 +479,18 @@ class CompressedCache(Cache):
     def _make_layers(self) -> list[Any]:
         """Transformers' own layers for this model, with ours in place of every full-attention one."""
         own = self.binding.layers()
-        layers = [StoreLayer(self, index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(own)]
+        layers = [
+            StoreLayer(self, index, self.sharing) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(own)
+        ]
         self.store_layers = [layer for layer in layers if isinstance(layer, StoreLayer)]
         return layers
+
+    def layer(self, index: int) -> StoreLayer:
+        """The compressed layer that is layer `index` of the model."""
+        layer = self.layers[index]
+        assert isinstance(layer, StoreLayer), f"layer {index} is not compressed"
+        return layer
 
     def _row(self, layer_idx: int, sequence: int, head: int) -> PagedStore | Prompt:
         self.look()
@@ -610,3 +644,26 @@ class KVCompressCache(CompressedCache):
             seed=seed,
         )
         super().__init__(model, policy=KVCompressPolicy(config), max_bytes=max_bytes, cuda_graph=cuda_graph)
+
+
+class PoDCache(CompressedCache):
+    """PoD (arXiv 2412.02252): keys of distant tokens are stored once for a group of layers. Every token is kept.
+
+        out = model.generate(**inputs, past_key_values=PoDCache(model, PoDSharing.from_pretrained("folder")))
+
+    Args:
+        model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
+        sharing: who leads whom, and what is proximal; see `kara-hf pod explore` and `kara-hf pod adapt`.
+        block_size: slots per block.
+        max_bytes: cap on resident bytes; the step that would pass it raises `PoolExhausted` and is taken back.
+
+    Raises:
+        TypeError: `model` is no Transformers model.
+        ValueError: the model or a setting is not supported, or the sharing is of another model.
+    """
+
+    def __init__(
+        self, model: Any, sharing: PoDSharing, *, block_size: int = KaraConfig.block_size, max_bytes: int | None = None
+    ):
+        keep_all = KaraConfig(retention=1.0, window=block_size, block_size=block_size)
+        super().__init__(model, policy=KaraPolicy(keep_all), sharing=sharing, max_bytes=max_bytes)

@@ -9,8 +9,9 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention import AttentionFunction, CarriedKey, StoredLength
-from .kernels import attend, attend_masked
+from .kernels import Near, attend, attend_masked, attend_shared, lead_scores, shared_attention
 from .sequence import Sequence
+from .sharing import PoDSharing
 from .storage import PagedStore, Prompt
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Arguments of attention functions that are tensors and are honoured, or do not matter to attention over a store.
 _KNOWN_TENSORS = {"s_aux", "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k"}
+FIRST_DRAFTS = 64  # tokens behind a prompt that may be drafts, and must be croppable where layers share keys
 _EVERYTHING = torch.iinfo(torch.int32).max
 
 
@@ -38,6 +40,8 @@ class Step:
         after: the sequences once the step is done.
         appended: layers that have stored its tokens.
         before: what Transformers' own layers held before it.
+        scores: logits of leads for their followers in a decode step, by device; see `kara_hf.kernels.attend_shared`.
+        leads: in other steps queries ``[B, Hq, S, D]`` and keys ``[B, H, T + S, D]`` of leads, by layer.
     """
 
     new: int
@@ -54,10 +58,13 @@ class Step:
     after: list[Sequence] = field(default_factory=list)
     appended: list["StoreLayer"] = field(default_factory=list)
     before: dict[int, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    leads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def close(self) -> None:
         """Marks the step as committed and lets go of its tensors."""
         self.complete, self.real, self.positions = True, None, torch.zeros(0)
+        self.scores, self.leads = {}, {}
 
     def hidden_on(self, device: torch.device) -> torch.Tensor | None:
         """How many of the newest stored tokens each new one must not see, ``[B, S]`` int32: none of those behind it,
@@ -102,9 +109,11 @@ class StoreLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, cache: "CompressedCache", index: int):
+    def __init__(self, cache: "CompressedCache", index: int, sharing: PoDSharing | None = None):
         super().__init__()
-        self.cache, self.index = cache, index
+        self.cache, self.index, self.sharing = cache, index, sharing
+        self.followers = () if sharing is None else sharing.followers(index)
+        self.leading = () if sharing is None else sharing.leading(index)
         self.store: PagedStore | Prompt | None = None
         self.state: Any = cache.compression.layer_state()
         self.scaling: float = 1.0
@@ -172,27 +181,115 @@ class StoreLayer(CacheLayerMixin):
             self.softcap, self.sinks = kwargs.get("softcap"), kwargs.get("s_aux")
             settings: dict[str, Any] = {"scaling": self.scaling, "softcap": self.softcap, "sinks": self.sinks}
             present = self._present(step, key.shape[2], key.device) if self.latent else None
-            if step.first:
+            if not step.first:
+                _refuse(kwargs, cache.binding.name)
+            if self.sharing is not None and (self.followers or self.leading) and present is not None:
+                raise ValueError(
+                    f"layer {self.index} of {cache.binding.name} keeps one latent row for all its heads (multi-head "
+                    "latent attention), whose keys cannot be shared by head"
+                )
+            if step.first and not (self.followers and self.sharing and self.sharing.prefill == "pod"):
+                self._hand_on(step, query, key)
                 result = own(module, query, key, value, attention_mask, **kwargs)
                 self._append(step, query, key, present)
             else:
-                _refuse(kwargs, cache.binding.name)
                 if present is not None:
                     out = attend_masked(query, key, value, _causal(present, step.new), **settings)
                     self._append(step, query, key, present)
+                elif self.sharing is not None and (self.followers or self.leading):
+                    out = self._attend_shared(self.sharing, step, query, key, value, settings)
                 else:
-                    self._append(step, query, key, None)
-                    observe = cache.compression.observes(step)
-                    if observe is not None:
-                        settings["observe"] = observe
-                    hidden = None if step.new == 1 and observe is None else step.hidden_on(query.device)
-                    out = attend(query, self.paged().rows(), hidden=hidden, **settings)
+                    out = self._attend_stored(step, query, key, settings)
                 result = out.transpose(1, 2).contiguous(), None
             cache._finish(self, step)
         except BaseException:
             cache._take_back()
             raise
         return result
+
+    def _attend_stored(
+        self, step: Step, query: torch.Tensor, key: torch.Tensor, settings: dict[str, Any]
+    ) -> torch.Tensor:
+        """Attention over everything stored, the new tokens among it."""
+        self._append(step, query, key, None)
+        observe = self.cache.compression.observes(step)
+        hidden = None if step.new == 1 and observe is None else step.hidden_on(query.device)
+        return attend(query, self.paged().rows(), hidden=hidden, observe=observe, **settings)
+
+    def _attend_shared(
+        self,
+        sharing: PoDSharing,
+        step: Step,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        settings: dict[str, Any],
+    ) -> torch.Tensor:
+        """The same where heads of this layer follow others, or lead them."""
+        positions = step.positions.to(query.device)
+        if step.new == 1 and not step.first:
+            if sharing.distant_query == "own" and not self.followers:
+                return self._attend_stored(step, query, key, settings)
+            self._append(step, query, key, None)
+            scores = step.scores.get(query.device)
+            if sharing.distant_query == "own":
+                leads = [self.cache.layer(sharing.lead[self.index][head]).paged().rows() for head in self.followers]
+                scores = lead_scores(query, leads, self.followers, scaling=self.scaling, softcap=self.softcap)
+            out, step.scores[query.device] = attend_shared(
+                query,
+                self.paged().rows(),
+                scores,
+                positions=positions,
+                leading=self.leading,
+                skip=sharing.skip,
+                observe=self.cache.compression.observes(step),
+                **settings,
+            )
+            return out
+
+        # Several queries have several sets of proximal tokens, and the oldest keys go when the new ones come: attention
+        # is over what was stored and the new tokens behind it.
+        if step.real is not None:
+            positions = positions.masked_fill(~step.real.to(query.device), -1)
+        keys, values, places = key, value, positions[:, None]
+        if self.store is not None:
+            rows = self.paged().rows()
+            keys, values = torch.cat([rows.dense_keys(), key], 2), torch.cat([rows.dense()[1], value], 2)
+            before = rows.dense_positions()
+            places = torch.cat([before, places.expand(-1, before.shape[1], -1)], 2)
+        self._hand_on(step, query, keys)
+        if not self.followers:
+            return self._attend_stored(step, query, key, settings)
+        group = query.shape[1] // sharing.heads
+        queries, lead_keys = [], []
+        for head in self.followers:
+            lead_query, shared = step.leads[sharing.lead[self.index][head]]
+            source = lead_query if sharing.distant_query == "lead" else query
+            queries.append(source[:, head * group : (head + 1) * group])
+            lead_keys.append(shared[:, head : head + 1])
+        out = shared_attention(
+            query,
+            keys,
+            values,
+            torch.cat(queries, 1),
+            torch.cat(lead_keys, 1),
+            followers=self.followers,
+            query_positions=positions,
+            key_positions=places,
+            near=Near(sharing.sinks, sharing.recent),
+            skip=sharing.skip,
+            **settings,
+        )
+        for lead in set(sharing.lead[self.index]):
+            if sharing.last_follower(lead) == self.index:
+                step.leads.pop(lead, None)
+        self._append(step, query, key, None)
+        return out
+
+    def _hand_on(self, step: Step, query: torch.Tensor, keys: torch.Tensor) -> None:
+        """Leaves queries and keys of several tokens for the layers that follow this one, where they will be asked."""
+        if self.leading and self.sharing is not None and not (step.first and self.sharing.prefill == "dense"):
+            step.leads[self.index] = query, keys
 
     def _present(self, step: Step, keys: int, device: torch.device) -> torch.Tensor:
         """Which of the expanded keys, stored ones first and new ones behind, hold a token: ``[B, M + S]`` bool."""
@@ -220,6 +317,8 @@ class StoreLayer(CacheLayerMixin):
             self._check_finite(keys, values, real)
         if self.store is None:
             self.store = self.cache.compression.new_store(self, keys, values)
+            if step.drafts and isinstance(self.store, PagedStore):
+                self.store.widen(FIRST_DRAFTS)
         self.store.append(keys, values, step.positions.to(keys.device), real, looks=step.looks)
         step.appended.append(self)
         self.cache.compression.stored(self, step, query.detach(), key.detach(), present)
@@ -237,6 +336,17 @@ class StoreLayer(CacheLayerMixin):
             )
 
     # ----------------------------------------------------------------------------------------------------- its storage
+    def near(self, heads: int) -> dict[str, Any]:
+        """The arguments of `PagedStore` that say which of its `heads` follow, and what is proximal to them."""
+        if self.sharing is None:
+            return {}
+        if heads != self.sharing.heads:
+            raise ValueError(
+                f"layer {self.index} of {self.cache.binding.name} stores {heads} KV heads and the sharing is for "
+                f"{self.sharing.heads}; make one for this model with `kara-hf pod explore`"
+            )
+        return {"followers": self.followers, "near": Near(self.sharing.sinks, self.sharing.recent)}
+
     def stored(self) -> PagedStore | Prompt:
         assert self.store is not None, "nothing is stored yet"
         return self.store
@@ -249,6 +359,11 @@ class StoreLayer(CacheLayerMixin):
         """Drops the newest `tokens` ``[B]`` of every sequence."""
         self.stored().crop(tokens)
         self.state.crop(tokens)
+
+    def settle(self) -> None:
+        """The step that appended last will not be taken back."""
+        if isinstance(self.store, PagedStore):
+            self.store.settle()
 
     def fork_bytes(self, index: np.ndarray) -> int:
         """Bytes that `fork` takes."""

@@ -56,6 +56,14 @@ class PoDSharing(Settings):
                         f"lead[{layer}][{head}]={lead!r} is not possible: the lead of a layer is itself, or a lower "
                         "layer that leads itself in that head"
                     )
+        for layer, heads in enumerate(self.lead):
+            for head, lead in enumerate(heads):
+                for between in range(lead + 1, layer):
+                    if lead != layer and head in self.leading(between):
+                        raise ValueError(
+                            f"lead[{layer}][{head}]={lead} is not possible: layer {between}, which lies between, leads "
+                            "others in that head; groups follow one another"
+                        )
         require(is_int(self.sinks) and self.sinks >= 0, "sinks", self.sinks, "a whole number from 0 on")
         require(is_int(self.recent) and self.recent >= 1, "recent", self.recent, "a whole number from 1 on")
         require(self.distant_query in ("lead", "own"), "distant_query", self.distant_query, "'lead' or 'own'")
@@ -92,9 +100,14 @@ class PoDSharing(Settings):
         """KV heads of a layer that follow another layer, ascending."""
         return tuple(head for head, lead in enumerate(self.lead[layer]) if lead != layer)
 
-    def is_lead(self, layer: int) -> bool:
-        """Whether any other layer follows this one."""
-        return any(layer in heads for above, heads in enumerate(self.lead) if above > layer)
+    def leading(self, layer: int) -> tuple[int, ...]:
+        """KV heads in which some other layer follows this one, ascending."""
+        above = self.lead[layer + 1 :]
+        return tuple(head for head in range(self.heads) if any(heads[head] == layer for heads in above))
+
+    def last_follower(self, layer: int) -> int:
+        """The highest layer that follows `layer` in some head; `layer` itself if none does."""
+        return max(above for above, heads in enumerate(self.lead) if layer in heads or above == layer)
 
     def saving(self, tokens: int) -> float:
         """Share of the bytes of keys and values of a full cache of `tokens` that are not stored, in [0, 0.5)."""
@@ -125,6 +138,11 @@ class PoDSharing(Settings):
         kinds = layer_kinds(config)
         for layer, heads in enumerate(self.lead):
             for head, lead in enumerate(heads):
+                if lead != layer and not kinds[layer].startswith("full_attention"):
+                    raise ValueError(
+                        f"lead[{layer}][{head}]={lead} is not possible: layer {layer} is {kinds[layer]}, and only "
+                        "layers of full attention share keys"
+                    )
                 if kinds[layer] != kinds[lead]:
                     raise ValueError(
                         f"lead[{layer}][{head}]={lead} is not possible: layer {layer} is {kinds[layer]} and layer "

@@ -2,7 +2,7 @@
 
     rows       Rows, modified in place: keys, values, positions, and the metric, which starts at 0 (not lengths: the
                store counts)
-    keys       [B, H, S, Dk]  new keys, dtype of the pool
+    keys       [B, H, S, Dk]  new keys, dtype of the pool; those of heads in rows.near are left to the store
     values     [B, H, S, Dv]  new values
     positions  [B, S] int32   true position of each new token
     real       [B, S] bool or None   False marks padding, which is not written; None: every token is real
@@ -42,7 +42,8 @@ def append_reference(
                     int(rows.key_table[b, h, slot // size]),
                     int(rows.value_table[b, h, slot // size]),
                 )
-                rows.keys[key_block, slot % size] = keys[b, h, s]
+                if rows.near is None or h not in rows.near.heads:
+                    rows.keys[key_block, slot % size] = keys[b, h, s]
                 rows.values[value_block, slot % size] = values[b, h, s]
                 rows.positions[value_block, slot % size] = positions[b, s]
                 if rows.metric is not None:
@@ -66,7 +67,7 @@ def append(
     new = keys.shape[2]
     if real is None and rows.uniform and rows.contiguous:
         *places, metric = rows.in_place
-        for place, source in zip(places, (keys, values, positions[:, None]), strict=True):
+        for place, source in zip(places, (rows.of_keys(keys), values, positions[:, None]), strict=True):
             place.narrow(2, rows.max_length, new).copy_(source)
         if metric is not None:
             metric.narrow(2, rows.max_length, new).zero_()
@@ -91,10 +92,12 @@ def append(
         if not real.any():
             return
         slots = slots.masked_fill(~real[:, None], 0)  # padding needs no block: any that exists stands in
-    chosen = slice(None) if real is None else real[:, None].expand(-1, heads, -1).reshape(-1)
-    where_key = slot_index(rows.key_table, slots, rows.block_size).reshape(-1)[chosen]
+    written = None if real is None else real[:, None].expand(-1, heads, -1)
+    chosen = slice(None) if written is None else written.reshape(-1)
+    chosen_keys = slice(None) if written is None else rows.of_keys(written).reshape(-1)
+    where_key = slot_index(rows.of_keys(rows.key_table), rows.of_keys(slots), rows.block_size).reshape(-1)[chosen_keys]
     where_value = slot_index(rows.value_table, slots, rows.block_size).reshape(-1)[chosen]
-    rows.keys.flatten(0, 1)[where_key] = keys.flatten(0, 2)[chosen]
+    rows.keys.flatten(0, 1)[where_key] = rows.of_keys(keys).flatten(0, 2)[chosen_keys]
     rows.values.flatten(0, 1)[where_value] = values.flatten(0, 2)[chosen]
     rows.positions.flatten()[where_value] = positions[:, None].expand(-1, heads, -1).reshape(-1)[chosen]
     if rows.metric is not None:

@@ -110,8 +110,8 @@ def attend(
         hidden = _behind(query)
     if observe is not None:
         weights = _probabilities(query, keys, None if hidden is None else _seen(rows, hidden), **settings)
-        _add_to_metric(rows, (weights.detach() ** observe).sum((2, 3)))
-        return _weighted(weights, values, query.dtype)
+        add_to_metric(rows, (weights.detach() ** observe).sum((2, 3)))
+        return weighted(weights, values, query.dtype)
     if hidden is None:
         return attend_masked(query, keys, values, None, **settings)
     chunks = zip(query.split(QUERY_CHUNK, 2), hidden.split(QUERY_CHUNK, 1), strict=True)
@@ -133,7 +133,7 @@ def attend_masked(
     `mask` ``[B, 1 or H, S, T]`` bool says what is seen, None means everything. The rest as in the module's contract.
     """
     if softcap is not None or sinks is not None:
-        return _weighted(_probabilities(query, keys, mask, scaling, softcap, sinks), values, query.dtype)
+        return weighted(_probabilities(query, keys, mask, scaling, softcap, sinks), values, query.dtype)
     batch, query_heads, new, _ = query.shape
     heads = keys.shape[1]
     group = query_heads // heads
@@ -190,6 +190,17 @@ def _probabilities(
 
     Arguments as in `attend_masked`. A query that sees nothing gives nothing.
     """
+    logits = grouped_logits(query, keys, scaling, softcap)
+    if mask is None:
+        return weights_of(logits, sinks)
+    weights = weights_of(logits.masked_fill(~mask[:, :, None], float("-inf")), sinks)
+    return weights.masked_fill(~mask[:, :, None].any(-1, keepdim=True), 0.0)
+
+
+def grouped_logits(
+    query: torch.Tensor, keys: torch.Tensor, scaling: float, softcap: float | None = None
+) -> torch.Tensor:
+    """Scaled products of queries ``[B, H * G, S, D]`` and keys ``[B, H, T, D]``: ``[B, H, G, S, T]`` float32."""
     batch, query_heads, new, _ = query.shape
     heads = keys.shape[1]
     group = query_heads // heads
@@ -197,20 +208,19 @@ def _probabilities(
     products = [grouped @ part.float().transpose(-1, -2) for part in _parts(keys)]
     logits = torch.cat(products, -1) if len(products) > 1 else products[0]
     logits = logits.view(batch, heads, group, new, -1)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def weights_of(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax of `logits` ``[B, H, G, S, T]`` over tokens and, with `sinks` ``[Hq]``, one more that has no value."""
     weights = logits.softmax(-1)
-    if sinks is not None:  # e^l / (sum + e^sink) is the softmax times sum / (sum + e^sink)
-        sink = sinks.float().view(heads, group, 1, 1)
-        weights = weights * torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sink)
-    if mask is not None:
-        weights = weights.masked_fill(~mask[:, :, None].any(-1, keepdim=True), 0.0)
-    return weights
+    if sinks is None:  # e^l / (sum + e^sink) is the softmax times sum / (sum + e^sink)
+        return weights
+    sink = sinks.float().view(logits.shape[1], logits.shape[2], 1, 1)
+    return weights * torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sink)
 
 
-def _weighted(weights: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def weighted(weights: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum of `values` weighted as `_probabilities` says: ``[B, Hq, S, Dv]``."""
     parts = _parts(values)
     shares = weights.flatten(2, 3).split([part.shape[2] for part in parts], -1)
@@ -235,7 +245,7 @@ def _seen(rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
     return slots < (rows.lengths[:, :, None] - hidden[:, None])[..., None]
 
 
-def _add_to_metric(rows: Rows, received: torch.Tensor) -> None:
+def add_to_metric(rows: Rows, received: torch.Tensor) -> None:
     """Adds to every token's metric what it `received`, ``[B, H, max_length]``, which is 0 where there is no token."""
     assert rows.metric is not None
     if rows.contiguous:

@@ -23,6 +23,8 @@ def compact_reference(rows: Rows, sequences: torch.Tensor, source: torch.Tensor,
         for h in range(source.shape[1]):
             moves = list(zip(source[index, h].tolist(), target[index, h].tolist(), strict=True))
             for pool, table in zip((rows.keys, *rows.value_parts), tables, strict=True):
+                if pool is rows.keys and rows.near is not None and h in rows.near.heads:
+                    continue
                 read = [pool[table[b, h, old // size], old % size].clone() if new >= 0 else None for old, new in moves]
                 for (_, new), part in zip(moves, read, strict=True):
                     if part is not None:
@@ -36,10 +38,13 @@ def compact(rows: Rows, sequences: torch.Tensor, source: torch.Tensor, target: t
 
         return compact_triton(rows, sequences, source, target)
 
-    moved = target >= 0
-    for table, pools in ((rows.key_table, (rows.keys,)), (rows.value_table, rows.value_parts)):
-        chosen = table.index_select(0, sequences)
-        here, there = (slot_index(chosen, slots.clamp(min=0), rows.block_size)[moved] for slots in (source, target))
+    parts = (
+        (rows.of_keys(rows.key_table), (rows.keys,), rows.of_keys(source), rows.of_keys(target)),
+        (rows.value_table, rows.value_parts, source, target),
+    )
+    for table, pools, old, new in parts:
+        chosen, moved = table.index_select(0, sequences), new >= 0
+        here, there = (slot_index(chosen, slots.clamp(min=0), rows.block_size)[moved] for slots in (old, new))
         for pool in pools:
             flat = pool.flatten(0, 1)
             flat[there] = flat[here]

@@ -11,6 +11,58 @@ import numpy as np
 import torch
 
 
+@dataclass(frozen=True)
+class Near:
+    """Which tokens are proximal to a query: the `first` of a sequence, and the newest `recent`, its own among them."""
+
+    first: int
+    recent: int
+
+    def distant(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+        """Which keys are distant to a query; the two broadcast."""
+        return (key_positions >= self.first) & (key_positions <= query_positions - self.recent)
+
+
+@dataclass
+class NearKeys:
+    """Keys of the F heads of a layer that store those of proximal tokens only; distant ones are another layer's.
+
+    The key of the token at true position p lies at place p where ``p < near.first``, and at ``near.first + (p -
+    near.first) % ring`` elsewhere, so that each new key takes the place of the oldest.
+
+    Attributes:
+        heads: KV heads, ascending.
+        keys: ``[B, F, R, Dk]``; R grows up to ``near.first + ring``.
+        near: what is proximal.
+        ring: places of the newest tokens, at least ``near.recent``.
+        index: `heads`, ``[F]`` int64.
+        rest: the other heads, which store all their keys, ``[K]`` int64.
+    """
+
+    heads: tuple[int, ...]
+    keys: torch.Tensor
+    near: Near
+    ring: int
+    index: torch.Tensor
+    rest: torch.Tensor
+
+    def places(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where the keys of tokens at true `positions` lie; of the shape and dtype of `positions`."""
+        first = self.near.first
+        return torch.where(positions < first, positions, first + (positions - first) % self.ring)
+
+    def runs(self, tokens: int) -> list[tuple[int, int, int]]:
+        """Proximal positions of the last of `tokens` tokens as runs ``(start, stop, place of start)``."""
+        first, oldest = self.near.first, max(self.near.first, tokens - self.near.recent)
+        runs = [(0, min(first, tokens), 0)] if first else []
+        while oldest < tokens:
+            place = (oldest - first) % self.ring
+            stop = min(tokens, oldest + self.ring - place)
+            runs.append((oldest, stop, first + place))
+            oldest = stop
+        return runs
+
+
 @dataclass
 class Rows:
     """One layer's keys and values for B sequences and H KV heads.
@@ -19,7 +71,8 @@ class Rows:
         keys: pool of key blocks, ``[Nk, P, Dk]``.
         values: pool of value blocks, ``[Nv, P, Dv]``.
         positions: true position of the token in every value slot, ``[Nv, P]`` int32.
-        key_table: block ids, ``[B, H, M]`` int32; entries past a row's last block are -1.
+        key_table: block ids, ``[B, H, M]`` int32; entries past a row's last block are -1, and all of a row that is in
+            `near`.
         value_table: block ids, ``[B, H, M]`` int32; as ``key_table``.
         lengths: tokens stored in each row, ``[B, H]`` int32.
         max_length: upper bound of the lengths, at most ``M * P``, known without asking the device. No result depends
@@ -29,7 +82,10 @@ class Rows:
             that a row can be read in place.
         metric: running importance of the token in every value slot, ``[Nv, P]`` float32; None where none is kept.
         starts: on the host, flat slot of each row's first token, ``[B, H]`` int64, the same in all pools, where the
-            blocks of every row follow one another, so that it can be read in place; None elsewhere, and on a GPU.
+            blocks of every row follow one another, so that it can be read in place; None elsewhere, on a GPU, and
+            where some heads are in `near`.
+        near: heads that store keys of proximal tokens only, or None. `contiguous` is about the blocks of the others.
+        in_order: whether slot s of every row holds the token at position s.
     """
 
     keys: torch.Tensor
@@ -43,22 +99,36 @@ class Rows:
     contiguous: bool
     metric: torch.Tensor | None = None
     starts: np.ndarray | None = None
+    near: NearKeys | None = None
+    in_order: bool = False
 
     @property
     def block_size(self) -> int:
         return self.keys.shape[1]
 
+    @property
+    def key_heads(self) -> torch.Tensor | None:
+        """The K heads whose keys are stored whole, ``[K]`` int64; None: all."""
+        return None if self.near is None else self.near.rest
+
+    def of_keys(self, rows: torch.Tensor) -> torch.Tensor:
+        """What `rows` ``[b, H, ...]`` says of the heads whose keys are stored whole, ``[b, K, ...]``."""
+        return rows if self.key_heads is None else rows.index_select(1, self.key_heads)
+
     @cached_property
     def in_place(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Keys, values, positions and metric of contiguous rows as views of the pools, ``[B, H, M * P, ...]``."""
-        batch, heads, blocks = self.key_table.shape
-        used, slots = batch * heads * blocks, blocks * self.block_size
+        """Keys ``[B, K, M * P, Dk]`` and values, positions and metric ``[B, H, M * P, ...]`` as views of the pools, of
+        contiguous rows.
+        """
+        batch, heads, blocks = self.value_table.shape
+        slots = blocks * self.block_size
 
-        def view(pool: torch.Tensor) -> torch.Tensor:
-            return pool.narrow(0, 0, used).view(batch, heads, slots, *pool.shape[2:])
+        def view(pool: torch.Tensor, heads: int) -> torch.Tensor:
+            return pool.narrow(0, 0, batch * heads * blocks).view(batch, heads, slots, *pool.shape[2:])
 
-        metric = None if self.metric is None else view(self.metric)
-        return view(self.keys), view(self.values), view(self.positions), metric
+        metric = None if self.metric is None else view(self.metric, heads)
+        whole = heads if self.key_heads is None else len(self.key_heads)
+        return view(self.keys, whole), view(self.values, heads), view(self.positions, heads), metric
 
     @property
     def value_parts(self) -> tuple[torch.Tensor, ...]:
@@ -67,7 +137,8 @@ class Rows:
         return self.values, self.positions, *beside
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys ``[B, H, max_length, Dk]`` and values; in place where rows are contiguous, else gathered.
+        """Keys ``[B, K, max_length, Dk]`` of heads that store all, and values ``[B, H, max_length, Dv]``; in place
+        where rows are contiguous, else gathered.
 
         Slots past a row's own length hold anything.
         """
@@ -75,9 +146,35 @@ class Rows:
             keys, values, _, _ = self.in_place
             return keys.narrow(2, 0, self.max_length), values.narrow(2, 0, self.max_length)
         return (
-            gather_rows(self.keys, self.key_table, self.max_length),
+            gather_rows(self.keys, self.of_keys(self.key_table), self.max_length),
             gather_rows(self.values, self.value_table, self.max_length),
         )
+
+    def dense_positions(self) -> torch.Tensor:
+        """True positions ``[B, H, max_length]`` int32, or ``[B, 1, max_length]`` where rows are in order; -1 where a
+        row has no token.
+        """
+        slots = torch.arange(self.max_length, dtype=torch.int32, device=self.lengths.device)
+        if self.in_order:
+            lengths, positions = self.lengths[:, :1], slots.expand(len(self.lengths), 1, -1)
+        else:
+            lengths, positions = self.lengths, gather_rows(self.positions, self.value_table, self.max_length)
+        return positions.masked_fill(slots >= lengths[..., None], -1)
+
+    def dense_keys(self) -> torch.Tensor:
+        """Keys of every head ``[B, H, max_length, Dk]``; those in `near` have anything finite for distant tokens."""
+        keys, _ = self.dense()
+        near = self.near
+        if near is None or self.key_heads is None:
+            return keys
+        batch, heads = self.lengths.shape
+        places = near.places(self.dense_positions()).clamp(0, max(0, near.keys.shape[2] - 1))
+        places = places if places.shape[1] == 1 else places.index_select(1, near.index)
+        index = places[..., None].expand(-1, len(near.heads), -1, keys.shape[-1]).long()
+        out = keys.new_empty(batch, heads, *keys.shape[2:])
+        out[:, self.key_heads] = keys
+        out[:, near.index] = near.keys.gather(2, index)
+        return out
 
 
 def gather_rows(pool: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:

@@ -22,25 +22,13 @@ softmax and accumulation are float32. Nothing is modified.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .attend import QUERY_CHUNK
-
-
-@dataclass(frozen=True)
-class Near:
-    """Which tokens are proximal: the `first` of a sequence, and the newest `recent`, the query's own among them."""
-
-    first: int
-    recent: int
-
-    def distant(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-        """Which keys are distant to a query; the two broadcast."""
-        return (key_positions >= self.first) & (key_positions <= query_positions - self.recent)
+from .attend import QUERY_CHUNK, add_to_metric, grouped_logits, weighted, weights_of
+from .rows import Near, NearKeys, Rows
 
 
 def shared_attention_reference(
@@ -134,7 +122,7 @@ def shared_attention(
     parts = []
     for begin in range(0, query.shape[2], QUERY_CHUNK):
         part = slice(begin, begin + QUERY_CHUNK)
-        given = (query[:, :, part], keys, values, lead_query[:, :, part], lead_keys, query_positions[:, part])
+        given = [query[:, :, part], keys, values, lead_query[:, :, part], lead_keys, query_positions[:, part]]
         if several and torch.is_grad_enabled():
             parts.append(checkpoint(attend, *given, use_reentrant=False))
         else:
@@ -142,9 +130,9 @@ def shared_attention(
     return torch.cat(parts, 2) if several else parts[0]
 
 
-def _chunk(query: torch.Tensor, *given: torch.Tensor, **settings: Any) -> torch.Tensor:
-    with torch.autocast(query.device.type, enabled=False):
-        return _attend(query, *given, **settings)
+def _chunk(*given: Any, **settings: Any) -> torch.Tensor:
+    with torch.autocast(given[0].device.type, enabled=False):
+        return _attend(*given, **settings)
 
 
 def _attend(
@@ -163,39 +151,18 @@ def _attend(
     sinks: torch.Tensor | None,
     skip: float | None,
 ) -> torch.Tensor:
-    batch, query_heads, new, _ = query.shape
-    group = query_heads // keys.shape[1]
     at, place = query_positions[:, None, :, None], key_positions[:, :, None]  # [B, 1, S, 1], [B, 1 or H, 1, T]
     seen = (place >= 0) & (place <= at)
     distant = near.distant(at, place).expand(-1, keys.shape[1], -1, -1)[:, followers, None]
-    logits = grouped_logits(query, keys, group, scaling)
-    shared = grouped_logits(lead_query, lead_keys, group, scaling)
+    logits = grouped_logits(query, keys, scaling, softcap)
+    shared = grouped_logits(lead_query, lead_keys, scaling, softcap)
     logits = logits.index_copy(1, followers, torch.where(distant, shared, logits[:, followers]))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
     weights = weights_of(logits, sinks)
     if skip is not None:
         weights = weights.index_copy(1, followers, skipped(weights[:, followers], distant, skip))
     weights = weights.masked_fill(~seen[:, :, None].any(-1, keepdim=True), 0.0)
-    out = weights.to(values.dtype).flatten(2, 3) @ values
-    return out.to(query.dtype).reshape(batch, query_heads, new, -1)
-
-
-def grouped_logits(query: torch.Tensor, keys: torch.Tensor, group: int, scaling: float) -> torch.Tensor:
-    """Scaled products of queries ``[B, H * G, S, D]`` and keys ``[B, H, T, D]``: ``[B, H, G, S, T]`` float32."""
-    batch, _, new, size = query.shape
-    rows = query.reshape(batch, keys.shape[1], group * new, size)
-    return (rows.float() * scaling @ keys.float().transpose(-1, -2)).view(batch, keys.shape[1], group, new, -1)
-
-
-def weights_of(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Softmax of ``[B, H, G, S, T]`` over tokens and, where there are `sinks` ``[Hq]``, a sink that gives no value."""
-    weights = logits.softmax(-1)
-    if sinks is None:
-        return weights
-    sink = sinks.float().view(logits.shape[1], logits.shape[2], 1, 1)
-    return weights * torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sink)
+    return weighted(weights, values, query.dtype)
 
 
 def skipped(weights: torch.Tensor, distant: torch.Tensor, skip: float) -> torch.Tensor:
@@ -203,3 +170,123 @@ def skipped(weights: torch.Tensor, distant: torch.Tensor, skip: float) -> torch.
     near = weights.masked_fill(distant, 0.0)
     gate = 1 - (weights - near).sum(-1, keepdim=True)
     return torch.where(gate >= skip, near / gate, weights)
+
+
+def attend_shared(
+    query: torch.Tensor,
+    rows: Rows,
+    scores: torch.Tensor | None,
+    *,
+    positions: torch.Tensor,
+    leading: Sequence[int],
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    skip: float | None = None,
+    observe: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each sequence's newest token over rows some of whose keys are another layer's: a decode step.
+
+    The logits of leads travel from layer to layer, so that none of their keys is read twice.
+
+    Args:
+        query: ``[B, Hq, 1, Dk]``, of tokens that are stored already.
+        rows: where heads in `rows.near` follow. Followers and leads hold the same tokens in the same slots.
+        scores: ``[B, H, G, 1, max_length]`` float32, logits of the leads; modified in place. None below the first lead.
+        positions: ``[B, 1]`` int32, true positions of the queries.
+        leading: heads that another layer follows, whose logits are handed on.
+        scaling, softcap, sinks, observe: as in `attend`.
+        skip: as in the module's contract.
+
+    Returns:
+        The attention ``[B, Hq, 1, Dv]`` in the query's dtype, and `scores` for the layers above.
+
+    Raises:
+        ValueError: a head follows, and there are no scores.
+    """
+    keys, values = rows.dense()
+    whole, near = rows.key_heads, rows.near
+    stored = None if rows.uniform else rows.dense_positions()[:, :, None, None] >= 0
+    if near is None or whole is None:
+        logits = grouped_logits(query, keys, scaling, softcap)
+        if stored is not None:
+            logits = logits.masked_fill(~stored, float("-inf"))
+        if scores is None:
+            scores = logits
+        elif leading:
+            _hand_on(scores, logits, leading)
+    elif scores is None:
+        raise ValueError(f"heads {near.heads} follow, and there are no scores of their leads")
+    else:
+        by_head = query.unflatten(1, (rows.lengths.shape[1], -1))
+        logits = scores.clone()
+        if len(whole):
+            fresh = grouped_logits(by_head[:, whole].flatten(1, 2), keys, scaling, softcap)
+            if stored is not None:
+                fresh = fresh.masked_fill(~(stored if stored.shape[1] == 1 else stored[:, whole]), float("-inf"))
+            logits[:, whole] = fresh
+            if leading:
+                _hand_on(scores, logits, leading)
+        queries = query if len(near.heads) == by_head.shape[1] else by_head[:, near.index].flatten(1, 2)
+        _put_own(logits, grouped_logits(queries, near.keys, scaling, softcap), rows, near, positions)
+    weights = weights_of(logits, sinks)
+    if near is not None and skip is not None:
+        distant = near.near.distant(positions[:, None], rows.dense_positions())
+        distant = (distant if distant.shape[1] == 1 else distant[:, near.index])[:, :, None, None]
+        weights = weights.index_copy(1, near.index, skipped(weights[:, near.index], distant, skip))
+    if observe is not None:
+        add_to_metric(rows, (weights.detach() ** observe).sum((2, 3)))
+    return weighted(weights, values, query.dtype), scores
+
+
+def _hand_on(scores: torch.Tensor, logits: torch.Tensor, leading: Sequence[int]) -> None:
+    for head in leading:
+        scores[:, head] = logits[:, head]
+
+
+def _put_own(logits: torch.Tensor, own: torch.Tensor, rows: Rows, near: NearKeys, positions: torch.Tensor) -> None:
+    """Writes the followers' `own` logits ``[B, F, G, 1, R]`` of proximal tokens into `logits` ``[B, H, G, 1, T]``."""
+    if rows.uniform and rows.in_order:
+        everyone = len(near.heads) == logits.shape[1]
+        for start, stop, place in near.runs(rows.max_length):
+            part = own.narrow(-1, place, stop - start)
+            if everyone:
+                logits.narrow(-1, start, stop - start).copy_(part)
+            else:
+                logits[:, near.index, :, :, start:stop] = part
+        return
+    here = rows.dense_positions()
+    here = here if here.shape[1] == 1 else here[:, near.index]
+    proximal = (here >= 0) & ~near.near.distant(positions[:, None], here)
+    places = near.places(here).clamp(0, max(0, own.shape[-1] - 1))[:, :, None, None]
+    spread = own.gather(-1, places.expand(-1, own.shape[1], own.shape[2], 1, -1).long())
+    logits[:, near.index] = torch.where(proximal[:, :, None, None], spread, logits[:, near.index])
+
+
+def lead_scores(
+    query: torch.Tensor, leads: list[Rows], heads: Sequence[int], *, scaling: float, softcap: float | None = None
+) -> torch.Tensor:
+    """Logits of a layer's own queries with its leads' keys: the scores of followers whose distant query is "own".
+
+    Args:
+        query: ``[B, Hq, 1, Dk]``.
+        leads: rows of the lead of each head in `heads`; they hold the same tokens.
+        heads: the followers.
+        scaling, softcap: as in `attend`.
+
+    Returns:
+        ``[B, H, G, 1, max_length]`` float32; zeros in other heads, -inf where a row has no token.
+    """
+    first = leads[0]
+    group = query.shape[1] // first.lengths.shape[1]
+    scores = query.new_zeros(len(query), first.lengths.shape[1], group, 1, first.max_length, dtype=torch.float32)
+    for head, rows in zip(heads, leads, strict=True):
+        if rows.key_heads is None:
+            place = head
+        else:
+            place = rows.key_heads.tolist().index(head)
+        keys = rows.dense()[0].narrow(1, place, 1)
+        scores[:, head : head + 1] = grouped_logits(query[:, head * group : (head + 1) * group], keys, scaling, softcap)
+    if not first.uniform:
+        scores.masked_fill_((first.dense_positions() < 0)[:, :, None, None], float("-inf"))
+    return scores

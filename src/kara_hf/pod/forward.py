@@ -37,8 +37,9 @@ class SharedForward:
         self._was_attached = is_attached(decoder_config(self.model))
         attach(self.model)
         for module in self.modules:
-            module.shared_forward = self
-        self._hook = self.model.register_forward_pre_hook(self._start)
+            module.attention_hook = self
+        # On the decoder and not on the whole model, whose forward PEFT may call without its hooks.
+        self._hook = self.model.base_model.register_forward_pre_hook(self._start)
 
     def __enter__(self) -> "SharedForward":
         return self
@@ -51,7 +52,7 @@ class SharedForward:
         self._hook.remove()
         self.shared.clear()
         for module in self.modules:
-            vars(module).pop("shared_forward", None)
+            vars(module).pop("attention_hook", None)
         if not self._was_attached:
             detach(self.model)
 
@@ -85,7 +86,7 @@ class SharedForward:
             return own(module, query, key, value, attention_mask, **kwargs)
         layer, sharing = module.layer_idx, self.sharing
         followers = self.followers[layer]
-        if sharing.is_lead(layer):
+        if sharing.leading(layer):
             self.shared[layer] = query, key
         if not followers:
             return own(module, query, key, value, attention_mask, **kwargs)

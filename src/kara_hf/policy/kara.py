@@ -38,8 +38,10 @@ class KaraPolicy:
         return self.config.window + self.config.recent - 1
 
     def windows_due(self, open_tokens: int) -> int:
-        """Windows to seal with `open_tokens` behind the last sealed one: one while W + R or more remain."""
-        return max(0, (open_tokens - self.config.recent) // self.config.window)
+        """Windows to seal with `open_tokens` behind the last sealed one: one while W + R or more remain. None where
+        everything is kept.
+        """
+        return 0 if not self.compresses else max(0, (open_tokens - self.config.recent) // self.config.window)
 
     def select(self, window: Window) -> torch.Tensor:
         """Tokens of a window that survive where fewer than all do, ``[b, H, k]`` int64, ascending.

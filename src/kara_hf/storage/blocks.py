@@ -58,6 +58,11 @@ class Blocks:
         return self._table_device
 
     @property
+    def host_table(self) -> np.ndarray:
+        """The same on the host."""
+        return self._host
+
+    @property
     def held_blocks(self) -> int:
         """Blocks in the pool, used or free."""
         return len(self.refs)

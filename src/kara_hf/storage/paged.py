@@ -5,9 +5,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..kernels import Rows, append, compact, gather_rows, slot_index
+from ..kernels import Near, Rows, append, compact, gather_rows, slot_index
 from .blocks import Blocks, upload
 from .meter import MemoryMeter
+from .near import NearStore
 
 SLACK = 1 / 8  # share of a pool that may be unused before it is given back
 HEADROOM = 1 / 32  # blocks reserved ahead, as a share of those in use: bounds both unused memory and copying
@@ -80,6 +81,8 @@ class PagedStore:
             row is given back.
         steady: whether `rows` stay as they are, bound for bound, while there is `room`, so that a CUDA graph can be
             replayed on them.
+        followers: heads of which only keys of proximal tokens are stored, ascending.
+        near: what is proximal.
     """
 
     def __init__(
@@ -94,14 +97,24 @@ class PagedStore:
         metric: bool = False,
         tight: bool = False,
         steady: bool = False,
+        followers: tuple[int, ...] = (),
+        near: Near | None = None,
     ):
         self.block_size, self.meter, self.device = block_size, meter, device
         self.tight, self.steady = tight, steady
         key, value, position = ((sizes[0],), dtype), ((sizes[1],), dtype), ((), torch.int32)
         beside = [position, ((), torch.float32)] if metric else [position]
-        self.keys = Blocks(rows, block_size, [key], device, meter)
+        self._key_table: torch.Tensor | None = None
+        self._whole = np.setdiff1d(np.arange(rows[1]), followers)  # heads whose keys are in blocks
+        self.keys = Blocks((rows[0], len(self._whole)), block_size, [key], device, meter)
         self.values = Blocks(rows, block_size, [value, *beside], device, meter)
+        self.near: NearStore | None = None
+        if followers and near is not None:
+            self.near = NearStore(
+                rows, followers, sizes[0], near, dtype=dtype, device=device, block_size=block_size, meter=meter
+            )
         self.shares = not metric
+        self.in_order = True  # whether slot s of every row holds position s
         self.room = 0  # tokens that every row can take before anything has to be arranged
         self.lengths = np.zeros(rows, np.int32)
         self._exact = True
@@ -112,12 +125,20 @@ class PagedStore:
     def paged_bytes(self) -> int:
         """Bytes in blocks, tables and lengths."""
         blocks = sum(b.held_blocks * b.block_bytes + b.table.nbytes for b in (self.keys, self.values))
-        return blocks + self.rows().lengths.nbytes
+        beside = 0 if self.near is None or self._key_table is None else self.near.nbytes + self._key_table.nbytes
+        return blocks + self.rows().lengths.nbytes + beside
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's key and value in one row."""
         return sum(pool.shape[-1] * pool.itemsize for pool in (self.keys.pools[0], self.values.pools[0]))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the keys and values of the tokens stored, without the room that is left in blocks."""
+        key, value = (pool.shape[-1] * pool.itemsize for pool in (self.keys.pools[0], self.values.pools[0]))
+        keys = int(self._of_keys(self.lengths).sum()) + (0 if self.near is None else self.near.held)
+        return keys * key + int(self.lengths.sum()) * value
 
     def rows(self) -> Rows:
         """What the kernels read and write. Valid until the next call that changes the store."""
@@ -128,17 +149,21 @@ class PagedStore:
         if tokens <= self.room:
             return
         needed = -(-(self.lengths + tokens) // self.block_size)
+        near = 0 if self.near is None else self.near.growth(tokens)
         even = self.keys.contiguous and self.values.contiguous and self.meter.max_bytes is None
         if not self.tight or even:  # before anything was evicted, tight rows grow like any others
             headroom = HEADROOM / 2 if self.tight else HEADROOM
-            needed = np.where(needed > self.keys.counts, needed + (needed * headroom).astype(np.int32), needed)
-        self.meter.require(self.keys.growth(needed) + self.values.growth(needed))  # both grow or neither does
+            needed = np.where(needed > self.values.counts, needed + (needed * headroom).astype(np.int32), needed)
+        needed_keys = self._of_keys(needed)
+        self.meter.require(near + self.keys.growth(needed_keys) + self.values.growth(needed))  # all grow or none does
         in_order = self.tight and self.device.type == "cpu"  # copied once there, instead of gathered at every step
         try:
-            self.keys.grow(needed, in_order)
+            if self.near is not None:
+                self.near.grow(tokens)
+            self.keys.grow(needed_keys, in_order)
             self.values.grow(needed, in_order)
-            for blocks in (self.keys, self.values):  # a shared last block is about to be written
-                blocks.own(self.lengths // self.block_size, blocks.counts)
+            for blocks, lengths in self._pools():  # a shared last block is about to be written
+                blocks.own(lengths // self.block_size, blocks.counts)
         finally:  # pools may have moved before something failed
             self._changed()
 
@@ -155,6 +180,8 @@ class PagedStore:
         self.reserve(new)
         rows = self.rows()
         append(rows, keys, values, positions, real)
+        if self.near is not None:
+            self.near.append(keys, positions, real, looks)
         if real is None or not looks:
             rows.lengths += new if real is None else real.sum(1, keepdim=True, dtype=torch.int32)
             rows.uniform &= real is None
@@ -175,15 +202,19 @@ class PagedStore:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What a decode step reads and writes."""
         rows = self.rows()
-        return *self.keys.pools, *self.values.pools, rows.key_table, rows.value_table, rows.lengths
+        near = () if self.near is None else (self.near.rows.keys,)
+        return *self.keys.pools, *self.values.pools, rows.key_table, rows.value_table, rows.lengths, *near
 
     def look(self) -> np.ndarray:
         if self._exact:
             return np.zeros(len(self.lengths), np.int32)
         assumed, self.lengths = self.lengths, self.rows().lengths.cpu().numpy().copy()
         self._exact = True
+        excess = (assumed - self.lengths)[:, 0]
+        if self.near is not None:
+            self.near.look(excess)
         self._changed()
-        return (assumed - self.lengths)[:, 0]
+        return excess
 
     def unshare(self, sequences: np.ndarray, start: np.ndarray, count: int) -> None:
         first = np.full_like(self.lengths, np.iinfo(np.int32).max)
@@ -191,8 +222,8 @@ class PagedStore:
         last = np.zeros_like(self.lengths)
         last[sequences] = -(-(start + count) // self.block_size)[:, None]
         try:
-            for blocks in (self.keys, self.values):
-                blocks.own(first, last)
+            self.keys.own(self._of_keys(first), self._of_keys(last))
+            self.values.own(first, last)
         finally:  # pools may have moved before something failed
             self._changed()
 
@@ -201,6 +232,7 @@ class PagedStore:
         self.unshare(sequences, start, count)
         compact(self.rows(), self._index(sequences), slots.to(torch.int32), self.slots(start, count))
         self.lengths[sequences] = (start + count)[:, None].astype(np.int32)
+        self.in_order = False
         self._fit()
 
     def fill(
@@ -228,14 +260,15 @@ class PagedStore:
         self.meter.require(self.fill_bytes(kept, ahead))
         lengths = kept.sum(2, dtype=torch.int32).cpu().numpy()
         blocks = -(-(lengths + ahead) // self.block_size)
-        self.keys.grow(blocks)
+        self.keys.grow(self._of_keys(blocks))
         self.values.grow(blocks)
-        self.lengths = lengths
+        self.lengths, self.in_order = lengths, False
         self._changed()
         slots = (kept.cumsum(2, dtype=torch.int32) - 1).clamp(min=0)
-        where_key = slot_index(self.keys.table, slots, self.block_size)[kept]
+        whole = self.rows().of_keys
+        where_key = slot_index(self.keys.table, whole(slots), self.block_size)[whole(kept)]
         where_value = slot_index(self.values.table, slots, self.block_size)[kept]
-        self.keys.pools[0].flatten(0, 1)[where_key] = keys[kept]
+        self.keys.pools[0].flatten(0, 1)[where_key] = whole(keys)[whole(kept)]
         parts = (values, positions[:, None].expand(kept.shape), metric)
         for pool, part in zip(self.values.pools, parts, strict=False):  # without a metric in the store, none is kept
             pool.flatten(0, 1)[where_value] = part[kept]
@@ -243,7 +276,7 @@ class PagedStore:
     def fill_bytes(self, kept: torch.Tensor, ahead: int) -> int:
         """Bytes that `fill` takes."""
         blocks = -(-(kept.sum(2, dtype=torch.int32).cpu().numpy() + ahead) // self.block_size)
-        return self.keys.growth(blocks) + self.values.growth(blocks)
+        return self.keys.growth(self._of_keys(blocks)) + self.values.growth(blocks)
 
     def ranked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Metric and true position of every slot, ``[B, H, N]``; behind a row's length anything."""
@@ -264,56 +297,90 @@ class PagedStore:
         if source.shape[2]:
             everyone = torch.arange(len(lengths), device=self.device)
             compact(self.rows(), everyone, source, target)
+        self.in_order = False
         self.lengths = lengths.astype(np.int32)
         self._fit()
 
     def trim(self) -> None:
         """Gives back every block that holds no token."""
-        for blocks in (self.keys, self.values):
-            blocks.shrink(self._used(), 0)
+        for blocks, lengths in self._pools():
+            blocks.shrink(self._used(lengths), 0)
         self._changed()
 
     def crop(self, tokens: np.ndarray) -> None:
         self.look()
+        if self.near is not None:
+            self.near.crop(tokens)
         self.lengths -= tokens[:, None].astype(np.int32)
         self._fit()
+
+    def take_back(self, tokens: np.ndarray) -> None:
+        """Undoes the last `append`, of `tokens` ``[B]``."""
+        self.look()
+        if self.near is not None:
+            self.near.take_back(tokens)
+        self.lengths -= tokens[:, None].astype(np.int32)
+        self._fit()
+
+    def settle(self) -> None:
+        """The last `append` will not be taken back."""
+        if self.near is not None:
+            self.near.settle()
+
+    def widen(self, spare: int) -> None:
+        """Where heads follow, makes it possible to crop `spare` tokens from now on."""
+        if self.near is not None:
+            self.near.widen(spare)
+            self._changed()
 
     def fork(self, index: np.ndarray) -> None:
         self.look()
         self.meter.require(self.fork_bytes(index))
-        used = self._used()
+        used = [self._used(lengths) for _, lengths in self._pools()]
         self.lengths = self.lengths[index]
         try:
-            for blocks in (self.keys, self.values):
-                blocks.fork(index, used)
+            for (blocks, lengths), count in zip(self._pools(), used, strict=True):
+                blocks.fork(index, count)
                 if not self.shares:
-                    blocks.own(np.zeros_like(self.lengths), blocks.counts)
+                    blocks.own(np.zeros_like(lengths), blocks.counts)
+            if self.near is not None:
+                self.near.fork(index)
         finally:
             self._changed()
 
     def fork_bytes(self, index: np.ndarray) -> int:
         """Bytes that `fork` takes: for tables and lengths, and for blocks where sequences do not share them."""
-        used, pools = self._used()[index], (self.keys, self.values)
-        tables = sum(blocks.table_bytes(used) - blocks.table.nbytes for blocks in pools)
-        copies = 0 if self.shares else sum(max(0, int(used.sum()) - b.held_blocks) * b.block_bytes for b in pools)
-        return tables + copies + self.lengths[index].nbytes - self.lengths.nbytes
+        total = self.lengths[index].nbytes - self.lengths.nbytes
+        for blocks, lengths in self._pools():
+            used = self._used(lengths)[index]
+            total += blocks.table_bytes(used) - blocks.table.nbytes
+            if not self.shares:
+                total += max(0, int(used.sum()) - blocks.held_blocks) * blocks.block_bytes
+        return total + (0 if self.near is None else self.near.fork_bytes(index))
 
     def free(self, sequences: np.ndarray) -> None:
         self.look()
         self.lengths[sequences] = 0
+        if self.near is not None:
+            self.near.free(sequences)
         self._fit()
 
     def read(self, sequence: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self.look()
         length = int(self.lengths[sequence, head])
         row = (slice(sequence, sequence + 1), slice(head, head + 1))
-        keys = gather_rows(self.keys.pools[0], self.keys.table[row], length)
+        place = int(np.searchsorted(self._whole, head))
+        keys = self.keys.pools[0].new_empty(1, 1, 0, self.keys.pools[0].shape[-1])
+        if place < len(self._whole) and self._whole[place] == head:
+            keys = gather_rows(self.keys.pools[0], self.keys.table[row[0], place : place + 1], length)
         values, positions = (gather_rows(pool, self.values.table[row], length) for pool in self.values.pools[:2])
         return keys[0, 0], values[0, 0], positions[0, 0].long()
 
     def window(self, sequences: np.ndarray, start: np.ndarray, tokens: int) -> torch.Tensor:
-        """Keys of `tokens` slots from `start` ``[b]`` on, of the named sequences ``[b]``: ``[b, H, tokens, Dk]``."""
-        slots = self.slots(start, tokens)
+        """Keys of `tokens` slots from `start` ``[b]`` on, of the named sequences ``[b]`` and the K heads whose keys are
+        stored whole: ``[b, K, tokens, Dk]``.
+        """
+        slots = self.rows().of_keys(self.slots(start, tokens))
         table = self.keys.table[self._index(sequences)]
         flat = slot_index(table, slots, self.block_size)
         return self.keys.pools[0].flatten(0, 1)[flat]
@@ -328,18 +395,30 @@ class PagedStore:
         """Stops counting what is held here; the object is not used afterwards."""
         self.keys.release()
         self.values.release()
+        if self.near is not None:
+            self.near.release()
+        if self._key_table is not None:
+            self.meter.drop(self._key_table)
         self.meter.drop(self.rows().lengths)
 
     def _index(self, sequences: np.ndarray) -> torch.Tensor:
         return upload(sequences.astype(np.int64), self.device)
 
-    def _used(self) -> np.ndarray:
-        return -(-self.lengths // self.block_size)
+    def _of_keys(self, rows: np.ndarray) -> np.ndarray:
+        """What `rows` ``[B, H]`` says of the heads whose keys are in blocks."""
+        return rows if len(self._whole) == rows.shape[1] else rows[:, self._whole]
+
+    def _pools(self) -> tuple[tuple[Blocks, np.ndarray], tuple[Blocks, np.ndarray]]:
+        """Blocks of keys and of values, each with the lengths of its rows."""
+        return (self.keys, self._of_keys(self.lengths)), (self.values, self.lengths)
+
+    def _used(self, lengths: np.ndarray) -> np.ndarray:
+        return -(-lengths // self.block_size)
 
     def _fit(self) -> None:
         """Gives back blocks that hold no token, once they are worth a move."""
-        used = self._used()
-        for blocks in (self.keys, self.values):
+        for blocks, lengths in self._pools():
+            used = self._used(lengths)
             if self.tight:  # every row is about to take one more block
                 blocks.give_back(used)
                 blocks.shrink(used, 2 * used.size)
@@ -351,10 +430,14 @@ class PagedStore:
         """Derives from the tables and lengths what the hot path wants ready."""
         lengths = self.lengths
         longest = int(lengths.max(initial=0))
-        tail = lengths // self.block_size
-        shared = any(blocks.shares(tail) for blocks in (self.keys, self.values))
-        room = self.keys.counts * self.block_size - lengths
-        self.room = 0 if shared or not room.size else int(room.min())
+        shared = any(blocks.shares(part // self.block_size) for blocks, part in self._pools())
+        room = min(
+            int((blocks.counts * self.block_size - part).min(initial=np.iinfo(np.int32).max))
+            for blocks, part in self._pools()
+        )
+        if self.near is not None:
+            room = min(room, self.near.room())
+        self.room = 0 if shared or not lengths.size else room
         if self._rows is None or self._rows.lengths.shape != lengths.shape:
             if self._rows is not None:
                 self.meter.drop(self._rows.lengths)
@@ -367,19 +450,36 @@ class PagedStore:
             keys=self.keys.pools[0],
             values=self.values.pools[0],
             positions=self.values.pools[1],
-            key_table=self.keys.table,
+            key_table=self._whole_key_table(),
             value_table=self.values.table,
             lengths=device_lengths,
-            max_length=self.keys.table.shape[2] * self.block_size if self.steady else longest,
+            max_length=self.values.table.shape[2] * self.block_size if self.steady else longest,
             uniform=self._exact and not self.steady and bool((lengths == longest).all()),
             contiguous=self.keys.contiguous and self.values.contiguous,
             metric=None if self.shares else self.values.pools[2],
             starts=self._starts(),
+            near=None if self.near is None else self.near.rows,
+            in_order=self.in_order,
         )
+
+    def _whole_key_table(self) -> torch.Tensor:
+        """For `Rows`: with rows of -1 for followers."""
+        if self.near is None:
+            return self.keys.table
+        batch, heads = self.lengths.shape
+        table = np.full((batch, heads, self.keys.table.shape[2]), -1, np.int32)
+        table[:, self._whole] = self.keys.host_table
+        fresh = upload(table, self.device)
+        if self._key_table is not None:
+            self.meter.drop(self._key_table)
+        self._key_table = self.meter.count(fresh)
+        return fresh
 
     def _starts(self) -> np.ndarray | None:
         """For `Rows`; a GPU reads through the table, and would have to be asked for the lengths."""
         keys, values = self.keys.first, self.values.first
+        if self.near is not None:
+            return None
         if self.device.type != "cpu" or keys is None or values is None or not np.array_equal(keys, values):
             return None
         return keys.astype(np.int64) * self.block_size

@@ -59,6 +59,11 @@ class Prompt:
         """Bytes of one token's key and value in one row."""
         return sum(part.shape[-1] * part.itemsize for part in (self.keys, self.values))
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the keys and values of the tokens."""
+        return int(self.lengths.sum()) * self.token_bytes
+
     def keys_of(self, sequence: int) -> torch.Tensor:
         """Keys of all heads of a sequence, ``[H, T, Dk]``, in order."""
         return self.keys[sequence][:, self.real[sequence]]

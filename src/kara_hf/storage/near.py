@@ -1,0 +1,208 @@
+"""Keys of followers (PoD, 2412.02252): of the proximal tokens only, in a ring where each new one takes an old one's
+place.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..kernels import Near, NearKeys
+from .blocks import upload
+from .meter import MemoryMeter
+
+HEADROOM = 1 / 8  # room made ahead, as a share of what is there, until the ring is full
+
+
+class NearStore:
+    """The keys of F followers of one layer: those of the first tokens of every sequence and of the newest.
+
+    Which tokens a policy evicts elsewhere makes no difference here: what lies where is a matter of true positions.
+
+    Args:
+        rows: B sequences and H heads.
+        heads: the followers, ascending.
+        size: Dk.
+        near: what is proximal.
+        block_size: room is made in so many places at a time.
+        meter: counts every byte.
+    """
+
+    def __init__(
+        self,
+        rows: tuple[int, ...],
+        heads: tuple[int, ...],
+        size: int,
+        near: Near,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int,
+        meter: MemoryMeter,
+    ):
+        self.meter, self.block_size = meter, block_size
+        sequences = rows[0]
+        keys = meter.zeros((sequences, len(heads), 0, size), dtype, device)
+        rest = np.setdiff1d(np.arange(rows[1]), heads)
+        index, whole = (meter.count(upload(part.astype(np.int64), device)) for part in (np.array(heads), rest))
+        self.rows = NearKeys(heads, keys, near, near.recent, index, whole)
+        self.tokens = np.zeros(sequences, np.int64)  # seen by each sequence; upper bounds, as its lengths are
+        self._oldest = np.full(sequences, near.first, np.int64)  # behind the first, from where on all keys are there
+        self._before: tuple[torch.Tensor, np.ndarray] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.keys.nbytes + self.rows.index.nbytes + self.rows.rest.nbytes
+
+    @property
+    def held(self) -> int:
+        """Keys stored, in all rows."""
+        most = self.rows.near.first + self.rows.near.recent
+        return len(self.rows.heads) * int(np.minimum(self.tokens, most).sum())
+
+    def growth(self, tokens: int) -> int:
+        """Bytes that `grow` by so many tokens takes."""
+        return max(0, self._places(tokens) - self.rows.keys.shape[2]) * self._place_bytes
+
+    @torch.inference_mode(False)
+    def grow(self, tokens: int) -> None:
+        """Makes room for `tokens` more in every sequence; those that become distant need none."""
+        places = self._places(tokens)
+        if places > self.rows.keys.shape[2]:
+            self._resize(places)
+
+    def room(self) -> int:
+        """Tokens that every sequence can take as it is."""
+        if self.rows.keys.shape[2] >= self._most:
+            return np.iinfo(np.int32).max
+        return self.rows.keys.shape[2] - int(self.tokens.max(initial=0))
+
+    def append(self, keys: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None, looks: bool) -> None:
+        """Writes the keys of new tokens: `keys` ``[B, H, S, Dk]`` of all heads; the rest as in `Store.append`."""
+        new = keys.shape[2]
+        if not new:
+            return
+        rows = self.rows
+        keys = keys if len(rows.heads) == keys.shape[1] else keys.index_select(1, rows.index)
+        places = rows.places(positions).long()
+        if new == 1:
+            if real is not None:  # padding rewrites what is there
+                index = places.clamp(0, rows.keys.shape[2] - 1)[:, None, :, None].expand_as(keys)
+                keys = torch.where(real[:, None, :, None], keys, rows.keys.gather(2, index))
+                places = places.clamp(0, rows.keys.shape[2] - 1)
+            rows.keys.scatter_(2, places[:, None, :, None].expand_as(keys), keys)
+        else:
+            if self.tokens.any():
+                self._keep_before()
+            last = positions.max(1, keepdim=True).values if real is None else _last(positions, real)
+            # Of several tokens with one place the newest one's key is written, and no other's.
+            stays = (positions < rows.near.first) | (positions > last - self.rows.ring)
+            if real is not None:
+                stays = stays & real
+            for sequence, chosen in enumerate(stays):
+                rows.keys[sequence].index_copy_(1, places[sequence, chosen], keys[sequence][:, chosen])
+        counts = np.full(len(self.tokens), new) if real is None or not looks else real.sum(1).cpu().numpy()
+        self.tokens = self.tokens + counts
+        self._oldest = np.maximum(self._oldest, self.tokens - rows.ring)
+
+    def look(self, excess: np.ndarray) -> None:
+        """`excess` ``[B]`` of the tokens counted turned out to be padding."""
+        self.tokens = self.tokens - excess
+
+    def can_crop(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether enough keys are left once the newest `tokens` ``[B]`` go, ``[B]`` bool."""
+        first, recent = self.rows.near.first, self.rows.near.recent
+        return np.maximum(first, self.tokens - tokens + 1 - recent) >= self._oldest
+
+    def crop(self, tokens: np.ndarray) -> None:
+        self.tokens = self.tokens - tokens
+
+    def take_back(self, tokens: np.ndarray) -> None:
+        """Undoes the `append` of the newest `tokens` ``[B]``."""
+        self.tokens = self.tokens - tokens
+        if self._before is not None:
+            keys, self._oldest = self._before
+            self.rows.keys.copy_(keys)
+        self.settle()
+
+    def settle(self) -> None:
+        """The last `append` will not be taken back."""
+        if self._before is not None:
+            self.meter.hand_back(self._before[0])
+            self._before = None
+
+    @torch.inference_mode(False)
+    def widen(self, spare: int) -> None:
+        """From now on also holds keys of `spare` tokens that were proximal before, so that as many can be cropped."""
+        ring = self.rows.near.recent + spare
+        if ring <= self.rows.ring:
+            return
+        old, first = self.rows, self.rows.near.first
+        wider = replace(old, ring=ring)
+        places = min(first + ring, int(self.tokens.max(initial=0)))
+        keys = self.meter.zeros((*old.keys.shape[:2], places, old.keys.shape[3]), old.keys.dtype, old.keys.device)
+        for sequence, tokens in enumerate(self.tokens.tolist()):
+            oldest = int(self._oldest[sequence])
+            held = np.r_[np.arange(min(first, tokens)), np.arange(min(oldest, tokens), tokens)]
+            positions = torch.from_numpy(held).to(keys.device)
+            keys[sequence, :, wider.places(positions)] = old.keys[sequence][:, old.places(positions)]
+        self.meter.drop(old.keys)
+        self.rows = replace(wider, keys=keys)
+
+    @torch.inference_mode(False)
+    def fork(self, index: np.ndarray) -> None:
+        chosen = torch.from_numpy(index.astype(np.int64)).to(self.rows.keys.device)
+        self._replace(self.rows.keys.index_select(0, chosen))
+        self.tokens, self._oldest = self.tokens[index], self._oldest[index]
+
+    def fork_bytes(self, index: np.ndarray) -> int:
+        """Bytes that `fork` takes."""
+        return (len(index) - len(self.tokens)) * self.rows.keys.shape[2] * self._place_bytes // max(1, len(self.tokens))
+
+    def free(self, sequences: np.ndarray) -> None:
+        self.tokens[sequences], self._oldest[sequences] = 0, self.rows.near.first
+
+    def release(self) -> None:
+        self.settle()
+        for tensor in (self.rows.keys, self.rows.index, self.rows.rest):
+            self.meter.drop(tensor)
+
+    @property
+    def _most(self) -> int:
+        return self.rows.near.first + self.rows.ring
+
+    @property
+    def _place_bytes(self) -> int:
+        batch, heads, _, size = self.rows.keys.shape
+        return batch * heads * size * self.rows.keys.itemsize
+
+    def _places(self, tokens: int) -> int:
+        """Places needed for `tokens` more."""
+        wanted, there = int(self.tokens.max(initial=0)) + tokens, self.rows.keys.shape[2]
+        if wanted <= there or there >= self._most:
+            return there
+        if there:
+            wanted += int(there * HEADROOM)
+        return min(self._most, -(-wanted // self.block_size) * self.block_size)
+
+    def _resize(self, places: int) -> None:
+        old = self.rows.keys
+        keys = old.new_zeros(*old.shape[:2], places, old.shape[3])
+        keys[:, :, : old.shape[2]] = old
+        self._replace(keys)
+
+    def _replace(self, keys: torch.Tensor) -> None:
+        self.meter.count(keys)
+        self.meter.drop(self.rows.keys)
+        self.rows = replace(self.rows, keys=keys)
+
+    @torch.inference_mode(False)
+    def _keep_before(self) -> None:
+        """Holds what the ring has, which several new tokens may overwrite more of than one step back can spare."""
+        self.settle()
+        self._before = self.meter.borrow(self.rows.keys.clone()), self._oldest.copy()
+
+
+def _last(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Position of the newest real token of each sequence, ``[B, 1]``."""
+    return positions.masked_fill(~real, -1).max(1, keepdim=True).values
