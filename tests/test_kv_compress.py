@@ -115,7 +115,7 @@ def most_bytes(cache: KVCompressCache) -> int:
     batch = len(cache.sequences)
     blocks = batch * (config.max_cache_tokens * ROWS // config.block_size + ROWS)
     widest = max(layer.paged().keys.table.shape[2] for layer in cache.store_layers)
-    token = cache.store_layers[0].stored().token_bytes + 4 + 4  # its position and its metric
+    token = sum(cache.store_layers[0].stored().slot_bytes) + 4 + 4  # its position and its metric
     return blocks * config.block_size * token + batch * ROWS * (2 * 4 * widest + 4)
 
 

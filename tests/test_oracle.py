@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from architectures import build
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from kara_hf import CompressedCache, KaraCache
@@ -75,28 +75,30 @@ def kara(**settings) -> Callable[..., KaraCache]:
 
 @torch.no_grad()
 def check(
-    name: str,
+    name: str | PreTrainedModel,
     padding: list[int],
     make: Callable[..., CompressedCache],
     steps: list[int] | None = None,
     first: bool = False,
     after: Callable[..., None] = lambda *_: None,
+    attention: str = "oracle",
 ) -> int:
-    """Runs the named model on ``make(model)`` and on the oracle, in `steps`, and compares the logits of each.
+    """Runs the named (or given) model on ``make(model)`` and on the oracle, in `steps`; compares the logits of each.
 
     Args:
         padding: columns of padding on the left of each sequence.
         first: whether a step first evicts and then attends, instead of the other way round.
         after: called with the cache, the oracle's output and the number of columns after every step.
+        attention: what the oracle attends with.
 
     Returns:
         The most (sequence, head, position) that any layer had evicted.
     """
     steps = steps or [24] + [1] * 45
-    model = build(name)
+    model = build(name) if isinstance(name, str) else copy.deepcopy(name)
     oracle = copy.deepcopy(model)
     model.set_attn_implementation("eager")
-    oracle.set_attn_implementation("oracle")
+    oracle.set_attn_implementation(attention)
     cache = make(model)
     dense = DynamicCache(config=model.config)
     ids = torch.randint(3, 100, (len(padding), sum(steps)))

@@ -395,7 +395,7 @@ def test_window_and_slots(dtype):
         for h in range(2):
             assert torch.equal(got[i, h], oracle.read(b, h)[0][start[i] : start[i] + 7])
             assert slots[i, h].tolist() == list(range(start[i], start[i] + 7))
-    assert store.token_bytes == (KEY_DIM + VALUE_DIM) * dtype.itemsize
+    assert sum(store.slot_bytes) == (KEY_DIM + VALUE_DIM) * dtype.itemsize
 
 
 def test_slots_nobody_wrote_are_zero():

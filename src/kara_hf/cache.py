@@ -112,7 +112,7 @@ class CompressedCache(Cache):
         kept = []
         for layer in layers:
             store = layer.stored()
-            full += sum(seen) * store.lengths.shape[1] * store.token_bytes
+            full += sum(seen) * store.lengths.shape[1] * sum(store.slot_bytes)
             nominal += store.stored_bytes
             kept.append(torch.from_numpy(store.lengths.astype(np.int64)))
         heads = max((lengths.shape[1] for lengths in kept), default=0)
@@ -539,6 +539,7 @@ class KaraCache(CompressedCache):
             tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.
         block_size: slots per block.
         max_bytes: cap on resident bytes; the step that would pass it raises `PoolExhausted` and is taken back.
+        sharing: PoD on top: keys of distant tokens stored once for a group of layers; see `PoDCache`.
         cuda_graph: replays the decode step as a CUDA graph between compressions; see `CompressedCache`.
         seed: of the random scores.
 
@@ -559,6 +560,7 @@ class KaraCache(CompressedCache):
         compress_prompt: bool = KaraConfig.compress_prompt,
         block_size: int = KaraConfig.block_size,
         max_bytes: int | None = None,
+        sharing: PoDSharing | None = None,
         cuda_graph: bool = False,
         seed: int = KaraConfig.seed,
     ):
@@ -572,7 +574,7 @@ class KaraCache(CompressedCache):
             block_size=block_size,
             seed=seed,
         )
-        super().__init__(model, policy=KaraPolicy(config), max_bytes=max_bytes, cuda_graph=cuda_graph)
+        super().__init__(model, policy=KaraPolicy(config), sharing=sharing, max_bytes=max_bytes, cuda_graph=cuda_graph)
 
 
 class KVCompressCache(CompressedCache):
@@ -600,6 +602,7 @@ class KVCompressCache(CompressedCache):
         max_bytes: cap on resident bytes: more is evicted if it takes that, as long as there is something to evict.
             A prompt that comes at once is held whole outside the cap until decoding begins. Turns and prompts in chunks
             are not: before one that does not fit, what is there is cut.
+        sharing: PoD on top: keys of distant tokens stored once for a group of layers; see `PoDCache`.
         cuda_graph: replays the decode step as a CUDA graph between compressions; see `CompressedCache`.
         seed: of the random metric.
 
@@ -625,6 +628,7 @@ class KVCompressCache(CompressedCache):
         levels: int | None = None,
         block_size: int = KVCompressConfig.block_size,
         max_bytes: int | None = None,
+        sharing: PoDSharing | None = None,
         cuda_graph: bool = False,
         seed: int = KVCompressConfig.seed,
     ):
@@ -643,7 +647,9 @@ class KVCompressCache(CompressedCache):
             block_size=block_size,
             seed=seed,
         )
-        super().__init__(model, policy=KVCompressPolicy(config), max_bytes=max_bytes, cuda_graph=cuda_graph)
+        super().__init__(
+            model, policy=KVCompressPolicy(config), sharing=sharing, max_bytes=max_bytes, cuda_graph=cuda_graph
+        )
 
 
 class PoDCache(CompressedCache):

@@ -108,6 +108,10 @@ class Evicting:
         self.until = 0  # columns of the cache at which the next pass is due
         self.decoding = False
         self.observing = False
+        if policy.config.levels is not None and cache.sharing is not None:
+            raise ValueError(
+                f"levels={policy.config.levels} is not possible in a cache with `sharing`; leave one of them out"
+            )
 
     def layer_state(self) -> Votes:
         return Votes(self.cache.meter)
@@ -131,6 +135,7 @@ class Evicting:
         step.after = [s.extended(int(n), pinned=False) for s, n in zip(cache.sequences, step.counts, strict=True)]
 
     def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> Prompt:
+        layer.near(keys.shape[1])  # says at once if the sharing does not fit
         return Prompt(self.cache.meter)
 
     def observes(self, step: Step) -> int | None:
@@ -215,7 +220,7 @@ class Evicting:
         if isinstance(store, Prompt):
             store.add_metric(sequence, observe(queries, store.keys_of(sequence), sinks=layer.sinks))
             return
-        for head in range(store.lengths.shape[1]):
+        for head in range(store.lengths.shape[1]) if layer.deciding is None else layer.deciding:
             members = slice(head * group, (head + 1) * group)
             keys, _, positions = store.read(sequence, head)
             order = positions.argsort()
@@ -251,7 +256,35 @@ class Evicting:
             torch.cat([F.pad(part, (0, longest - part.shape[2])).to(device) for part in parts], dim=1)
             for parts in zip(*ranked, strict=True)
         )
-        return self.policy.evict(metric, positions, torch.from_numpy(lengths).to(device), tokens, quota)
+        lead = self._leads()
+        if lead is None:
+            return self.policy.evict(metric, positions, torch.from_numpy(lengths).to(device), tokens, quota)
+        rows, back, weights = (
+            torch.from_numpy(part) for part in np.unique(lead, return_inverse=True, return_counts=True)
+        )
+        rows, back, weights = rows.to(device), back.to(device), weights.to(device)
+        chosen = self.policy.evict(
+            metric.index_select(1, rows),
+            positions.index_select(1, rows),
+            torch.from_numpy(lengths).to(device).index_select(1, rows),
+            tokens,
+            quota,
+            weights,
+        )
+        return Eviction(*(part.index_select(1, back) for part in (chosen.freed, chosen.lengths, chosen.dropped)))
+
+    def _leads(self) -> np.ndarray | None:
+        """For each row of a sequence, over all layers, the row that decides for it, ``[R]``; None: itself."""
+        sharing = self.cache.sharing
+        if sharing is None:
+            return None
+        first = {layer.index: rows.start for layer, rows in self._rows()}
+        leads = [
+            first[sharing.lead[layer.index][head]] + head
+            for layer in self.cache.store_layers
+            for head in range(sharing.heads)
+        ]
+        return np.array(leads)
 
     def _blocks_past_cap(self, lengths: np.ndarray, ahead: int) -> int:
         """By how many blocks the cap is passed if rows have `lengths` ``[B, R]`` and room for `ahead` tokens more."""
@@ -260,13 +293,25 @@ class Evicting:
             return 0
         need, block = meter.held - meter.lent, sys.maxsize
         for layer, rows in self._rows():
-            store = layer.stored()
-            blocks = -(-(lengths[:, rows] + ahead) // self.block_size)
-            size = self.block_size * (store.token_bytes + 4 + 4)  # with the position and metric of each token
-            lists = blocks.size * (2 * 4 * int(blocks.max()) + 4)  # two tables, and lengths
-            need += int(blocks.sum()) * size + lists - store.paged_bytes
-            block = min(block, size)
+            need += self._bytes_of(layer, lengths[:, rows], ahead) - layer.stored().paged_bytes
+            # What a block of a row is worth at least: where its keys are another layer's, its values.
+            key, value = layer.stored().slot_bytes
+            block = min(block, self.block_size * (value + 8 + (0 if layer.followers else key)))
         return -(-(need - meter.max_bytes) // block)
+
+    def _bytes_of(self, layer: StoreLayer, lengths: np.ndarray, ahead: int) -> int:
+        """Bytes of a layer in blocks whose rows have `lengths` ``[B, H]`` and room for `ahead` tokens more."""
+        store = layer.stored()
+        key, value = store.slot_bytes
+        blocks = -(-(lengths + ahead) // self.block_size)
+        of_keys = blocks if layer.deciding is None else blocks[:, list(layer.deciding)]
+        tables = (blocks.size + of_keys.size) * int(blocks.max()) * 4 + blocks.size * 4
+        held = self.block_size * (int(of_keys.sum()) * key + int(blocks.sum()) * (value + 4 + 4))  # position and metric
+        if layer.followers:
+            tokens = np.array([sequence.tokens for sequence in self.cache.sequences])
+            tables += blocks.size * int(blocks.max()) * 4 + blocks.shape[1] * 8
+            held += len(layer.followers) * len(blocks) * key * layer.near_places(int(tokens.max()) + ahead)
+        return held + tables
 
     def _carry_out(self, ahead: int, eviction: Eviction | None = None) -> None:
         """Evicts what was chosen, and puts a prompt into blocks without it, with room for `ahead` tokens in every row.
@@ -279,13 +324,15 @@ class Evicting:
                 prompt = layer.stored()
                 if isinstance(prompt, Prompt):
                     dropped = None if eviction is None else eviction.dropped[:, rows].to(prompt.device)
-                    plan.append((layer, prompt, self._empty_like(prompt), prompt.kept(dropped)))
-            self.cache.meter.require(sum(store.fill_bytes(kept, ahead) for _, _, store, kept in plan))
+                    plan.append((layer, prompt, self._empty_like(layer, prompt), prompt.kept(dropped)))
+            need = sum(store.fill_bytes(kept, prompt.real, ahead) for _, prompt, store, kept in plan)
+            self.cache.meter.require(need)
             if eviction is not None:
                 self._evict(eviction)
             while plan:
                 layer, prompt, store, kept = plan[0]
-                store.fill(prompt.keys, prompt.values, prompt.positions, prompt.metric, kept, ahead)
+                parts = prompt.keys, prompt.values, prompt.positions, prompt.metric
+                store.fill(*parts, prompt.real, kept, ahead)
                 layer.store = store
                 prompt.release()
                 del plan[0]
@@ -315,7 +362,7 @@ class Evicting:
             yield layer, slice(first, first + heads)
             first += heads
 
-    def _empty_like(self, prompt: Prompt) -> PagedStore:
+    def _empty_like(self, layer: StoreLayer, prompt: Prompt) -> PagedStore:
         return PagedStore(
             prompt.keys.shape[:2],
             (prompt.keys.shape[-1], prompt.values.shape[-1]),
@@ -326,6 +373,7 @@ class Evicting:
             metric=self.policy.compresses,
             tight=self.policy.compresses and self.config.continual,
             steady=self.cache.steady,
+            **layer.near(prompt.keys.shape[1]),
         )
 
     # -------------------------------------------------------------------------------------------------- what is known

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention import AttentionFunction, CarriedKey, StoredLength
@@ -41,7 +42,8 @@ class Step:
         appended: layers that have stored its tokens.
         before: what Transformers' own layers held before it.
         scores: logits of leads for their followers in a decode step, by device; see `kara_hf.kernels.attend_shared`.
-        leads: in other steps queries ``[B, Hq, S, D]`` and keys ``[B, H, T + S, D]`` of leads, by layer.
+        leads: in other steps queries ``[B, Hq, S, D]``, stored keys ``[B, H, T, D]`` or None and new keys
+            ``[B, H, S, D]`` of leads, by layer.
     """
 
     new: int
@@ -59,7 +61,7 @@ class Step:
     appended: list["StoreLayer"] = field(default_factory=list)
     before: dict[int, dict[str, Any]] = field(default_factory=dict)
     scores: dict[torch.device, torch.Tensor] = field(default_factory=dict)
-    leads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    leads: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = field(default_factory=dict)
 
     def close(self) -> None:
         """Marks the step as committed and lets go of its tensors."""
@@ -114,6 +116,10 @@ class StoreLayer(CacheLayerMixin):
         self.cache, self.index, self.sharing = cache, index, sharing
         self.followers = () if sharing is None else sharing.followers(index)
         self.leading = () if sharing is None else sharing.leading(index)
+        # KV heads in which this layer decides for itself what is kept; None: all.
+        self.deciding: tuple[int, ...] | None = None
+        if sharing is not None:
+            self.deciding = tuple(head for head in range(sharing.heads) if head not in self.followers)
         self.store: PagedStore | Prompt | None = None
         self.state: Any = cache.compression.layer_state()
         self.scaling: float = 1.0
@@ -189,7 +195,7 @@ class StoreLayer(CacheLayerMixin):
                     "latent attention), whose keys cannot be shared by head"
                 )
             if step.first and not (self.followers and self.sharing and self.sharing.prefill == "pod"):
-                self._hand_on(step, query, key)
+                self._hand_on(step, query, None, key)
                 result = own(module, query, key, value, attention_mask, **kwargs)
                 self._append(step, query, key, present)
             else:
@@ -251,22 +257,28 @@ class StoreLayer(CacheLayerMixin):
         # is over what was stored and the new tokens behind it.
         if step.real is not None:
             positions = positions.masked_fill(~step.real.to(query.device), -1)
-        keys, values, places = key, value, positions[:, None]
+        keys, values, places, past = key, value, positions[:, None], None
         if self.store is not None:
             rows = self.paged().rows()
-            keys, values = torch.cat([rows.dense_keys(), key], 2), torch.cat([rows.dense()[1], value], 2)
+            past = rows.dense_keys()
+            keys, values = torch.cat([past, key], 2), torch.cat([rows.dense()[1], value], 2)
             before = rows.dense_positions()
             places = torch.cat([before, places.expand(-1, before.shape[1], -1)], 2)
-        self._hand_on(step, query, keys)
+        self._hand_on(step, query, past, key)
         if not self.followers:
             return self._attend_stored(step, query, key, settings)
         group = query.shape[1] // sharing.heads
         queries, lead_keys = [], []
         for head in self.followers:
-            lead_query, shared = step.leads[sharing.lead[self.index][head]]
+            lead_query, stored, new = step.leads[sharing.lead[self.index][head]]
             source = lead_query if sharing.distant_query == "lead" else query
             queries.append(source[:, head * group : (head + 1) * group])
-            lead_keys.append(shared[:, head : head + 1])
+            shared = new[:, head : head + 1]
+            if stored is not None:  # another head of the lead may hold more or less than any of this layer
+                columns = keys.shape[2] - step.new
+                stored = stored[:, head : head + 1, :columns]
+                shared = torch.cat([F.pad(stored, (0, 0, 0, columns - stored.shape[2])), shared], 2)
+            lead_keys.append(shared)
         out = shared_attention(
             query,
             keys,
@@ -286,10 +298,10 @@ class StoreLayer(CacheLayerMixin):
         self._append(step, query, key, None)
         return out
 
-    def _hand_on(self, step: Step, query: torch.Tensor, keys: torch.Tensor) -> None:
+    def _hand_on(self, step: Step, query: torch.Tensor, past: torch.Tensor | None, key: torch.Tensor) -> None:
         """Leaves queries and keys of several tokens for the layers that follow this one, where they will be asked."""
         if self.leading and self.sharing is not None and not (step.first and self.sharing.prefill == "dense"):
-            step.leads[self.index] = query, keys
+            step.leads[self.index] = query, past, key
 
     def _present(self, step: Step, keys: int, device: torch.device) -> torch.Tensor:
         """Which of the expanded keys, stored ones first and new ones behind, hold a token: ``[B, M + S]`` bool."""
@@ -346,6 +358,11 @@ class StoreLayer(CacheLayerMixin):
                 f"{self.sharing.heads}; make one for this model with `kara-hf pod explore`"
             )
         return {"followers": self.followers, "near": Near(self.sharing.sinks, self.sharing.recent)}
+
+    def near_places(self, tokens: int) -> int:
+        """Keys of `tokens` tokens that followers store at most."""
+        size = self.cache.compression.block_size
+        return 0 if self.sharing is None else min(self.sharing.proximal, -(-tokens // size) * size)
 
     def stored(self) -> PagedStore | Prompt:
         assert self.store is not None, "nothing is stored yet"

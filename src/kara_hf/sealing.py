@@ -57,6 +57,7 @@ class Sealing:
         self.open = np.zeros(0, np.int64)  # open tokens of each sequence before the step
         self.due = 0  # windows due in this step, in the sequence that has most
         self.pinned = False
+        self._chosen: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer and group: what leads chose in this step
         self._settled: torch.Tensor | None = None  # slots in front of the open ones, [B, 1] int64, on the device
         self._places: torch.Tensor | None = None  # place of the new query in the buffers, [B, 1] int64
 
@@ -118,6 +119,9 @@ class Sealing:
             state.expanded = key.gather(2, columns.expand(-1, key.shape[1], -1, key.shape[3]))
         if not self.policy.needs_queries or self.pinned:
             return
+        query = _of_heads(query, layer.deciding, key.shape[1])
+        if not query.shape[1]:
+            return
         if state.queries is None:
             batch, heads, _, size = query.shape
             state.queries = QueryBuffer(batch, heads, size, query.dtype, query.device, self.cache.meter)
@@ -139,6 +143,7 @@ class Sealing:
     def done(self, step: Step) -> list[Sequence]:
         if not step.first:
             self._seal(self.cache.store_layers, step)
+        self._chosen.clear()
         if self.due:
             self._settled = None
         return [sequence.sealed(self.policy) for sequence in step.after] if self.due else step.after
@@ -160,6 +165,7 @@ class Sealing:
             ordinals = [step.after[b].windows for b in members]
             for layer in layers:
                 slots = self._select(layer, step, index, settled, due, open_tokens, ordinals)
+                slots = self._with_leads(layer, slots, (due, open_tokens))
                 plan.append((layer, index, settled, due, slots))
         for layer, index, settled, _, slots in plan:
             layer.paged().unshare(index, settled, slots.shape[2])
@@ -184,8 +190,13 @@ class Sealing:
         open_tokens: int,
         ordinals: list[int],
     ) -> torch.Tensor:
-        """Slots that survive when the next `windows` windows of the named sequences seal: ``[b, H, n]`` int32."""
+        """Slots that survive when the next `windows` windows of the named sequences seal, in the K heads that decide
+        for themselves: ``[b, K, n]`` int32.
+        """
         config, store, state = self.config, layer.paged(), layer.state
+        heads = store.lengths.shape[1] if layer.deciding is None else len(layer.deciding)
+        if not heads:
+            return torch.zeros(len(sequences), 0, 0, dtype=torch.int32, device=store.device)
         width = config.window
         index = torch.from_numpy(sequences).to(store.device)
         survivors = []
@@ -193,7 +204,7 @@ class Sealing:
             start = settled + number * width
             first, last = number * width, (number + 1) * width
             window = Window(
-                rows=store.lengths.shape[1],
+                rows=heads,
                 keys=store.window(sequences, start, width)
                 if state.expanded is None
                 else state.expanded[index, :, first:last],
@@ -206,9 +217,25 @@ class Sealing:
                 anchors=config.anchors,
                 seed=config.seed,
             )
-            survivors.append(self.policy.select(window).to(torch.int32) + store.slots(start, 1))
-        survivors.append(store.slots(settled + windows * width, open_tokens - windows * width))
+            survivors.append(self.policy.select(window).to(torch.int32) + store.slots(start, 1)[:, :heads])
+        survivors.append(store.slots(settled + windows * width, open_tokens - windows * width)[:, :heads])
         return torch.cat(survivors, dim=2)
+
+    def _with_leads(self, layer: StoreLayer, slots: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
+        """`slots` ``[b, K, n]`` of the heads that decide, with what their leads chose for the others: ``[b, H, n]``."""
+        if layer.followers:
+            deciding = iter(slots.unbind(1))
+            leads = layer.sharing.lead[layer.index] if layer.sharing is not None else ()
+            slots = torch.stack(
+                [
+                    self._chosen[lead, *group][:, head] if lead != layer.index else next(deciding)
+                    for head, lead in enumerate(leads)
+                ],
+                dim=1,
+            )
+        if layer.leading:
+            self._chosen[layer.index, *group] = slots
+        return slots
 
     def _queries(
         self, state: OpenTokens, step: Step, sequences: torch.Tensor, first: int, last: int
@@ -267,6 +294,13 @@ class Sealing:
             f"fewer tokens, draft fewer than recent={self.config.recent} at once, or make the cache "
             "with a larger `recent`"
         )
+
+
+def _of_heads(query: torch.Tensor, heads: tuple[int, ...] | None, of: int) -> torch.Tensor:
+    """Those of the queries ``[B, G * of, S, D]`` that belong to `heads` out of `of` KV heads; None: all."""
+    if heads is None or len(heads) == of:
+        return query
+    return query.unflatten(1, (of, -1))[:, list(heads)].flatten(1, 2)
 
 
 def _in_order(valid: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attend import QUERY_CHUNK, add_to_metric, grouped_logits, weighted, weights_of
@@ -192,7 +193,8 @@ def attend_shared(
     Args:
         query: ``[B, Hq, 1, Dk]``, of tokens that are stored already.
         rows: where heads in `rows.near` follow. Followers and leads hold the same tokens in the same slots.
-        scores: ``[B, H, G, 1, max_length]`` float32, logits of the leads; modified in place. None below the first lead.
+        scores: ``[B, H, G, 1, T]`` float32, logits of the leads, -inf where they hold nothing; modified in place. T
+            need not be that of these rows. None below the first lead.
         positions: ``[B, 1]`` int32, true positions of the queries.
         leading: heads that another layer follows, whose logits are handed on.
         scaling, softcap, sinks, observe: as in `attend`.
@@ -214,12 +216,14 @@ def attend_shared(
         if scores is None:
             scores = logits
         elif leading:
+            scores = _as_wide(scores, rows.max_length)
             _hand_on(scores, logits, leading)
     elif scores is None:
         raise ValueError(f"heads {near.heads} follow, and there are no scores of their leads")
     else:
         by_head = query.unflatten(1, (rows.lengths.shape[1], -1))
-        logits = scores.clone()
+        scores = _as_wide(scores, rows.max_length)
+        logits = scores[..., : rows.max_length].clone()
         if len(whole):
             fresh = grouped_logits(by_head[:, whole].flatten(1, 2), keys, scaling, softcap)
             if stored is not None:
@@ -240,8 +244,16 @@ def attend_shared(
 
 
 def _hand_on(scores: torch.Tensor, logits: torch.Tensor, leading: Sequence[int]) -> None:
+    tokens = logits.shape[-1]
     for head in leading:
-        scores[:, head] = logits[:, head]
+        scores[:, head, ..., :tokens] = logits[:, head]
+        scores[:, head, ..., tokens:] = float("-inf")
+
+
+def _as_wide(scores: torch.Tensor, tokens: int) -> torch.Tensor:
+    """`scores` of at least so many tokens; layers whose heads hold different numbers differ in the most."""
+    missing = tokens - scores.shape[-1]
+    return F.pad(scores, (0, missing), value=float("-inf")) if missing > 0 else scores
 
 
 def _put_own(logits: torch.Tensor, own: torch.Tensor, rows: Rows, near: NearKeys, positions: torch.Tensor) -> None:
@@ -270,23 +282,24 @@ def lead_scores(
 
     Args:
         query: ``[B, Hq, 1, Dk]``.
-        leads: rows of the lead of each head in `heads`; they hold the same tokens.
+        leads: rows of the lead of each head in `heads`.
         heads: the followers.
         scaling, softcap: as in `attend`.
 
     Returns:
-        ``[B, H, G, 1, max_length]`` float32; zeros in other heads, -inf where a row has no token.
+        ``[B, H, G, 1, T]`` float32; -inf in other heads and where a row has no token.
     """
-    first = leads[0]
-    group = query.shape[1] // first.lengths.shape[1]
-    scores = query.new_zeros(len(query), first.lengths.shape[1], group, 1, first.max_length, dtype=torch.float32)
+    heads_in_all = leads[0].lengths.shape[1]
+    group = query.shape[1] // heads_in_all
+    longest = max(rows.max_length for rows in leads)
+    scores = query.new_full((len(query), heads_in_all, group, 1, longest), float("-inf"), dtype=torch.float32)
     for head, rows in zip(heads, leads, strict=True):
-        if rows.key_heads is None:
-            place = head
-        else:
-            place = rows.key_heads.tolist().index(head)
+        place = head if rows.key_heads is None else rows.key_heads.tolist().index(head)
         keys = rows.dense()[0].narrow(1, place, 1)
-        scores[:, head : head + 1] = grouped_logits(query[:, head * group : (head + 1) * group], keys, scaling, softcap)
-    if not first.uniform:
-        scores.masked_fill_((first.dense_positions() < 0)[:, :, None, None], float("-inf"))
+        fresh = grouped_logits(query[:, head * group : (head + 1) * group], keys, scaling, softcap)
+        if not rows.uniform:
+            stored = rows.dense_positions()
+            stored = (stored if stored.shape[1] == 1 else stored[:, head : head + 1]) >= 0
+            fresh = fresh.masked_fill(~stored[:, :, None, None], float("-inf"))
+        scores[:, head : head + 1, ..., : rows.max_length] = fresh
     return scores

@@ -34,6 +34,7 @@ def evict(
     block_size: int,
     least: int = 0,
     levels: int | None = None,
+    weights: torch.Tensor | None = None,
 ) -> Eviction:
     """Frees the cheapest blocks over all rows of each sequence.
 
@@ -52,14 +53,18 @@ def evict(
         block_size: P.
         least: blocks that no row is cut below.
         levels: different block counts of compressed rows, or None for any number.
+        weights: ``[R]`` integer, how many blocks a block of each row counts for, because other rows follow it; None: 1.
 
     Returns:
-        The `Eviction`. Exactly min(quota, feasible) blocks of a sequence are freed, at least that many with `levels`.
+        The `Eviction`. Exactly min(quota, feasible) blocks of a sequence are freed, at least that many with `levels`
+        and with `weights`.
         Rows that free none lose no token. Nothing is modified.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or both `levels` and `weights` are given.
     """
+    if levels is not None and weights is not None:
+        raise ValueError(f"levels={levels} is not possible where rows follow others; leave it out")
     slots = metric.shape[-1]
     if evictable.shape != metric.shape or lengths.shape != metric.shape[:2] or quota.shape != metric.shape[:1]:
         raise ValueError(
@@ -83,8 +88,12 @@ def evict(
     price = ascending.gather(-1, last.clamp(max=slots - 1)).masked_fill(nth >= feasible[..., None], float("inf"))
     # The prices of a row never fall, and a stable sort keeps equal ones in order: every row frees a prefix.
     ranking = price.flatten(1).sort(dim=-1, stable=True).indices
-    count = torch.minimum(quota.long(), feasible.sum(1)).clamp(min=0)
-    picked = torch.arange(ranking.shape[1], device=metric.device) < count[:, None]
+    place = torch.arange(ranking.shape[1], device=metric.device)
+    if weights is None:
+        picked = place < torch.minimum(quota.long(), feasible.sum(1))[:, None]
+    else:
+        worth = weights.long()[ranking // price.shape[2]]
+        picked = (worth.cumsum(1) - worth < quota[:, None]) & (place < feasible.sum(1, keepdim=True))
     freed = torch.zeros_like(picked).scatter(1, ranking, picked).view(price.shape).sum(-1)
 
     if levels is not None:

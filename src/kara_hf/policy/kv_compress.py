@@ -133,6 +133,7 @@ class KVCompressPolicy:
         lengths: torch.Tensor,
         tokens: np.ndarray,
         quota: np.ndarray,
+        weights: torch.Tensor | None = None,
     ) -> Eviction:
         """Frees `quota` blocks of each sequence, or as many as protected tokens and the floor allow.
 
@@ -142,6 +143,7 @@ class KVCompressPolicy:
             lengths: ``[B, R]`` integer, tokens in each row. Behind it, `metric` and `positions` hold anything.
             tokens: ``[B]`` integer, tokens seen, on the host.
             quota: ``[B]`` integer, from `quota`, on the host.
+            weights: ``[R]`` integer, rows that each row stands for; None: itself alone.
 
         Returns:
             See `kara_hf.policy.evict`.
@@ -155,6 +157,7 @@ class KVCompressPolicy:
             block_size=self.config.block_size,
             least=self.config.least_blocks,
             levels=self.config.levels,
+            weights=weights,
         )
 
 

@@ -129,14 +129,15 @@ class PagedStore:
         return blocks + self.rows().lengths.nbytes + beside
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's key and value in one row."""
-        return sum(pool.shape[-1] * pool.itemsize for pool in (self.keys.pools[0], self.values.pools[0]))
+    def slot_bytes(self) -> tuple[int, int]:
+        """Bytes of one token's key and of its value in one row."""
+        keys, values = self.keys.pools[0], self.values.pools[0]
+        return keys.shape[-1] * keys.itemsize, values.shape[-1] * values.itemsize
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the keys and values of the tokens stored, without the room that is left in blocks."""
-        key, value = (pool.shape[-1] * pool.itemsize for pool in (self.keys.pools[0], self.values.pools[0]))
+        key, value = self.slot_bytes
         keys = int(self._of_keys(self.lengths).sum()) + (0 if self.near is None else self.near.held)
         return keys * key + int(self.lengths.sum()) * value
 
@@ -241,6 +242,7 @@ class PagedStore:
         values: torch.Tensor,
         positions: torch.Tensor,
         metric: torch.Tensor,
+        real: torch.Tensor,
         kept: torch.Tensor,
         ahead: int,
     ) -> None:
@@ -251,18 +253,22 @@ class PagedStore:
             values: ``[B, H, S, Dv]``.
             positions: ``[B, S]`` int32.
             metric: ``[B, H, S]`` float32.
+            real: ``[B, S]`` bool, False for padding.
             kept: ``[B, H, S]`` bool.
             ahead: tokens for which every row gets room beyond.
 
         Raises:
             PoolExhausted: there is no room under the cap; the store is still empty.
         """
-        self.meter.require(self.fill_bytes(kept, ahead))
+        self.meter.require(self.fill_bytes(kept, real, ahead))
         lengths = kept.sum(2, dtype=torch.int32).cpu().numpy()
         blocks = -(-(lengths + ahead) // self.block_size)
         self.keys.grow(self._of_keys(blocks))
         self.values.grow(blocks)
-        self.lengths, self.in_order = lengths, False
+        self.lengths, self.in_order = lengths, bool((kept == real[:, None]).all())
+        if self.near is not None:
+            self.near.grow(int(real.sum(1).max()) + ahead)
+            self.near.append(keys, positions, real, True)
         self._changed()
         slots = (kept.cumsum(2, dtype=torch.int32) - 1).clamp(min=0)
         whole = self.rows().of_keys
@@ -273,10 +279,11 @@ class PagedStore:
         for pool, part in zip(self.values.pools, parts, strict=False):  # without a metric in the store, none is kept
             pool.flatten(0, 1)[where_value] = part[kept]
 
-    def fill_bytes(self, kept: torch.Tensor, ahead: int) -> int:
+    def fill_bytes(self, kept: torch.Tensor, real: torch.Tensor, ahead: int) -> int:
         """Bytes that `fill` takes."""
+        near = 0 if self.near is None else self.near.growth(int(real.sum(1).max()) + ahead)
         blocks = -(-(kept.sum(2, dtype=torch.int32).cpu().numpy() + ahead) // self.block_size)
-        return self.keys.growth(self._of_keys(blocks)) + self.values.growth(blocks)
+        return near + self.keys.growth(self._of_keys(blocks)) + self.values.growth(blocks)
 
     def ranked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Metric and true position of every slot, ``[B, H, N]``; behind a row's length anything."""
@@ -455,20 +462,26 @@ class PagedStore:
             lengths=device_lengths,
             max_length=self.values.table.shape[2] * self.block_size if self.steady else longest,
             uniform=self._exact and not self.steady and bool((lengths == longest).all()),
-            contiguous=self.keys.contiguous and self.values.contiguous,
+            contiguous=self._contiguous(),
             metric=None if self.shares else self.values.pools[2],
             starts=self._starts(),
             near=None if self.near is None else self.near.rows,
             in_order=self.in_order,
         )
 
+    def _contiguous(self) -> bool:
+        """For `Rows`; where some heads follow, keys and values need not have the same number of blocks."""
+        same = not len(self._whole) or self.keys.table.shape[2] == self.values.table.shape[2]
+        return same and self.keys.contiguous and self.values.contiguous
+
     def _whole_key_table(self) -> torch.Tensor:
         """For `Rows`: with rows of -1 for followers."""
         if self.near is None:
             return self.keys.table
         batch, heads = self.lengths.shape
-        table = np.full((batch, heads, self.keys.table.shape[2]), -1, np.int32)
-        table[:, self._whole] = self.keys.host_table
+        own = self.keys.host_table
+        table = np.full((batch, heads, max(own.shape[2], self.values.table.shape[2])), -1, np.int32)
+        table[:, self._whole, : own.shape[2]] = own
         fresh = upload(table, self.device)
         if self._key_table is not None:
             self.meter.drop(self._key_table)

@@ -55,14 +55,14 @@ class Prompt:
         return 0
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's key and value in one row."""
-        return sum(part.shape[-1] * part.itemsize for part in (self.keys, self.values))
+    def slot_bytes(self) -> tuple[int, int]:
+        """Bytes of one token's key and of its value in one row."""
+        return self.keys.shape[-1] * self.keys.itemsize, self.values.shape[-1] * self.values.itemsize
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the keys and values of the tokens."""
-        return int(self.lengths.sum()) * self.token_bytes
+        return int(self.lengths.sum()) * sum(self.slot_bytes)
 
     def keys_of(self, sequence: int) -> torch.Tensor:
         """Keys of all heads of a sequence, ``[H, T, Dk]``, in order."""
