@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "report": set(),
     "attention": set(),
     "sharing": {"config"},
-    "pod": {"attention", "cache", "config", "evaluation", "kernels", "sharing"},
+    "pod": {"attention", "binding", "cache", "command", "config", "evaluation", "kernels", "runner", "sharing"},
     "storage": {"kernels"},
     "policy": {"kernels", "config"},
     "sequence": {"policy"},
@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "display": set(),
     "methods": {"attention", "cache", "config"},
     "runner": {"display", "evaluation", "methods"},
-    "cli": {"config", "display", "evaluation", "methods", "runner", "storage"},
+    "command": {"storage"},
+    "cli": {"command", "config", "display", "evaluation", "methods", "pod", "runner"},
     "__main__": {"cli"},
 }
 

@@ -1,22 +1,20 @@
-"""The `kara-hf` command: generate with the full cache, with compressed ones, or with several, compared.
+"""The `kara-hf` command: generate with the full cache, with compressed ones, or with several, compared; and `pod`.
 
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from . import __version__
+from .command import BUNDLED_MODEL, DTYPES, readable_errors
 from .config import require
 from .display import show_runs
+from .pod.commands import app as pod
 
 # What runs without a model and a prompt: the problem, and how strongly its trace is compressed.
-BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny_reasoner"
 BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated": 900, "seed": 3}
 BUNDLED_SETTINGS: dict[str, Any] = {"retention": 0.4, "window": 64, "recent": 32, "anchor_share": 1.0}
 # Tokens generated at most: for a problem with a known solution so many times its length, otherwise a fixed number.
@@ -24,7 +22,6 @@ SOLUTION_ALLOWANCE = 1.25
 MAX_NEW_TOKENS = 512
 
 DEFAULT_CACHES = ("full", "kara")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 app = typer.Typer(
     help="KV-cache compression for Hugging Face Transformers.",
@@ -33,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(pod, name="pod")
 
 
 def _print_version(wanted: bool) -> None:
@@ -139,7 +137,7 @@ def generate(
     Without --cache the prompt runs twice, with the full cache and with KaraCache, side by side. Options that start with
     names of caches are settings of these.
     """
-    with _readable_errors():
+    with readable_errors():
         require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
         require(max_new_tokens is None or max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
         require(prompt is None or bool(prompt.strip()), "prompt", prompt, "some text to continue")
@@ -195,23 +193,3 @@ def _count_or_all(name: str, text: str) -> int | None:
         return None
     require(text.isdecimal() and int(text) >= 1, name, text, "a whole number from 1 on, or all")
     return int(text)
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Ends the command with one line on stderr; code 2 if what was asked is not possible, 1 if it failed on the way."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_lack_of_memory(error):
-            raise
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
-
-
-def _is_lack_of_memory(error: RuntimeError) -> bool:
-    from torch import OutOfMemoryError
-
-    from .storage import PoolExhausted
-
-    return isinstance(error, OutOfMemoryError | PoolExhausted)

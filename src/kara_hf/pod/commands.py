@@ -1,0 +1,215 @@
+"""`kara-hf pod`: find out which layers of a model can share keys.
+
+Torch and Transformers are imported only by a command that runs, so that help is shown at once.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..command import BUNDLED_MODEL, DTYPES, readable_errors
+from ..config import require
+from ..sharing import PoDSharing
+
+if TYPE_CHECKING:
+    from .similarity import LayerSimilarity
+
+THRESHOLD = 0.5
+# What the bundled model is measured on, whose sequences are short, and others unless it is given.
+BUNDLED: dict[str, Any] = {"data": "problems:trace=0.5,fact=0.2,recall=0.3", "length": 1024, "recent": 112}
+REAL: dict[str, Any] = {"data": None, "length": 8192, "recent": 4080}
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Let layers share the keys of distant tokens (PoD)."""
+
+
+@app.command()
+def explore(
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of a causal language model [default: the bundled one].")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text that the model is measured on: a file or folder (.txt, .md, .jsonl, .json, .parquet), a dataset "
+            "of the hub (owner/name or owner/name:config), or problems:TASK=WEIGHT,... [bundled model: problems].",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write; needed unless --from is given.")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="DIR", help="Group again from what an earlier run wrote, without the model."),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help=f"Least similarity of layers that share, in [0, 1] [default: {THRESHOLD}].")
+    ] = None,
+    saving: Annotated[
+        float | None,
+        typer.Option(help="Share of the cache to save, below 0.5; the threshold that does so is found."),
+    ] = None,
+    at_tokens: Annotated[
+        int | None,
+        typer.Option(help="With --saving: for sequences of so many tokens [default: 8 x (sinks + recent)]."),
+    ] = None,
+    compare: Annotated[
+        str, typer.Option(help="Similarity to a group is that to its lead, to its newest layer (prev), or to all.")
+    ] = "lead",
+    sinks: Annotated[int | None, typer.Option(help="First tokens, always near [default: 16].")] = None,
+    recent: Annotated[
+        int | None, typer.Option(help="Newest tokens, near as well [default: 4080; bundled model: 112].")
+    ] = None,
+    distant_query: Annotated[
+        str, typer.Option(help="Query that looks at distant tokens: the lead's or its own (own).")
+    ] = "lead",
+    samples: Annotated[int | None, typer.Option(help="Samples to measure on [default: 16].")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of each [default: 8192; bundled model: 1024].")] = None,
+    queries: Annotated[int | None, typer.Option(help="Last tokens whose attention is compared [default: 32].")] = None,
+    region: Annotated[
+        str | None, typer.Option(help="Attention to all tokens, or to distant ones only [default: all].")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a dataset of the hub [default: train].")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column or field of the text [default: text].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of which samples are drawn [default: 0].")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to write, .html or .png.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one].")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]} [default: auto].")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Measure how alike the layers of a model attend, and group those that can share keys.
+
+    Writes similarity.safetensors and similarity.json (which --from reads), and pod_sharing.json, the groups.
+    """
+    with readable_errors():
+        fits = threshold is None or 0 <= threshold <= 1
+        require(
+            fits, "threshold", threshold, "a number in [0, 1]; where nothing is to be shared, use no sharing at all"
+        )
+        require(threshold is None or saving is None, "saving", saving, "given without --threshold, or left out")
+        fits = saving is None or 0 < saving < 0.5
+        require(fits, "saving", saving, "a number between 0 and 0.5, since values are never shared")
+        require(saving is not None or at_tokens is None, "at_tokens", at_tokens, "given with --saving, or left out")
+        require(compare in ("lead", "all", "prev"), "compare", compare, "'lead', 'all' or 'prev'")
+        near = given(sinks=sinks, recent=recent)
+        PoDSharing.none(1, 1, distant_query=distant_query, **near)  # refuses what is out of range before a model runs
+        measured = given(
+            model=model,
+            data=data,
+            samples=samples,
+            length=length,
+            queries=queries,
+            region=region,
+            split=split,
+            text_column=text_column,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code or None,
+        )
+        folder = out or source
+        if folder is None:
+            raise ValueError("out is missing; give the folder to write: --out DIR")
+        if source is not None and measured:
+            raise ValueError(
+                f"{', '.join(measured)} cannot be changed with --from: what was measured in {source} is taken as it is"
+            )
+
+        from .plot import find_writer
+        from .similarity import LayerSimilarity
+        from .tables import show_sharing
+
+        draw = find_writer(plot) if plot else None
+        console = Console(highlight=False)
+        similarity = LayerSimilarity.load(source) if source else measure(**measured, **near)
+        if folder != source:
+            similarity.save(folder)
+            console.print(f"Similarity written to {folder}", markup=False)
+        settings: dict[str, Any] = {"compare": compare, "distant_query": distant_query, **near}
+        if saving is None:
+            sharing = similarity.group(THRESHOLD if threshold is None else threshold, **settings)
+        else:
+            tokens = at_tokens or 8 * similarity.group(0, **settings).proximal
+            sharing = similarity.group_for(saving, tokens, **settings)
+        sharing.save_pretrained(folder)
+        if draw is not None:
+            draw(similarity, sharing)
+        show_sharing(console, similarity, sharing)
+        console.print(f"Written to {folder}{f' and {plot}' if plot else ''}", markup=False)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def measure(
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    samples: int = 16,
+    length: int | None = None,
+    queries: int = 32,
+    region: str = "all",
+    sinks: int = 16,
+    recent: int | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> "LayerSimilarity":
+    """Loads the model and explores it, with a progress bar on stderr.
+
+    Raises:
+        ValueError, OSError, ImportError: something asked is not possible; the message says what.
+    """
+    require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+    require(region in ("all", "distant"), "region", region, "'all' or 'distant'")
+    require(samples >= 1, "samples", samples, "1 or more")
+    require(model is None or data is not None, "data", None, f"given with --model: --model {model} --data TEXT")
+    defaults = BUNDLED if model is None else REAL
+    data = defaults["data"] if data is None else data
+    own = "problems:..., since the bundled model knows only the words of its own problems; pass --model for other text"
+    require(model is not None or data.startswith("problems:"), "data", data, own)
+    length = defaults["length"] if length is None else length
+    recent = defaults["recent"] if recent is None else recent
+
+    from ..runner import Runner
+    from .data import token_samples
+    from .explore import explore as explore_model
+
+    runner = Runner(model or str(BUNDLED_MODEL), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    require(length <= runner.limit, "length", length, f"at most the {runner.limit} positions of the model")
+    text = token_samples(
+        data, runner.tokenizer, length=length, count=samples, split=split, text_column=text_column, seed=seed
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("samples", total=samples)
+        similarity = explore_model(
+            runner.model,
+            text,
+            queries=queries,
+            region=region,  # type: ignore[arg-type]
+            sinks=sinks,
+            recent=recent,
+            progress=lambda done: bar.update(task, completed=done),
+        )
+    path = Path(data).expanduser()
+    name = path.name if path.exists() else data
+    return replace(similarity, origin={**similarity.origin, "data": name, "split": split, "seed": seed})

@@ -1,0 +1,277 @@
+"""`explore`: which layers of a model look at the same tokens, and so could share keys (PoD, 2412.02252 §2.1).
+
+similarity = explore(model, samples)          # the model runs once over each sample
+sharing = similarity.group(threshold=0.5)     # as often as wanted, without the model
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from ..attention import AttentionFunction, attach, decoder_config, unwrap
+from ..binding import Binding
+from ..config import is_int, require
+from ..kernels import Near
+from ..sharing import layer_kinds, model_shape
+from .forward import causal_tokens
+from .similarity import LayerSimilarity
+
+__all__ = ["LayerSimilarity", "explore"]
+
+# Most bytes of attention rows that lie in memory at once, and of what they are compared through.
+ROW_BYTES = 512 << 20
+
+
+def explore(
+    model: Any,
+    samples: Iterable[torch.Tensor],
+    *,
+    queries: int = 32,
+    region: Literal["all", "distant"] = "all",
+    sinks: int = 16,
+    recent: int = 4080,
+    progress: Callable[[int], object] | None = None,
+) -> LayerSimilarity:
+    """Measures how alike the layers of `model` attend; the model runs once over each sample, and is left as it was.
+
+    Beside what that run takes there are in memory the keys of every full-attention layer and the last queries, in the
+    model's dtype, and rows of attention of `ROW_BYTES` at most (but one row of each layer at least: 16 L N bytes). For
+    32 layers of 8 KV heads of 128 in bfloat16 and 32,768 tokens: 2 GiB of keys, 8 MiB of queries (32 from 32 heads),
+    0.5 GiB of rows.
+
+    Args:
+        model: a Transformers causal LM, or one wrapped by PEFT; it may lie on several devices.
+        samples: token ids ``[N]`` int64 each, of text as the model is used on, longer than `sinks` + `recent` if the
+            distant tokens are what matters.
+        queries: last tokens of each sample whose attention is compared.
+        region: "all" or "distant", see `LayerSimilarity`.
+        sinks, recent: which tokens are not distant; of the sharing too, unless `group` is told otherwise.
+        progress: called after each sample with the number of samples done.
+
+    Raises:
+        TypeError: `model` is no Transformers model.
+        ValueError: a setting is out of range, a sample is too short, there is no sample, or the model has no full
+            attention that can be measured.
+    """
+    require(is_int(queries) and queries >= 1, "queries", queries, "a whole number from 1 on")
+    require(region in ("all", "distant"), "region", region, "'all' or 'distant'")
+    require(is_int(sinks) and sinks >= 0, "sinks", sinks, "a whole number from 0 on")
+    require(is_int(recent) and recent >= 1, "recent", recent, "a whole number from 1 on")
+    inner = unwrap(model)
+    config, binding = decoder_config(inner), Binding(inner)
+    if binding.direct:
+        raise ValueError(
+            f"{binding.name} computes its attention itself, without an attention function of Transformers, so its "
+            "queries cannot be seen; use another model class"
+        )
+    full = [layer for layer, own in enumerate(binding.layers()) if type(own) is DynamicLayer]
+    shape, near = model_shape(config), Near(sinks, recent) if region == "distant" else None
+    total = torch.zeros(shape["num_key_value_heads"], len(full), len(full), dtype=torch.float64)
+    tokens: list[int] = []
+    recorder = Recorder(set(full), queries)
+    with recorder.watching(inner):
+        for ids in samples:
+            check_sample(ids, len(tokens), queries, near)
+            layers = recorder.run(inner, ids)
+            found = {seen.key.shape[0] for seen in layers}
+            if found != {len(total)}:
+                raise ValueError(
+                    f"{binding.name} has layers of {sorted(found)} KV heads, and its config says {len(total)}, which "
+                    "sharing does not support"
+                )
+            total += layer_similarity(layers, near)
+            tokens.append(len(ids))
+            devices = {layer: str(seen.query.device) for layer, seen in zip(full, layers, strict=True)}
+            del layers  # before there are keys of the next sample
+            if progress is not None:
+                progress(len(tokens))
+    if not tokens:
+        raise ValueError("there is no sample to measure attention on; give one at least")
+    if not total.isfinite().all():
+        raise ValueError("the model's attention has NaN; load it in another dtype (bfloat16 or float32)")
+    kinds = layer_kinds(config)
+    similarity = torch.full((len(total), len(kinds), len(kinds)), math.nan)
+    similarity[:, torch.tensor(full)[:, None], torch.tensor(full)] = (total / len(tokens)).float()
+    name = str(getattr(inner.config, "_name_or_path", "") or binding.name)
+    return LayerSimilarity(
+        similarity=similarity,
+        kinds=tuple(kind if layer in devices else None for layer, kind in enumerate(kinds)),
+        devices=tuple(devices.get(layer) for layer in range(len(kinds))),
+        model=shape,
+        tokens=tuple(tokens),
+        queries=queries,
+        region=region,
+        sinks=sinks,
+        recent=recent,
+        origin={
+            "model_name": Path(name).name if Path(name).is_dir() else name,
+            "dtype": str(inner.dtype).removeprefix("torch."),
+            "transformers": transformers.__version__,
+        },
+    )
+
+
+def check_sample(ids: torch.Tensor, number: int, queries: int, near: Near | None) -> None:
+    """Raises ValueError if `ids` are no token ids, or so few that some query has nothing to be compared by."""
+    if ids.ndim != 1 or ids.is_floating_point():
+        raise ValueError(f"sample {number} must be token ids [N] int64, got {list(ids.shape)} {ids.dtype}")
+    if near is None:
+        needed, why = queries + 1, f"queries={queries} and one more"
+    else:
+        needed = queries + near.first + near.recent
+        why = f"queries={queries}, sinks={near.first} and recent={near.recent}, so that each query has distant tokens"
+    if len(ids) < needed:
+        raise ValueError(f"sample {number} has {len(ids):,} tokens and needs {needed:,}: {why}")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What one layer's attention to a sample is computed from.
+
+    Attributes:
+        query: ``[Hq, Q, D]``, of the last Q tokens.
+        key: ``[H, N, D]``.
+        scaling, softcap: of the logits.
+        sinks: ``[Hq]`` logit of each head's attention sink, or None.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scaling: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+    def rows(self, head: int, part: slice, near: Near | None) -> torch.Tensor:
+        """Attention of a KV head to every token, for some of its G * Q queries, head by head: ``[R, N + 1]`` float32.
+
+        What an attention sink takes is in the last column. With `near`, attention to distant tokens alone.
+        """
+        heads, tokens, size = self.key.shape
+        group, last = self.query.shape[0] // heads, self.query.shape[1]
+        place = torch.arange(tokens, device=self.query.device)
+        at = place[-last:].repeat(group)[part, None]
+        query = self.query[head * group : (head + 1) * group].reshape(-1, size)[part]
+        logits = query.float() * self.scaling @ self.key[head].float().T
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        seen = place <= at if near is None else near.distant(at, place)
+        rows = torch.full((len(query), tokens + 1), -math.inf, device=query.device)
+        rows[:, :-1] = logits.masked_fill_(~seen, -math.inf)
+        if self.sinks is not None and near is None:
+            rows[:, -1] = self.sinks.float().repeat_interleave(last)[head * group * last :][part]
+        return rows.softmax(-1)
+
+
+class Recorder:
+    """An `AttentionHook` that keeps what the attention of some layers is computed from while the model runs."""
+
+    def __init__(self, layers: set[int], queries: int):
+        self.layers, self.queries = layers, queries
+        self.seen: dict[int, Attention] = {}
+
+    @contextmanager
+    def watching(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within it every forward of `model` is recorded, and the model is in eval mode."""
+        modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
+        if any("attention_hook" in vars(module) for module in modules):
+            raise ValueError("the layers of this model share keys already (SharedForward); close that first")
+        training = [module for module in model.modules() if module.training]
+        with attach(model):
+            try:
+                model.eval()
+                for module in modules:
+                    module.attention_hook = self
+                yield
+            finally:
+                for module in modules:
+                    vars(module).pop("attention_hook", None)
+                for module in training:
+                    module.training = True
+
+    def run(self, model: PreTrainedModel, ids: torch.Tensor) -> list[Attention]:
+        """Runs `model` over ids ``[N]``; what was recorded of each layer, ascending."""
+        takes: Any = inspect.signature(model.forward).parameters
+        options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self.seen = {}
+        with torch.inference_mode():
+            model(input_ids=ids[None].to(model.device), use_cache=False, **options)
+        missing = sorted(self.layers - self.seen.keys())
+        if missing:
+            raise ValueError(
+                f"{type(model).__name__} does not compute layers {missing} through its attention function, so their "
+                "queries cannot be seen; use another model class"
+            )
+        seen, self.seen = self.seen, {}
+        return [seen[layer] for layer in sorted(seen)]
+
+    def attend(
+        self,
+        own: AttentionFunction,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if module.layer_idx in self.layers:
+            if causal_tokens(attention_mask, query.shape[2]) is not None:
+                raise ValueError("the model hides tokens of a sample from its attention; give samples without padding")
+            self.seen[module.layer_idx] = Attention(
+                # copies, so that nothing larger is kept alive
+                query=query[0, :, -self.queries :].clone(),
+                key=key[0].clone(memory_format=torch.contiguous_format),
+                scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
+                softcap=kwargs.get("softcap"),
+                sinks=kwargs.get("s_aux"),
+            )
+        return own(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.inference_mode()
+def layer_similarity(layers: list[Attention], near: Near | None) -> torch.Tensor:
+    """Similarity of every two of L layers over one sample: ``[H, L, L]`` float64 on the CPU."""
+    heads, tokens, _ = layers[0].key.shape
+    count = layers[0].query.shape[0] // heads * layers[0].query.shape[1]
+    chunk = max(1, ROW_BYTES // (16 * len(layers) * (tokens + 1)))
+    total = torch.zeros(heads, len(layers), len(layers), dtype=torch.float64)
+    for head in range(heads):
+        for start in range(0, count, chunk):
+            part = slice(start, min(start + chunk, count))
+            rows = torch.empty(len(layers), part.stop - start, tokens + 1, device=layers[0].query.device)
+            for layer, attention in enumerate(layers):
+                rows[layer] = attention.rows(head, part, near)
+            total[head] += js_divergence(rows).sum(-1).cpu().double()
+    return 1 - total / count
+
+
+def js_divergence(rows: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence, base 2, of every two of L distributions, row by row.
+
+    Args:
+        rows: ``[L, R, N]`` float32, each row adds up to 1.
+
+    Returns:
+        ``[L, L, R]`` float32 in [0, 1], symmetric; 0 exactly where two rows are equal.
+    """
+    entropy = torch.special.entr(rows)
+    out = rows.new_zeros(len(rows), len(rows), rows.shape[1])
+
+    def divergence(layer: int, above: slice) -> torch.Tensor:  # a function, so that nothing of one layer outlives it
+        middle = torch.special.entr((rows[above] + rows[layer]).mul_(0.5))
+        # Entropies are subtracted token by token: each difference is at least 0, so no digits are lost in the sum.
+        return middle.sub_(entropy[above], alpha=0.5).sub_(entropy[layer], alpha=0.5).sum(-1)
+
+    for layer in range(len(rows) - 1):
+        above = slice(layer + 1, None)
+        out[layer, above] = out[above, layer] = (divergence(layer, above) / math.log(2)).clamp_(0, 1)
+    return out
