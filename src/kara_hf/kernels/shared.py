@@ -13,8 +13,9 @@
     scaling, softcap, sinks              as in attend; logits of distant tokens too are scaled by this layer's factor
     skip             a follower's query whose proximal tokens get at least this share leaves out the rest; None: never
 
-A query at position i sees the keys at positions j <= i. Distant are those with ``near.first <= j <= i - near.recent``:
-their logits are lead_query . lead_key, all others query . key; one softmax goes over both, which is the paper's gate.
+The last S keys are those of the queries' own tokens, in order. A query at position i sees keys at positions j <= i.
+Distant are those with ``near.first <= j <= i - near.recent``: their logits are lead_query . lead_key, all others are
+query . key; one softmax goes over both, which is the paper's gate.
 
 Returns ``[B, Hq, S, Dv]`` in the query's dtype; zeros where nothing is seen. Differentiable in all that is float;
 softmax and accumulation are float32. Nothing is modified.
@@ -30,6 +31,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .attend import QUERY_CHUNK, add_to_metric, grouped_logits, weighted, weights_of
 from .rows import Near, NearKeys, Rows
+
+KEPT_LOGITS = 2**25  # of one layer, that are held for the gradient
 
 
 def shared_attention_reference(
@@ -106,12 +109,11 @@ def shared_attention(
 ) -> torch.Tensor:
     """Attention of several queries where followers share keys; see the module's contract.
 
-    Works through `QUERY_CHUNK` queries at a time, and computes a chunk again for its gradient, so that no more than a
-    chunk's logits lie in memory.
+    Works through `QUERY_CHUNK` queries at a time. Where all logits would be more than `KEPT_LOGITS`, a chunk is
+    computed again for its gradient, so that no more than a chunk's lie in memory.
     """
     settings: dict[str, Any] = {
         "followers": torch.tensor(list(followers), device=query.device),
-        "key_positions": key_positions,
         "near": near,
         "scaling": scaling,
         "softcap": softcap,
@@ -120,11 +122,16 @@ def shared_attention(
     }
     attend = functools.partial(_chunk, **settings)
     several = query.shape[2] > QUERY_CHUNK
+    again = torch.is_grad_enabled() and query[..., 0].numel() * keys.shape[2] > KEPT_LOGITS
     parts = []
     for begin in range(0, query.shape[2], QUERY_CHUNK):
         part = slice(begin, begin + QUERY_CHUNK)
-        given = [query[:, :, part], keys, values, lead_query[:, :, part], lead_keys, query_positions[:, part]]
-        if several and torch.is_grad_enabled():
+        seen = slice(0, keys.shape[2] - query.shape[2] + min(begin + QUERY_CHUNK, query.shape[2]))
+        given = [
+            *(query[:, :, part], keys[:, :, seen], values[:, :, seen]),
+            *(lead_query[:, :, part], lead_keys[:, :, seen], query_positions[:, part], key_positions[:, :, seen]),
+        ]
+        if several and again:
             parts.append(checkpoint(attend, *given, use_reentrant=False))
         else:
             parts.append(attend(*given))
@@ -143,9 +150,9 @@ def _attend(
     lead_query: torch.Tensor,
     lead_keys: torch.Tensor,
     query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
     *,
     followers: torch.Tensor,
-    key_positions: torch.Tensor,
     near: Near,
     scaling: float,
     softcap: float | None,
@@ -153,17 +160,20 @@ def _attend(
     skip: float | None,
 ) -> torch.Tensor:
     at, place = query_positions[:, None, :, None], key_positions[:, :, None]  # [B, 1, S, 1], [B, 1 or H, 1, T]
-    seen = (place >= 0) & (place <= at)
+    padding = at < 0  # sees nothing, but a softmax needs something
+    seen = ((place >= 0) & (place <= at)) | padding
     distant = near.distant(at, place).expand(-1, keys.shape[1], -1, -1)[:, followers, None]
     logits = grouped_logits(query, keys, scaling, softcap)
     shared = grouped_logits(lead_query, lead_keys, scaling, softcap)
-    logits = logits.index_copy(1, followers, torch.where(distant, shared, logits[:, followers]))
+    if len(followers) == keys.shape[1]:
+        logits = torch.where(distant, shared, logits)
+    else:
+        logits = logits.index_copy(1, followers, torch.where(distant, shared, logits[:, followers]))
     logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
     weights = weights_of(logits, sinks)
     if skip is not None:
         weights = weights.index_copy(1, followers, skipped(weights[:, followers], distant, skip))
-    weights = weights.masked_fill(~seen[:, :, None].any(-1, keepdim=True), 0.0)
-    return weighted(weights, values, query.dtype)
+    return weighted(weights, values, query.dtype).masked_fill(padding, 0.0)
 
 
 def skipped(weights: torch.Tensor, distant: torch.Tensor, skip: float) -> torch.Tensor:

@@ -122,6 +122,10 @@ class SharedForward:
         ``[B, F, S, D]``.
         """
         group = query.shape[1] // self.sharing.heads
+        leads = {self.sharing.lead[layer][head] for head in self.followers[layer]}
+        if len(leads) == 1 and len(self.followers[layer]) == self.sharing.heads:  # nothing has to be put together
+            lead_query, lead_keys = self.shared[leads.pop()]
+            return (lead_query if self.sharing.distant_query == "lead" else query), lead_keys
         queries, keys = [], []
         for head in self.followers[layer]:
             lead_query, lead_keys = self.shared[self.sharing.lead[layer][head]]
