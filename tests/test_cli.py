@@ -224,11 +224,13 @@ REFUSED = [
     (["--anchor-share", "0"], 2, ["anchor_share=0", "(0, 1]"]),
     (["--block-size", "0"], 2, ["block_size=0", "from 1 on"]),
     (["--score", "best"], 2, ["'best'", "bidirectional", "recency"]),
-    (["--cache", "half"], 2, ["'half'", "full or kara or kv-compress"]),
-    (["--cache", ""], 2, ["''", "full or kara or kv-compress"]),
+    (["--cache", "half"], 2, ["'half'", "full or kara or kv-compress or pod"]),
+    (["--cache", ""], 2, ["''", "full or kara or kv-compress or pod"]),
     (["--cache", "kara,kara"], 2, ["'kara,kara'", "once"]),
     (["--cache", "full", "--retention", "0.5"], 2, ["retention=0.5 does not apply to full", "kara or kv-compress"]),
     (["--cache", "full", "--max-bytes", "9"], 2, ["max_bytes=9 does not apply to full"]),
+    (["--cache", "pod"], 2, ["sharing=None", "kara-hf pod explore"]),
+    (["--cache", "pod", "--sharing", "/nowhere"], 1, ["/nowhere", "kara-hf pod explore"]),
     (["--cache", "kv-compress", "--window", "64"], 2, ["window=64 does not apply to kv-compress", "choose kara"]),
     (["--cache", "kv-compress", "--compress-prompt"], 2, ["compress_prompt=True does not apply", "choose kara"]),
     (["--max-cache-tokens", "99"], 2, ["max_cache_tokens=99 does not apply to full and kara", "choose kv-compress"]),
@@ -385,6 +387,19 @@ def test_help_explains_every_option():
             default = getattr(config, field.name)
             if option in text and default is not None and not isinstance(default, bool):
                 assert f"[default: {default}" in text.split(option)[1].split(" --")[0]
+
+
+@pytest.mark.parametrize("cache", ["pod", "kara", "kv-compress"])
+def test_generates_with_shared_keys(tmp_path, cache):
+    sharing = kara_hf.PoDSharing(lead=((0, 0), (0, 1), (0, 1), (3, 1)), sinks=4, recent=20)
+    sharing.save_pretrained(tmp_path)
+    shared = generate("--cache", cache, "--sharing", tmp_path, "--max-new-tokens", 30)
+    if cache == "pod":
+        assert "PoDCache" in shared and "50 % followers, sinks 4, recent 20" in shared
+    else:
+        plain = generate("--cache", cache, "--max-new-tokens", 30)
+        held = [float(row(output, "resident KV")[0].split()[0]) for output in (shared, plain)]
+        assert held[0] < held[1]
 
 
 def test_help_names_the_caches_and_says_which_options_are_theirs():

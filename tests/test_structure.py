@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "storage",
     },
     "display": set(),
-    "methods": {"attention", "cache", "config"},
+    "methods": {"attention", "cache", "config", "sharing"},
     "runner": {"display", "evaluation", "methods"},
     "command": {"storage"},
     "cli": {"command", "config", "display", "evaluation", "methods", "pod", "runner"},

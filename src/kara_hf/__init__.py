@@ -2,6 +2,7 @@
 
     out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.25))
     out = model.generate(**inputs, past_key_values=KVCompressCache(model, max_cache_tokens=512))
+    out = model.generate(**inputs, past_key_values=PoDCache(model, PoDSharing.from_pretrained("folder")))
 
 Names are loaded when they are first used, so that importing the package costs nothing and changes nothing.
 """

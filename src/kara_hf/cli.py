@@ -60,7 +60,7 @@ def generate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="full, kara or kv-compress; repeat it, or separate names by commas, to compare several [default: "
+            help="full, kara, kv-compress or pod; repeat it, or separate names by commas, to compare several [default: "
             "full,kara].",
         ),
     ] = None,
@@ -110,13 +110,21 @@ def generate(
         bool, typer.Option("--no-continual", help="kv-compress: cut the prompt only, not what is generated.")
     ] = False,
     block_size: Annotated[
-        int | None, typer.Option(help="kara, kv-compress: slots per block of memory [default: 16].")
+        int | None, typer.Option(help="kara, kv-compress, pod: slots per block of memory [default: 16].")
+    ] = None,
+    sharing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="kara, kv-compress, pod: folder or hub id of the sharing map that `kara-hf pod explore` or `adapt` "
+            "wrote; pod needs one.",
+        ),
     ] = None,
     max_bytes: Annotated[
         int | None,
         typer.Option(
-            help="kara, kv-compress: most resident bytes; kara stops with an error there, kv-compress evicts more "
-            "while it can."
+            help="kara, kv-compress, pod: most resident bytes; kara and pod stop with an error there, kv-compress "
+            "evicts more while it can."
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -157,6 +165,7 @@ def generate(
             "continual": False if no_continual else None,
             "block_size": block_size,
             "max_bytes": max_bytes,
+            "sharing": sharing,
         }
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if observation is not None:

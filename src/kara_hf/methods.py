@@ -11,8 +11,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from .attention import detach
-from .cache import CompressedCache, KaraCache, KVCompressCache
+from .cache import CompressedCache, KaraCache, KVCompressCache, PoDCache
 from .config import KaraConfig, KVCompressConfig, require
+from .sharing import PoDSharing
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,14 @@ class Compressed(Method):
 
     def __init_subclass__(cls) -> None:
         cls.title = cls.cache_class.__name__
-        cls.options = frozenset({"max_bytes", *(field.name for field in fields(cls.config_class))})
+        cls.options = frozenset({"max_bytes", "sharing", *(field.name for field in fields(cls.config_class))})
 
     def __init__(self, given: dict[str, Any], defaults: dict[str, Any]):
         super().__init__(given, defaults)
-        self.config = self.config_class(**{n: value for n, value in self.settings.items() if n != "max_bytes"})
+        of_config = {field.name for field in fields(self.config_class)}
+        self.config = self.config_class(**{name: value for name, value in self.settings.items() if name in of_config})
+        if "sharing" in self.settings:
+            self.settings["sharing"] = PoDSharing.from_pretrained(self.settings["sharing"])
 
     def make(self, model: Any, **changes: Any) -> Cache:
         return self.cache_class(model, **{**self.settings, **changes})
@@ -172,7 +176,33 @@ class KVCompress(Compressed):
         return Rehearsal((self.config.least_blocks + 4) * size, size + 2, changes)
 
 
-METHODS: dict[str, type[Method]] = {"full": Full, "kara": Kara, "kv-compress": KVCompress}
+@dataclass(frozen=True)
+class PoDConfig:
+    """What a `PoDCache` has to be told beside who leads whom."""
+
+    block_size: int = KaraConfig.block_size
+
+
+class PoD(Compressed):
+    cache_class, config_class = PoDCache, PoDConfig
+
+    def __init__(self, given: dict[str, Any], defaults: dict[str, Any]):
+        require("sharing" in given, "sharing", None, "given for pod: the folder that `kara-hf pod explore` wrote")
+        super().__init__(given, defaults)
+
+    def describe(self) -> str:
+        sharing: PoDSharing = self.settings["sharing"]
+        return (
+            f"{100 * sharing.followers_share:.0f} % followers, sinks {sharing.sinks}, recent {sharing.recent}, distant "
+            f"query {sharing.distant_query}, prompt {sharing.prefill}"
+        )
+
+    def rehearsal(self) -> Rehearsal:
+        """A few tokens become distant."""
+        return Rehearsal(min(512, self.settings["sharing"].proximal + 8), 4, {"max_bytes": None})
+
+
+METHODS: dict[str, type[Method]] = {"full": Full, "kara": Kara, "kv-compress": KVCompress, "pod": PoD}
 
 
 def make_methods(names: Sequence[str], given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Method]:

@@ -170,11 +170,13 @@ class PoDSharing(Settings):
         path = Path(name_or_path)
         if path.is_dir():
             path = path / FILE
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"there is no {FILE} in {path.parent}; make one with `kara-hf pod explore` or `kara-hf pod adapt`"
-                )
-        elif not path.exists():
+        local = path.name == FILE or path.is_absolute() or str(name_or_path).startswith(".") or len(path.parts) > 2
+        if local and not path.exists():
+            raise FileNotFoundError(
+                f"there is no {path}; make one with `kara-hf pod explore` or `kara-hf pod adapt`, or give the id of a "
+                "repository that has one"
+            )
+        if not path.exists():
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(str(name_or_path), FILE, **hub))
