@@ -23,7 +23,8 @@ class SharedForward:
 
     Raises:
         TypeError: `model` is no Transformers model.
-        ValueError: the sharing is of another model, or the model checkpoints in the reentrant way.
+        ValueError: the sharing is of another model, the model checkpoints in the reentrant way, or it shares keys
+            already.
     """
 
     def __init__(self, model: Any, sharing: PoDSharing):
@@ -31,6 +32,8 @@ class SharedForward:
         sharing.check(decoder_config(self.model))
         check_checkpointing(self.model)
         self.modules = [module for module in self.model.modules() if hasattr(module, "layer_idx")]
+        if any("attention_hook" in vars(module) for module in self.modules):
+            raise ValueError("the layers of this model share keys already (SharedForward); close that first")
         self.shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # queries and keys of leads, by layer
         self.followers = [sharing.followers(layer) for layer in range(sharing.layers)]
         self._paused = False
