@@ -12,6 +12,7 @@ Sections, in this order, each with its share of the time:
 - windows: what scoring a window and moving its survivors takes.
 - decode: tokens/s and memory of a whole model with DynamicCache and KaraCache.
 - limit: the largest batch within a fixed amount of memory.
+- pod: decode steps of PoDCache with groups of layers that share keys, against the same cache without.
 - more: other retentions, StaticCache with `torch.compile`, a whole `generate`, and a second model.
 
 Rows with provenance go to benchmarks/results/<gpu>.json after every section, in place of what that section had there.
@@ -45,8 +46,9 @@ SECTIONS: dict[str, tuple[Callable[[Run], list[Case]], float]] = {
     "checks": (gpu_checks.cases, 0.40),
     "attend": (gpu_kernels.attend_cases, 0.50),
     "windows": (gpu_kernels.window_cases, 0.53),
-    "decode": (gpu_models.decode_cases, 0.77),
-    "limit": (gpu_models.limit_cases, 0.86),
+    "decode": (gpu_models.decode_cases, 0.74),
+    "limit": (gpu_models.limit_cases, 0.82),
+    "pod": (gpu_models.pod_cases, 0.93),
     "more": (gpu_models.more_cases, 1.0),
 }
 console = Console()

@@ -6,6 +6,7 @@ tokens must leave the pools exactly as its reference does.
 
 import copy
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,17 +17,21 @@ import torch
 from gpu_run import Case, Row, Run, Skip
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from kara_hf import KaraCache, attach, detach
+from kara_hf import KaraCache, PoDCache, PoDSharing, attach, detach
 from kara_hf.kernels import (
+    Near,
+    NearKeys,
     Rows,
     append,
     append_reference,
     attend,
+    attend_shared,
     compact,
     compact_reference,
     gather_rows,
     merge,
     merge_reference,
+    slot_index,
     window_scores,
 )
 
@@ -56,6 +61,15 @@ ATTEND: dict[str, Row] = {
     "blocks of 128": {"lengths": UNEVEN, "block_size": 128},
     "seven query heads to a KV head": {"lengths": UNEVEN, "group": 7},
 }
+SHARED: dict[str, Row] = {
+    "rows in order": {},
+    "rows out of order": {"ordered": False},
+    "soft cap and sinks": {"softcap": 0.7, "sinks": True},
+    "squared votes": {"observe": 2, "ordered": False},
+    "heads of 64": {"sizes": (64, 64)},
+    "heads of 256": {"sizes": (256, 256)},
+    "20 query heads to a KV head": {"group": 20},
+}
 WINDOWS: dict[str, Row] = {
     "both ways": {},
     "causal": {"causal": True},
@@ -70,6 +84,7 @@ def cases(run: Run) -> list[Case]:
     found: list[tuple[str, str, torch.dtype, Any]] = []
     for dtype in DTYPES:
         found += [("attend", what, dtype, partial(check_attend, run, dtype, **case)) for what, case in ATTEND.items()]
+        found += [("attend_shared", what, dtype, partial(check_shared, run, dtype, **c)) for what, c in SHARED.items()]
         found += [("window_scores", what, dtype, partial(check_scores, run, dtype, **c)) for what, c in WINDOWS.items()]
         found += [("merge", what, dtype, partial(check_merge, run, dtype, what == "sinks")) for what in MERGES]
         found += [("append", what, dtype, partial(check_append, run, dtype, what)) for what in APPENDS]
@@ -79,6 +94,10 @@ def cases(run: Run) -> list[Case]:
         found += [(name, "against the full cache", torch.bfloat16, partial(check_decode, run, graph))]
         found += [(f"{name} waits", "steps between compressions", torch.bfloat16, partial(check_waits, run, graph))]
     found += [("graph", "against eager", torch.float32, partial(check_graph, run))]
+    for query in ("lead", "own"):
+        found += [("pod", f"distant queries of the {query}", torch.float32, partial(check_pod, run, query))]
+    found += [("pod waits", "steps between compressions", torch.bfloat16, partial(check_waits, run, False, shared()))]
+    found += [("graph", "PoDCache against eager", torch.float32, partial(check_pod_graph, run))]
     return [
         Case({"op": op, "what": what, "dtype": str(dtype).removeprefix("torch.")}, check)
         for op, what, dtype, check in found
@@ -150,7 +169,7 @@ def cloned(rows: Rows) -> Rows:
 # ------------------------------------------------------------------------------------------------------------- the ops
 def plain_attention(query: torch.Tensor, rows: Rows, dtype: torch.dtype, **settings: Any) -> tuple[torch.Tensor, ...]:
     """Attention over the rows made dense, every step in `dtype`, with the settings of `attend`: its result, and the
-    probabilities ``[B, H, G, S, T]``.
+    probabilities ``[B, H, G, S, T]``. With `scores` and `positions` those of `attend_shared`.
     """
     batch, _, new, _ = query.shape
     hidden, softcap, sinks = settings["hidden"], settings["softcap"], settings["sinks"]
@@ -159,11 +178,16 @@ def plain_attention(query: torch.Tensor, rows: Rows, dtype: torch.dtype, **setti
     slots = torch.arange(rows.max_length, device=query.device)
     stored = (slots < rows.lengths[..., None])[..., None]  # [B, H, T, 1]
     seen = (slots < (rows.lengths[..., None] - hidden[:, None])[..., None])[:, :, None]  # [B, H, 1, S, T]
-    keys, values = (part.masked_fill(~stored, 0.0).to(dtype) for part in rows.dense())
+    keys, values = (part.masked_fill(~stored, 0.0).to(dtype) for part in (rows.dense_keys(), rows.dense()[1]))
     grouped = query.to(dtype).unflatten(1, (rows.lengths.shape[1], -1))
     logits = torch.einsum("bhgsd,bhtd->bhgst", grouped, keys) * settings["scaling"]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if rows.near is not None:
+        distant = rows.near.near.distant(settings["positions"][:, None], rows.dense_positions())[:, :, None, None]
+        follows = torch.zeros(rows.lengths.shape[1], dtype=torch.bool, device=query.device)
+        follows[rows.near.index] = True
+        logits = torch.where(distant & follows[:, None, None, None], settings["scores"].to(dtype), logits)
     logits = logits.masked_fill(~seen, float("-inf"))
     if sinks is not None:
         sink = sinks.to(dtype).view(1, rows.lengths.shape[1], -1, 1, 1).expand(*logits.shape[:-1], 1)
@@ -203,10 +227,67 @@ def check_attend(
     found = bounded(attend(query, rows, **settings, observe=observe), plain, exact)
     if observe is None or not found["passed"]:
         return found
+    return bounded_votes(rows, plain_weights, exact_weights, observe)
+
+
+def bounded_votes(rows: Rows, plain: torch.Tensor, exact: torch.Tensor, observe: int) -> Row:
+    """The same of the metric of `rows`, which was zero, from the probabilities ``[B, H, G, S, T]``."""
     votes = gather_rows(rows.metric, rows.value_table, rows.max_length)
-    stored = torch.arange(rows.max_length, device=run.device) < rows.lengths[..., None]
-    plain_votes, exact_votes = (w.pow(observe).sum((2, 3)) for w in (plain_weights, exact_weights))
-    return bounded(votes.masked_fill(~stored, 0.0), plain_votes, exact_votes)
+    stored = torch.arange(rows.max_length, device=votes.device) < rows.lengths[..., None]
+    return bounded(votes.masked_fill(~stored, 0.0), *(w.pow(observe).sum((2, 3)) for w in (plain, exact)))
+
+
+def with_followers(rows: Rows, heads: tuple[int, ...], near: Near, ordered: bool) -> Rows:
+    """`rows`, of equal lengths in a sequence, in which `heads` follow: slot s holds position s, or they count down."""
+    batch, all_heads = rows.lengths.shape
+    slots = torch.arange(rows.max_length, dtype=torch.int32, device=rows.lengths.device).expand(batch, all_heads, -1)
+    stored = slots < rows.lengths[..., None]
+    where = slot_index(rows.value_table, slots.minimum(rows.lengths[..., None] - 1), rows.block_size)
+    places = slots if ordered else rows.lengths[..., None] - 1 - slots
+    rows.positions.flatten()[where[stored]] = places[stored]
+    index = torch.tensor(heads, device=rows.lengths.device)
+    rest = torch.tensor([head for head in range(all_heads) if head not in heads], device=rows.lengths.device)
+    keys = torch.randn(
+        batch, len(heads), near.first + near.recent, rows.keys.shape[-1], dtype=rows.keys.dtype, device=index.device
+    )
+    table = rows.key_table.index_fill(1, index, -1)
+    near_keys = NearKeys(heads, keys, near, near.recent, index, rest)
+    return replace(rows, key_table=table, near=near_keys, in_order=ordered)
+
+
+def check_shared(
+    run: Run,
+    dtype: torch.dtype,
+    group: int = 4,
+    sizes: tuple[int, int] = (128, 128),
+    ordered: bool = True,
+    softcap: float | None = None,
+    sinks: bool = False,
+    observe: int | None = None,
+) -> Row:
+    """Two heads follow, one leads and one does neither; what is left for the layers above is checked too."""
+    torch.manual_seed(0)
+    rows = make_rows(run, [[1025] * 4, [64] * 4, [777] * 4], sizes, dtype)
+    rows = with_followers(rows, (1, 3), Near(2, 50), ordered)
+    rows.metric.zero_()
+    query = torch.randn(3, 1, 4 * group, sizes[0], dtype=dtype, device=run.device).transpose(1, 2)
+    scores = torch.randn(3, 4, group, 1, rows.max_length, device=run.device)
+    settings = {
+        "scaling": sizes[0] ** -0.5,
+        "softcap": softcap,
+        "sinks": torch.randn(4 * group, device=run.device) if sinks else None,
+        "positions": rows.lengths[:, :1] - 1,
+    }
+    (exact, exact_weights), (plain, plain_weights) = (
+        plain_attention(query, rows, kind, hidden=None, scores=scores, **settings) for kind in (torch.float64, dtype)
+    )
+    got, left = attend_shared(query, rows, scores.clone(), leading=(0,), observe=observe, **settings)
+    found = bounded(got, plain, exact)
+    if not torch.equal(left[:, 1:, ..., : rows.max_length], scores[:, 1:]):
+        return {"passed": False, "reason": "logits of heads that do not lead have changed"}
+    if observe is None or not found["passed"]:
+        return found
+    return bounded_votes(rows, plain_weights, exact_weights, observe)
 
 
 MERGES = ("plain", "sinks")
@@ -373,16 +454,57 @@ def check_graph(run: Run) -> Row:
     }
 
 
+def shared(distant_query: Any = "lead") -> PoDSharing:
+    """One layer follows in one head, one in both."""
+    return PoDSharing(lead=((0, 0), (0, 1), (0, 1)), sinks=2, recent=14, distant_query=distant_query)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """In it no kernel runs."""
+    backend = os.environ["KARA_BACKEND"]
+    os.environ["KARA_BACKEND"] = "reference"
+    try:
+        yield
+    finally:
+        os.environ["KARA_BACKEND"] = backend
+
+
 @torch.no_grad()
-def check_waits(run: Run, graph: bool) -> Row:
+def check_pod(run: Run, distant_query: str) -> Row:
+    """Decode steps with shared keys in float32, by kernels against plain torch."""
+    model = small_llama(run, torch.float32)
+    with attach(model):
+        got = torch.cat(list(decode(run, model, PoDCache(model, shared(distant_query)), 80)))
+        with plain_torch():
+            plain = torch.cat(list(decode(run, model, PoDCache(model, shared(distant_query)), 80)))
+    error = (got - plain).abs().max().item()
+    return {"passed": error <= 1e-4 * plain.abs().max().item(), "error": error}
+
+
+@torch.no_grad()
+def check_pod_graph(run: Run) -> Row:
+    """Captured steps with shared keys against eager ones in float32."""
+    graph_setting(run, True)
+    model = small_llama(run, torch.float32)
+    caches = [PoDCache(model, shared(), cuda_graph=graph) for graph in (False, True)]
+    eager, captured = (torch.cat(list(decode(run, model, cache, 80))) for cache in caches)
+    detach(model)
+    error = (captured - eager).abs().max().item()
+    return {"passed": error <= 1e-4 * eager.abs().max().item(), "error": error}
+
+
+@torch.no_grad()
+def check_waits(run: Run, graph: bool, sharing: PoDSharing | None = None) -> Row:
     """Steps that neither seal a window nor change the memory held must not wait for the device.
 
     A first cache shows which steps those are; a second one takes the same steps with torch's check switched on.
     """
     option = graph_setting(run, graph)
     model = small_llama(run, torch.bfloat16)
+    option |= {"retention": 0.25, "sharing": sharing} | SMALL
     with attach(model):
-        cache = KaraCache(model, retention=0.25, **SMALL, **option)
+        cache = KaraCache(model, **option)
         held, kept = [], []
         for _ in decode(run, model, cache, 80):
             report = cache.report()
@@ -391,6 +513,6 @@ def check_waits(run: Run, graph: bool) -> Row:
         quiet = frozenset(n for n in range(80) if held[n + 1] == held[n] and kept[n + 1] == kept[n] + 1)
         if not run.cuda:
             raise Skip("not available on a CPU")
-        for _ in decode(run, model, KaraCache(model, retention=0.25, **SMALL, **option), 80, guarded=quiet):
+        for _ in decode(run, model, KaraCache(model, **option), 80, guarded=quiet):
             pass
     return {"passed": len(quiet) > 40, "steps": 80, "steps_that_must_not_wait": len(quiet)}

@@ -10,7 +10,7 @@ from gpu_report import GIB, LONG, SHORT
 from gpu_run import DTYPE, Case, Row, Run, spread
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kara_hf.kernels import Rows, attend, compact, window_scores
+from kara_hf.kernels import Near, NearKeys, Rows, attend, attend_shared, compact, window_scores
 
 QUERY_HEADS, HEADS, SIZE, BLOCK = 32, 8, 128, 16
 SCALING = SIZE**-0.5
@@ -22,12 +22,17 @@ def attend_cases(run: Run) -> list[Case]:
     shapes += [(b, tokens) for tokens in (SHORT, 4 * LONG) for b in (32, 1, 16, 64)] + [(4, LONG)]
     if run.smoke:
         shapes = [(2, 64), (1, 96)]
+    roles = [(b, tokens, role) for role in ("follows", "leads") for b, tokens in shapes[:2]]
     found = [Case({"what": "copy of device memory"}, partial(copy_bandwidth, run), seconds=20)]
     for uneven in (False, True):
         for batch, tokens in shapes:
             labels = {"what": "attend", "batch": batch, "tokens": tokens, "rows": "uneven" if uneven else "even"}
             measure = partial(attend_speed, run, batch, tokens, uneven)
             found.append(Case(labels, measure, needs=("attend", "merge"), seconds=20))
+    for batch, tokens, role in roles:
+        labels = {"what": f"attend_shared, {role}", "batch": batch, "tokens": tokens, "rows": "even"}
+        measure = partial(shared_speed, run, batch, tokens, role == "follows")
+        found.append(Case(labels, measure, needs=("attend_shared", "merge"), seconds=20))
     return found
 
 
@@ -110,6 +115,35 @@ def attend_speed(run: Run, batch: int, tokens: int, uneven: bool) -> Row:
                 numbers |= spread(run.kernel_ms(sdpa), f"{name}_ms")
         except RuntimeError as error:  # a baseline that cannot run takes no number of ours away
             numbers[f"{name}_reason"] = str(error)[:200]
+    return numbers
+
+
+def shared_speed(run: Run, batch: int, tokens: int, follows: bool) -> Row:
+    """The same of a layer that leads in every head, or follows in every head with an eighth of its tokens proximal.
+
+    Bytes are those of values, of keys that are read, and of logits that are left or taken.
+    """
+    rows = stored_rows(run, row_lengths(batch, tokens, False), shuffled=False)
+    near, group = Near(1, tokens // 8 - 1), QUERY_HEADS // HEADS
+    keys, logits = (near.first + near.recent, tokens - near.first - near.recent) if follows else (tokens, tokens)
+    if follows:
+        places = torch.randn(batch, HEADS, keys, SIZE, dtype=DTYPE, device=run.device)
+        index, rest = torch.arange(HEADS, device=run.device), torch.arange(0, device=run.device)
+        rows.near = NearKeys(tuple(range(HEADS)), places, near, near.recent, index, rest)
+        rows.keys, rows.key_table = rows.keys[:0].clone(), torch.full_like(rows.key_table, -1)
+    rows.in_order = True
+    query = torch.randn(batch, QUERY_HEADS, 1, SIZE, dtype=DTYPE, device=run.device)
+    settings = {
+        "positions": torch.full((batch, 1), tokens - 1, dtype=torch.int32, device=run.device),
+        "leading": () if follows else tuple(range(HEADS)),
+        "scaling": SCALING,
+    }
+    scores = torch.randn(batch, HEADS, group, 1, tokens, device=run.device)
+    numbers = spread(run.kernel_ms(lambda: attend_shared(query, rows, scores, **settings)))
+    read = batch * HEADS * ((tokens + keys) * SIZE * DTYPE.itemsize + group * logits * scores.itemsize)
+    numbers["gbps"] = read / numbers["ms"] / 1e6
+    if "copy_gbps" in run.shared:
+        numbers["share_of_copy"] = numbers["gbps"] / run.shared["copy_gbps"]
     return numbers
 
 

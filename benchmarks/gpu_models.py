@@ -20,7 +20,7 @@ from gpu_report import GIB, LONG, SHORT
 from gpu_run import DTYPE, Case, Row, Run, Skip, spread
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config, StaticCache
 
-from kara_hf import KaraCache, detach
+from kara_hf import CompressedCache, KaraCache, PoDCache, PoDSharing, detach
 
 LLAMA, QWEN = "Llama-3.1-8B", "Qwen3-8B"
 CONFIGS: dict[str, Any] = {
@@ -68,6 +68,7 @@ TINY = {
     "head_dim": 16,
 }
 KERNELS = ("append", "attend", "merge", "window_scores", "compact", "decode")
+SHARED_KERNELS = ("append", "attend", "attend_shared", "merge", "pod")
 MIDDLE = 16 * 1024
 LEAD, TAIL, WARM = 24, 24, 8  # steps before and after a compression, and those that count for nothing
 AFTER = 4  # steps that may pay for a compression: its own, and those behind it that capture a graph anew
@@ -77,23 +78,38 @@ LIMIT_GIB = 24.0
 
 @dataclass(frozen=True)
 class Kind:
-    """A cache and its settings; KaraCache where `retention` is given."""
+    """A cache and its settings: KaraCache where `retention` is given, PoDCache where it is a `group` of layers whose
+    first leads the others; 1: nothing is shared.
+    """
 
     retention: float | None = None
     graph: bool = False
     static: bool = False
+    group: int | None = None
 
     def __str__(self) -> str:
-        if self.retention is None:
+        if not self.ours:
             return "StaticCache, compiled" if self.static else "DynamicCache"
-        return f"KaraCache {self.retention}" + (", CUDA graph" if self.graph else "")
+        groups = "nothing shared" if self.group == 1 else f"groups of {self.group} layers"
+        name = f"KaraCache {self.retention}" if self.group is None else f"PoDCache, {groups}"
+        return name + (", CUDA graph" if self.graph else "")
+
+    @property
+    def ours(self) -> bool:
+        return self.retention is not None or self.group is not None
+
+    @property
+    def followers(self) -> float | None:
+        """Share of the layers that follow another."""
+        return None if self.group is None else 1 - 1 / self.group
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Ops whose checks come before its numbers."""
-        if self.retention is None:
+        if not self.ours:
             return ()
-        return (*KERNELS, "graph") if self.graph else KERNELS
+        ops = KERNELS if self.group is None else SHARED_KERNELS
+        return (*ops, "graph") if self.graph else ops
 
 
 FULL, STATIC = Kind(), Kind(static=True)
@@ -108,6 +124,19 @@ def decode_cases(run: Run) -> list[Case]:
         return grid(run, LLAMA, 96, (2,), main)
     found = grid(run, LLAMA, LONG, (16, 1, 8, 64), main) + grid(run, LLAMA, SHORT, (16, 64, 1), main)
     return found + grid(run, LLAMA, MIDDLE, (16,), main)
+
+
+def pod_cases(run: Run) -> list[Case]:
+    """One model with no, half and three quarters of its layers following another; then with graphs."""
+    if run.smoke:
+        return grid(run, LLAMA, 96, (2,), (Kind(group=2), Kind(group=1)))
+    kinds = tuple(Kind(group=group) for group in (4, 1, 2))
+    graphs = tuple(Kind(group=group, graph=True) for group in (4, 1))
+    return (
+        grid(run, LLAMA, LONG, (8, 1), kinds)
+        + grid(run, LLAMA, MIDDLE, (8,), kinds)
+        + grid(run, LLAMA, LONG, (8, 1), graphs)
+    )
 
 
 def more_cases(run: Run) -> list[Case]:
@@ -140,7 +169,8 @@ def grid(run: Run, model: str, length: int, batches: tuple[int, ...], kinds: tup
         for batch in batches:
             labels = {"what": str(kind), "model": model, "length": length, "batch": batch, "retention": kind.retention}
             measure = partial(decode_speed, run, model, kind, length, batch)
-            found.append(Case(labels | {"graph": kind.graph}, measure, kind.needs, seconds=90))
+            labels |= {"graph": kind.graph} | ({} if kind.group is None else {"followers": kind.followers})
+            found.append(Case(labels, measure, kind.needs, seconds=90))
     return found
 
 
@@ -180,16 +210,25 @@ def tokens_seen(run: Run, length: int) -> int:
 
 def new_cache(run: Run, model: Any, kind: Kind, whole_prompt: bool = True) -> Any:
     """An empty cache; without `whole_prompt`, KaraCache seals the windows of a prompt too."""
-    if kind.retention is None:
+    if not kind.ours:
         return DynamicCache(config=model.config)
+    if kind.group is not None:
+        return PoDCache(model, sharing(run, model, kind.group), **graph_setting(run, kind.graph))
     options = settings(run) | graph_setting(run, kind.graph) | {"compress_prompt": not whole_prompt}
     return KaraCache(model, retention=kind.retention, **options)
+
+
+def sharing(run: Run, model: Any, group: int) -> PoDSharing:
+    """Every `group` layers share the keys of the first, in all heads."""
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    lead = tuple((layer - layer % group,) * heads for layer in range(layers))
+    return PoDSharing(lead=lead, sinks=2, recent=14) if run.smoke else PoDSharing(lead=lead)
 
 
 @contextlib.contextmanager
 def attached(run: Run, model: Any, kind: Kind) -> Iterator[None]:
     """In it the model serves caches of this kind, copies of them too; behind it the model is as it was."""
-    if kind.retention is not None:
+    if kind.ours:
         new_cache(run, model, kind)  # making one is what attaches a model
     try:
         yield
@@ -216,7 +255,7 @@ def prefilled(run: Run, name: str, kind: Kind, length: int) -> Any:
 
 def batch_of(run: Run, one: Any, kind: Kind, batch: int, room: int) -> Any:
     """A cache of `batch` sequences that are copies of `one`, none of them sharing memory with another."""
-    if kind.retention is None:
+    if not kind.ours:
         config = run.shared["model"].config
         seen = one.get_seq_length()
         cache = StaticCache(config=config, max_cache_len=seen + room) if kind.static else DynamicCache(config=config)
@@ -236,7 +275,7 @@ def batch_of(run: Run, one: Any, kind: Kind, batch: int, room: int) -> Any:
 
 def cache_bytes(cache: Any) -> tuple[int, int]:
     """Bytes held by a cache's own account, and those of keys and values alone of the tokens kept."""
-    if isinstance(cache, KaraCache):
+    if isinstance(cache, CompressedCache):
         report = cache.report()
         return report.resident_bytes, report.nominal_bytes
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -62,6 +62,10 @@ TABLES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("one more takes GiB", "{more_gib:.1f}"),
         ],
     ),
+    "pod": (
+        "Decoding with keys of distant tokens shared by groups of layers, random weights",
+        [*DECODE[:4], ("followers", "{followers:.0%}"), *DECODE[4:7], ("GiB held", "{resident_gib:.2f}"), *MEMORY],
+    ),
     "more": ("Other retentions, StaticCache, a second model and a whole `generate`", DECODE),
 }
 
@@ -129,7 +133,7 @@ def derived(row: Row) -> Row:
         if "nominal_bytes" in row and f"{name}_bytes" in row
     }
     names = {"peak_bytes": "peak_gib", "limit_bytes": "limit_gib", "used_bytes": "used_gib"}
-    names["used_by_one_more_bytes"] = "more_gib"
+    names |= {"used_by_one_more_bytes": "more_gib", "resident_bytes": "resident_gib"}
     return row | more | {name: row[source] / GIB for source, name in names.items() if source in row}
 
 
@@ -169,6 +173,11 @@ def aims(rows: list[Row]) -> list[tuple[str, str, str]]:
             "memory at most 5 % over nominal, by the cache's account and the allocator's, 32k tokens",
             [over_nominal(row) for row in kara if "allocated_bytes" in row],
             most=0.05,
+        ),
+        judge(
+            "PoDCache's decode step no slower than without sharing, 32k tokens",
+            shared_steps([row for row in long if row.get("followers") is not None]),
+            most=1.0,
         ),
     ]
 
@@ -215,6 +224,18 @@ def speedups(rows: list[Row]) -> list[tuple[float, str]]:
             best = max(kara, key=lambda row: row["tokens_per_s"])
             ratio = best["tokens_per_s"] / full[0]["tokens_per_s"]
             found.append((ratio, f"{ratio:.2f}x, {model}, {best['what']}"))
+    return found
+
+
+def shared_steps(rows: list[Row]) -> list[tuple[float, str]]:
+    """Time of a step of every cache that shares keys, as a multiple of that of the same one without."""
+    alone = {(row["model"], row["batch"], row["graph"]): row for row in rows if row["followers"] == 0}
+    found = []
+    for row in rows:
+        base = alone.get((row["model"], row["batch"], row["graph"]))
+        if base is not None and row["followers"] > 0:
+            ratio = row["step_ms"] / base["step_ms"]
+            found.append((ratio, f"{ratio:.2f}x the time, {case(row)}"))
     return found
 
 

@@ -40,7 +40,8 @@ def _cost(row: Row, control: Row) -> str:
     return f"{share:.1%}{noted}, {row['mean_generated']:.0f}, {row['truncated']:.0%}"
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
@@ -84,11 +85,11 @@ def markdown(rows: list[Row], weights: str) -> str:
         f"float32, {row['date']}.",
         "Score; difference to uniform heads in points (95 % interval); problems won/lost/tied. Bold: the interval "
         "leaves out 0. Budgets are shares of all tokens of a problem, behind a pinned prompt of the generated ones.",
-        _table(["problems", "compressed", "budget", FULL, CONTROL, *COMPARED], scores),
+        table(["problems", "compressed", "budget", FULL, CONTROL, *COMPARED], scores),
         "Most resident bytes while decoding, as a share of what the full cache holds in the end; tokens generated; "
         f"answers cut off. A method that held over {UNEQUAL:.0%} more than uniform heads was given a lower budget; "
         "where one holds less by more than that, it is said.",
-        _table(["problems", "compressed", "budget", CONTROL, *COMPARED], costs),
+        table(["problems", "compressed", "budget", CONTROL, *COMPARED], costs),
     ]
     if checks:
         apart = sum(low > 0 or high < 0 for _, low, high, *_ in checks)
@@ -120,4 +121,4 @@ def summary(rows: list[Row], weights: str) -> str:
             line.append(f"{cell[name]['score']:.1%}{versus}")
         lines.append(line)
     head = [f"{problems}, {RULES[rule]}, {100 * share:g}%" for problems, rule, share in cells]
-    return _table(["what is kept", *head], lines)
+    return table(["what is kept", *head], lines)

@@ -228,7 +228,7 @@ def train(
     adam_lr: Annotated[float, typer.Option(help="Learning rate of embeddings and norms.")] = 0.002,
     hidden: Annotated[int, typer.Option(help="Hidden size.")] = 128,
     layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
-    deepen_to: Annotated[int | None, typer.Option(help="Layers of INIT are copied to make so many; see deepen.")] = None,
+    deepen_to: Annotated[int | None, typer.Option(help="Copy layers of INIT until there are so many.")] = None,
     precision: Annotated[str, typer.Option(help="'bf16' autocast or 'no'; weights stay float32.")] = "bf16",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the stream of problems.")] = 0,

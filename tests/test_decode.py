@@ -8,6 +8,7 @@ do the same with the Triton kernels themselves, under Triton's interpreter, in a
 
 import contextlib
 import copy
+import dataclasses
 import os
 from pathlib import Path
 
@@ -23,16 +24,24 @@ import kara_hf.cache
 import kara_hf.graph
 import kara_hf.layer
 import kara_hf.storage.paged
-from kara_hf import KaraCache, KVCompressCache, attach, detach
+from kara_hf import KaraCache, KVCompressCache, PoDCache, PoDSharing, attach, detach
 
 HERE = Path(__file__).parent
 KARA = dict(window=16, recent=4, block_size=4)
+SHARED = PoDSharing(lead=((0, 0), (0, 1), (0, 1)), sinks=1, recent=5)  # layer 1 follows in one head, layer 2 in both
+OWN = dataclasses.replace(SHARED, distant_query="own")
 CACHES = {
     "kara": lambda model, **more: KaraCache(model, retention=0.25, **KARA, **more),
     "kara-random": lambda model, **more: KaraCache(model, retention=0.5, score="random", **KARA, **more),
     "kara-all": lambda model, **more: KaraCache(model, retention=1.0, **KARA, **more),
     "kv-compress": lambda model, **more: KVCompressCache(model, max_cache_tokens=32, protected=8, block_size=8, **more),
     "kv-compress-all": lambda model, **more: KVCompressCache(model, retention=1.0, block_size=8, **more),
+    "pod": lambda model, **more: PoDCache(model, SHARED, block_size=4, **more),
+    "pod-own": lambda model, **more: PoDCache(model, OWN, block_size=4, **more),
+    "kara-pod": lambda model, **more: KaraCache(model, retention=0.25, sharing=SHARED, **KARA, **more),
+    "kv-compress-pod": lambda model, **more: KVCompressCache(
+        model, max_cache_tokens=32, protected=8, block_size=8, sharing=SHARED, **more
+    ),
 }
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 EVERY = pytest.mark.parametrize("name", CACHES)
@@ -91,7 +100,10 @@ def _patches():
         from triton.runtime.interpreter import GridExecutor
 
         return [(GridExecutor, "__call__")]
-    return [(kara_hf.storage.paged, "append"), (kara_hf.layer, "attend")]
+    return [
+        (kara_hf.storage.paged, "append"),
+        *((kara_hf.layer, op) for op in ("attend", "attend_shared", "lead_scores")),
+    ]
 
 
 @contextlib.contextmanager
@@ -105,7 +117,7 @@ def launches(around):
 
 
 class Waits(TorchFunctionMode):
-    """Counts what would wait for a device: values read back, and shapes that depend on values."""
+    """Counts what would wait for a device: values read back, shapes that depend on values, lists as indices."""
 
     READ = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__", "equal"}
     SHAPED = {"nonzero", "masked_select", "unique", "unique_consecutive", "bincount", "repeat_interleave"}
@@ -118,7 +130,7 @@ class Waits(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         masks = [a for a in args[1:2] for a in (a if isinstance(a, tuple) else (a,))]
         masked = name in ("__getitem__", "__setitem__") and any(
-            isinstance(mask, torch.Tensor) and mask.dtype == torch.bool for mask in masks
+            isinstance(mask, list) or (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool) for mask in masks
         )
         if not self.paused and (name in self.READ | self.SHAPED or masked):
             self.found.append(name)
@@ -248,6 +260,16 @@ def test_decode_steps_wait_for_nothing(gpu, name, masked):
     assert cache.report().seen.tolist() == [64 - (5 if masked else 0), 64]
 
 
+@pytest.mark.parametrize("more", [{}, {"distant_query": "own"}, {"skip": 0.6}], ids=str)
+def test_shared_keys_in_plain_torch_wait_for_nothing(gpu, more, monkeypatch):
+    """As on a GPU without Triton, and with `skip`, which has no kernel."""
+    monkeypatch.setattr(f"{__name__}._patches", lambda: [(kara_hf.storage.paged, "append"), (kara_hf.layer, "attend")])
+    model = build("llama")
+    cache = PoDCache(model, dataclasses.replace(SHARED, **more), block_size=4)
+    _, waited = decode(model, cache, *inputs(5), 12)
+    assert len(waited) == 12 and not any(waited), waited
+
+
 @EVERY
 def test_a_graph_is_exact(gpu, name):
     """With sequences of different length, through several compressions; and what was replayed is most of it."""
@@ -288,13 +310,21 @@ def test_a_graph_in_generate(gpu):
         assert torch.equal(again, expected) and each.graph.replays > before
 
 
-@pytest.mark.parametrize("name", ["kara", "kv-compress"])
+@pytest.mark.parametrize("name", ["kara", "kv-compress", "pod"])
 def check_the_kernels_themselves(gpu, name):
+    layers = 2 if name == "pod" else 1
     model = build("llama")
-    del model.model.layers[1:]
-    model.config.num_hidden_layers, model.config.layer_types = 1, None
+    del model.model.layers[layers:]
+    model.config.num_hidden_layers, model.config.layer_types = layers, None
     ids, mask = inputs(3, 6)
-    cache, eager = CACHES[name](model, cuda_graph=True), CACHES[name](model)
+    make = CACHES[name]
+    if name == "pod":
+        sharing = PoDSharing(lead=((0, 0), (0, 1)), sinks=1, recent=4)
+
+        def make(model, **more):
+            return PoDCache(model, sharing, block_size=4, **more)
+
+    cache, eager = make(model, cuda_graph=True), make(model)
     logits, _ = decode(model, cache, ids, mask, 9)
     assert cache.graph.replays > 4
     expected, waited = decode(model, eager, ids, mask, 9)
@@ -331,7 +361,8 @@ def test_padding_in_a_decode_step(gpu):
     assert results[0][3] == results[1][3]
 
 
-def test_a_capture_that_fails_changes_nothing(gpu, monkeypatch):
+@pytest.mark.parametrize("name", ["kara-random", "pod"])
+def test_a_capture_that_fails_changes_nothing(gpu, name, monkeypatch):
     class Failing(Replay):
         def capture(self, work):
             tensors = [t for layer in cache.store_layers for t in (*layer.store.tensors(), *layer.state.tensors())]
@@ -343,7 +374,7 @@ def test_a_capture_that_fails_changes_nothing(gpu, monkeypatch):
 
     model = build("llama")
     ids, mask = inputs()
-    cache = KaraCache(model, retention=0.5, **KARA, cuda_graph=True)
+    cache = CACHES[name](model, cuda_graph=True)
     decode(model, cache, ids, mask, 2)
     seen = cache.get_seq_length()
     monkeypatch.setattr(kara_hf.graph, "recording_for", lambda cache: Failing())
@@ -356,6 +387,8 @@ def test_a_capture_that_fails_changes_nothing(gpu, monkeypatch):
                 model(input_ids=token, past_key_values=cache, use_cache=True)
     assert cache.get_seq_length() in (seen, seen + 1)
     assert cache.report().seen.tolist() == [cache.get_seq_length()] * 2
+    for layer in cache.layers:
+        assert layer.store.near is None or layer.store.near.tokens.tolist() == [cache.get_seq_length()] * 2
 
 
 @EVERY

@@ -15,6 +15,10 @@ BENCHMARKS = ROOT / "benchmarks"
 ORIGIN = {"command": "python benchmarks/gpu.py", "device": "a GPU", "versions": {"torch": "2.11"}, "date": "2026-01-02"}
 
 
+def results():
+    return {path: path.read_bytes() for path in (BENCHMARKS / "results").iterdir() if path.is_file()}
+
+
 def start(*arguments):
     command = [sys.executable, "benchmarks/gpu.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -62,6 +66,8 @@ ROWS = [
     decode_row("KaraCache 0.2", 0.2, 900.0, compression_share=0.015, window=256),
     decode_row("KaraCache 0.2, CUDA graph", 0.2, 1200.0, compression_share=0.005, window=256),
     decode_row("DynamicCache", None, 300.0),
+    decode_row("PoDCache, groups of 4 layers", None, 800.0, followers=0.75, step_ms=9.0, batch=8) | {"section": "pod"},
+    decode_row("PoDCache, nothing shared", None, 700.0, followers=0.0, batch=8) | {"section": "pod"},
     row("limit", "DynamicCache", model="M", length=32768, limit_bytes=24 * 2**30, batch=5, used_bytes=20 * 2**30)
     | {"used_by_one_more_bytes": 25 * 2**30},
 ]
@@ -69,7 +75,7 @@ ROWS = [
 
 # ---------------------------------------------------------------------------------------------------------- running it
 def test_a_smoke_run_goes_through_every_section(tmp_path):
-    before = {path: path.read_bytes() for path in (BENCHMARKS / "results").iterdir()}
+    before = results()
     done = start("--smoke", "--out", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -79,6 +85,7 @@ def test_a_smoke_run_goes_through_every_section(tmp_path):
         "windows",
         "decode",
         "limit",
+        "pod",
         "more",
     ]
     for each in rows:
@@ -87,9 +94,14 @@ def test_a_smoke_run_goes_through_every_section(tmp_path):
         assert each["status"] != "skipped" or "not available" in each["reason"]
     measured = {each["what"] for each in rows if each["status"] == "measured"}
     assert {"attend", "compact", "KaraCache 0.2", "DynamicCache", "StaticCache, compiled"} <= measured
+    assert {"attend_shared, follows", "attend_shared, leads"} <= measured
+    pod = {each["what"]: each for each in rows if each["section"] == "pod"}
+    alone, halved = pod["PoDCache, nothing shared"], pod["PoDCache, groups of 2 layers"]
+    assert (alone["followers"], halved["followers"]) == (0.0, 0.5)
+    assert halved["seen"] == alone["seen"] and halved["nominal_bytes"] < alone["nominal_bytes"]
     ops = {each["op"] for each in rows if each["status"] == "passed"}
-    assert ops == {"append", "attend", "merge", "window_scores", "compact", "decode"}
-    assert {path: path.read_bytes() for path in (BENCHMARKS / "results").iterdir()} == before
+    assert ops == {"append", "attend", "attend_shared", "merge", "window_scores", "compact", "decode", "pod"}
+    assert results() == before
 
 
 def test_no_number_of_a_smoke_run_gets_into_the_results():
@@ -165,8 +177,9 @@ def test_markdown(modules):
     assert "| attend | 64 | 131,072 | even | – | – | – | – | – | not reached: the time was over before |" in text
     assert "| 32,775 | 16 | DynamicCache | 10.00 | 9.50 to 11.25 | 300 | – | 103.0% | 104.0% | 3.0 |" in text
     assert "| M | 32,768 | DynamicCache | 24 | 5 | 20.0 | 25.0 |" in text
+    assert "| 32,775 | 8 | PoDCache, groups of 4 layers | 75% | 9.00 | 9.50 to 11.25 | 800 | 0.00 | 103.0% |" in text
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
-    assert all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables) and len(tables) == 4
+    assert all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables) and len(tables) == 5
 
 
 def verdicts(report, rows):
@@ -175,14 +188,16 @@ def verdicts(report, rows):
 
 def test_aims_are_met_missed_or_not_measured(modules):
     report = modules[1]
-    assert verdicts(report, ROWS) == ["met"] * 5
-    assert verdicts(report, []) == ["not measured"] * 5
+    assert verdicts(report, ROWS) == ["met"] * 6
+    assert verdicts(report, []) == ["not measured"] * 6
     bad = [
         attend_row(share_of_copy=0.84, ms=2.41),
         decode_row("KaraCache 0.2", 0.2, 899.0, compression_share=0.02, allocated_bytes=1051),
         decode_row("DynamicCache", None, 300.0),
+        decode_row("PoDCache, groups of 4 layers", None, 800.0, followers=0.75, step_ms=10.1),
+        decode_row("PoDCache, nothing shared", None, 800.0, followers=0.0),
     ]
-    assert verdicts(report, bad) == ["missed"] * 5
+    assert verdicts(report, bad) == ["missed"] * 6
 
 
 def test_an_aim_is_judged_by_the_worst_case_and_says_which(modules):
@@ -203,7 +218,7 @@ def test_an_aim_without_a_number_says_why(modules):
 
 def test_short_shapes_are_no_aim(modules):
     """Those of a smoke run, for one."""
-    assert verdicts(modules[1], [attend_row(tokens=64, ms=9.0)]) == ["not measured"] * 5
+    assert verdicts(modules[1], [attend_row(tokens=64, ms=9.0)]) == ["not measured"] * 6
 
 
 def test_times_of_steps_become_the_numbers_of_a_row(modules):

@@ -14,15 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kara_hf.kernels import (
+    Near,
+    NearKeys,
     Rows,
     append,
     append_reference,
     attend,
     attend_masked,
     attend_reference,
+    attend_shared,
+    attend_shared_reference,
     compact,
     compact_reference,
     gather_rows,
+    lead_scores,
     slot_index,
     window_scores,
     window_scores_reference,
@@ -797,4 +802,172 @@ def test_drawn_compact(rows, entries, data):
     expected = clone(rows)
     compact_reference(expected, *moves)
     compact(rows, *moves)
+    assert_same_pools(rows, expected)
+
+
+# --------------------------------------------------------------------------------------------------------- shared keys
+UNUSED = NAN if os.environ.get("KARA_BACKEND") == "triton" else 6.0  # kernels do not read what nobody stored
+
+
+def with_followers(rows, followers, near, now, ring, ordered):
+    """`rows` of which the `followers` keep keys of proximal tokens alone, with true positions below `now` [B]."""
+    batch, heads = rows.lengths.shape
+    index = torch.tensor(followers)
+    rest = torch.tensor([head for head in range(heads) if head not in followers], dtype=torch.int64)
+    keys = torch.full((batch, len(followers), min(near.first + ring, max(now)), rows.keys.shape[-1]), UNUSED)
+    near_keys = NearKeys(tuple(followers), keys.to(rows.keys.dtype), near, ring, index, rest)
+    for b, h in itertools.product(range(batch), range(heads)):
+        length = int(rows.lengths[b, h])
+        older = torch.randperm(now[b] - 1)[: length - 1]  # the newest token is stored in every row, anywhere
+        place = torch.cat([older, torch.tensor([now[b] - 1])])[torch.randperm(length)]
+        if ordered:
+            place = torch.arange(length)
+        slots = torch.arange(length)
+        block = rows.value_table[b, h, slots // rows.block_size]
+        rows.positions[block, slots % rows.block_size] = place.to(torch.int32)
+        if h in followers:
+            held = torch.tensor([p for p in range(now[b]) if p < near.first or p >= now[b] - ring], dtype=torch.int64)
+            fresh = torch.randn(len(held), keys.shape[-1]).to(rows.keys.dtype)
+            near_keys.keys[b, followers.index(h), near_keys.places(held)] = fresh
+    table = rows.key_table.clone()
+    table[:, index] = -1
+    return replace(rows, key_table=table, near=near_keys, in_order=ordered, contiguous=False, starts=None)
+
+
+@st.composite
+def rows_with_followers(draw, room=0):
+    """Rows in order, with all tokens of a sequence, or any of them in any order, where some heads follow."""
+    batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    followers = sorted(draw(st.sets(st.integers(0, heads - 1), min_size=1)))
+    now = draw(st.lists(st.integers(1, 80), min_size=batch, max_size=batch))
+    ordered = draw(st.booleans())
+    torch.manual_seed(draw(st.integers(0, 9999)))
+    lengths = [[n if ordered else int(torch.randint(1, n + 1, ())) for _ in range(heads)] for n in now]
+    rows = make_rows(
+        lengths,
+        block_size=draw(st.sampled_from([1, 4, 16])),
+        dims=draw(st.sampled_from([(8, 8), (24, 16)])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float16])),
+        room=room,
+        unused=UNUSED,
+        metric=draw(st.booleans()),
+    )
+    near = Near(draw(st.integers(0, 4)), draw(st.integers(1, 9)))
+    ring = near.recent + draw(st.integers(0, 3))
+    positions = torch.tensor(now, dtype=torch.int32)[:, None] - 1
+    return with_followers(rows, followers, near, now, ring, ordered), positions
+
+
+@settings(max_examples=30)
+@given(drawn=rows_with_followers(), group=st.integers(1, 5), loosely=st.booleans(), data=st.data())
+def test_drawn_attend_shared(drawn, group, loosely, data):
+    """Against the specification: what is seen, what is handed on and to whom, and what is observed."""
+    rows, positions = drawn
+    (batch, heads), dtype, followers = rows.lengths.shape, rows.keys.dtype, rows.near.heads
+    if data.draw(st.booleans()):
+        positions = positions.masked_fill(torch.rand(batch, 1) < 0.3, -1)
+    if data.draw(st.booleans()):  # a layer in which nobody follows
+        followers = ()
+        keyed = make_rows(rows.lengths.tolist(), block_size=rows.block_size, dims=rows.keys.shape[-1:] * 2, dtype=dtype)
+        rows = replace(rows, near=None, keys=keyed.keys, key_table=keyed.key_table)
+    query = torch.randn(batch, 1, heads * group, rows.keys.shape[-1]).to(dtype).transpose(1, 2)
+    rest = [head for head in range(heads) if head not in followers]
+    settings = {
+        "positions": positions,
+        "leading": sorted(data.draw(st.sets(st.sampled_from(rest)))) if rest else (),
+        "scaling": query.shape[-1] ** -0.5,
+        "softcap": data.draw(st.sampled_from([None, 2.0])),
+        "sinks": torch.randn(heads * group) if data.draw(st.booleans()) else None,
+        "skip": None if UNUSED != UNUSED else data.draw(st.sampled_from([None, 0.4])),
+        "observe": None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2])),
+    }
+    scores = None
+    if followers or data.draw(st.booleans()):
+        width = max(1, rows.max_length + data.draw(st.sampled_from([-2, 0, 3])))
+        if followers:  # leads hold what followers hold
+            width = max(width, int(rows.lengths[:, list(followers)].max()))
+        scores = torch.randn(batch, heads, group, 1, width)
+        held = torch.arange(width) < rows.lengths[..., None]
+        scores = scores.masked_fill(~held[:, :, None, None], UNUSED)
+    given = clone(bounded_loosely(rows) if loosely else rows)
+    expected_rows = clone(rows)
+    expected, expected_scores = attend_shared_reference(
+        query, expected_rows, None if scores is None else scores.clone(), **settings
+    )
+    before = None if scores is None else scores.clone()
+    got, got_scores = attend_shared(query, given, scores, **settings)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    assert got.dtype == dtype and got_scores.dtype == torch.float32
+    for b, h in itertools.product(range(batch), range(heads)):
+        length = int(rows.lengths[b, h])
+        if h in settings["leading"] and positions[b, 0] >= 0:
+            handed_on = got_scores[b, h, :, 0, :length]
+            torch.testing.assert_close(handed_on, expected_scores[b, h, :, 0, :length], rtol=1e-4, atol=1e-5)
+        elif before is not None and h not in settings["leading"]:
+            kept = before.shape[-1]
+            torch.testing.assert_close(got_scores[b, h, ..., :kept], before[b, h], rtol=0, atol=0, equal_nan=True)
+    assert_same_pools(replace(given, metric=None), replace(rows, metric=None))
+    if rows.metric is not None:
+        torch.testing.assert_close(given.metric, expected_rows.metric, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def test_followers_without_scores_are_refused():
+    rows = with_followers(make_rows([[3, 3]], block_size=4), [1], Near(1, 2), [3], 2, True)
+    with pytest.raises(ValueError, match=r"heads \(1,\) follow, and there are no scores of their leads"):
+        attend_shared(
+            torch.zeros(1, 2, 1, 8),
+            rows,
+            None,
+            positions=torch.tensor([[2]], dtype=torch.int32),
+            leading=(),
+            scaling=1.0,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "softcap"])
+def test_lead_scores(softcap, dtype):
+    """Of several leads, one of which follows in another head."""
+    lengths = [[5, 33, 17], [40, 2, 16]]
+    first, second = (
+        make_rows(lengths, block_size=4, dims=(24, 16), dtype=dtype, layout=layout, unused=UNUSED)
+        for layout in ("contiguous", "shuffled")
+    )
+    second = with_followers(second, [0], Near(0, 2), [50, 50], 2, False)
+    query = torch.randn(2, 1, 6, 24).to(dtype).transpose(1, 2)
+    got = lead_scores(query, [first, second], [0, 2], scaling=0.3, softcap=softcap)
+    assert got.shape == (2, 3, 2, 1, 40) and got.dtype == torch.float32
+    for b, (h, rows) in itertools.product(range(2), ((0, first), (2, second))):
+        exact = query[b, 2 * h : 2 * h + 2, 0].double() @ read_row(rows, b, h)[0].double().T * 0.3
+        exact = exact if softcap is None else softcap * torch.tanh(exact / softcap)
+        length = exact.shape[1]
+        torch.testing.assert_close(got[b, h, :, 0, :length].double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20)
+@given(drawn=rows_with_followers(room=6), new=st.integers(1, 6), padded=st.booleans(), data=st.data())
+def test_drawn_append_and_compact_leave_keys_of_followers_alone(drawn, new, padded, data):
+    rows, _ = drawn
+    (batch, heads), dtype = rows.lengths.shape, rows.keys.dtype
+    keys, values = (
+        torch.randn(batch, heads, new, size).to(dtype) for size in (rows.keys.shape[-1], rows.values.shape[-1])
+    )
+    positions = torch.randint(0, 999, (batch, new), dtype=torch.int32)
+    real = torch.rand(batch, new) < 0.5 if padded else None
+    expected = clone(rows)
+    append_reference(expected, keys, values, positions, real)
+    append(rows, keys, values, positions, real)
+    assert_same_pools(rows, expected)
+
+    entries = data.draw(st.integers(1, 20))
+    source, target = (torch.full((batch, heads, entries), -1, dtype=torch.int32) for _ in range(2))
+    for b, h in itertools.product(range(batch), range(heads)):
+        length = int(rows.lengths[b, h])
+        moved = torch.randperm(entries)[: min(length, entries)]
+        for slots in (source, target):
+            slots[b, h, moved] = torch.randperm(length, dtype=torch.int32)[: len(moved)]
+    expected = clone(rows)
+    compact_reference(expected, torch.arange(batch), source, target)
+    compact(rows, torch.arange(batch), source, target)
     assert_same_pools(rows, expected)

@@ -168,3 +168,30 @@ def test_the_model_card_says_what_was_measured_and_what_it_is_not():
     card = (FOLDER / "README.md").read_text()
     assert "no evidence about large models" in card
     assert "| trace |" in card
+
+
+def test_a_deepened_model_does_about_the_same_in_smaller_steps(trainer, model):
+    """Every layer's work is divided among its copies: the sum of what they add is close to what the layer added."""
+    deeper = trainer.deepen(model, 8)
+    assert deeper.config.num_hidden_layers == 8
+    assert torch.equal(deeper.lm_head.weight, model.lm_head.weight)
+    for index in range(8):
+        old, new = model.model.layers[index // 2], deeper.model.layers[index]
+        assert torch.equal(new.self_attn.q_proj.weight, old.self_attn.q_proj.weight)
+        assert torch.equal(new.self_attn.o_proj.weight, old.self_attn.o_proj.weight / 2)
+        assert torch.equal(new.mlp.down_proj.weight, old.mlp.down_proj.weight / 2)
+    ids = torch.randint(3, 300, (1, 40))
+    with torch.no_grad():
+        first, deep = (net(ids, output_hidden_states=True).hidden_states for net in (model, deeper))
+    assert (deep[2] - first[1]).norm() < 0.5 * (first[1] - first[0]).norm()
+    with pytest.raises(ValueError, match="deepen=6 .*multiple of the 4"):
+        trainer.deepen(model, 6)
+
+
+def test_the_deep_model_is_small_and_solves_test_problems(benchmark, tokenizer):
+    folder = FOLDER.parent / "deep_reasoner"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 16 * 2**20
+    deep = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert deep.config.num_hidden_layers == 12
+    problems = [make_problem("recall", length=384, seed=seed) for seed in range(12)]
+    assert benchmark.score(deep, tokenizer, problems, 12).accuracy >= 0.75

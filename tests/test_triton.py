@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import build
 from test_kernels import (
     HIDES_ALL,
     NAN,
@@ -30,11 +31,15 @@ from test_kernels import (
     dtype_id,
     make_rows,
     observe_plain,
+    with_followers,
 )
 
+from kara_hf import PoDCache, PoDSharing
 from kara_hf.kernels import (
+    Near,
     attend,
     attend_reference,
+    attend_shared_reference,
     backend,
     merge,
     merge_reference,
@@ -264,6 +269,70 @@ def check_attend_any_group(group):
     assert_error_bounded(attend(query, rows, **settings, observe=2), plain, exact)
     metrics = [observe_plain(query, before, kind, 2, **settings) for kind in (torch.float32, torch.float64)]
     assert_observed(rows, before, *metrics)
+
+
+@pytest.mark.parametrize("number", [0, 1, 4, 5, 6], ids=lambda number: str(SIZES[number]))
+def check_attend_shared(number):
+    """Heads that lead and that follow, in one range and in several, and more query heads than a tile. All that nobody
+    wrote is NaN: slots, logits, and places for keys of followers.
+    """
+    from kara_hf.kernels.triton_.attend_shared import attend_shared as shared_split
+
+    sizes, dtype = SIZES[number], torch.float16 if number % 4 else torch.float32
+    p = sizes[2]
+    for group, ordered in ((3, False), (20, True)):
+        now = [p + 1, 2 * p + 70]
+        lengths = [[n] * 3 if ordered else [n, 1, n - 1] for n in now]
+        rows = make_rows(lengths, block_size=p, dims=sizes[:2], dtype=dtype, metric=True)
+        rows = with_followers(rows, [1, 2], Near(2, p), now, p + 3, ordered)
+        query = torch.randn(2, 1, 3 * group, sizes[0]).to(dtype).transpose(1, 2)
+        scores = torch.randn(2, 3, group, 1, rows.max_length)
+        held = torch.arange(rows.max_length) < rows.lengths[..., None]
+        scores.masked_fill_(~held[:, :, None, None], NAN)[:, 0] = NAN
+        settings = {
+            "positions": torch.tensor(now, dtype=torch.int32)[:, None] - 1,
+            "leading": [0],
+            "scaling": sizes[0] ** -0.5,
+            "softcap": 3.0 if ordered else None,
+            "sinks": torch.randn(3 * group) if ordered else None,
+            "observe": 1 if ordered else 2,
+        }
+        plain = clone(rows)
+        expected, handed_on = attend_shared_reference(query, plain, scores.clone(), **settings)
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 4e-3}
+        for splits in (1, 4):
+            got_rows = clone(bounded_loosely(rows) if splits == 4 else rows)
+            got, got_scores = shared_split(query, got_rows, scores.clone(), **settings, splits=splits)
+            assert got.dtype == dtype and got.transpose(1, 2).is_contiguous()
+            torch.testing.assert_close(got, expected, **tolerance)
+            got_scores = got_scores[..., : rows.max_length]
+            torch.testing.assert_close(got_scores, handed_on, rtol=1e-4, atol=1e-5, equal_nan=True)
+            torch.testing.assert_close(got_rows.metric, plain.metric, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("more", [{}, {"distant_query": "own"}, {"skip": 0.6}], ids=str)
+def check_a_model_that_shares_keys(more):
+    """Decode steps over a batch with padding are those of plain torch; one layer follows in one head, one in both."""
+    model = build("llama")
+    sharing = PoDSharing(lead=((0, 0), (0, 1), (0, 1)), sinks=1, recent=4, **more)
+    ids = torch.randint(3, 100, (2, 17))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    @torch.no_grad()
+    def logits():
+        cache, found = PoDCache(model, sharing, block_size=4), []
+        for start, stop in [(0, 12), *((t, t + 1) for t in range(12, 17))]:
+            part = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
+            found.append(model(**part, attention_mask=mask[:, :stop], past_key_values=cache).logits[:, -1])
+        return torch.stack(found)
+
+    got = logits()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KARA_BACKEND", "reference")
+        expected = logits()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("x", [1e-6, 0.01, 0.2, 0.26, 1.0, 20.0, 200.0])

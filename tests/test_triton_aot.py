@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kara_hf.kernels.triton_ import append, attend, compact, configs, merge, observe, window_scores
+from kara_hf.kernels.triton_ import append, attend, attend_shared, compact, configs, merge, observe, window_scores
 
 TARGETS = (80, 90)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -25,15 +25,15 @@ MAX_SHARED = 99 * 1024  # what a program may have on every GPU of compute capabi
 # Pointers whose type is not the model's; everything else that has no default here is a 32-bit integer.
 POINTERS = {
     **dict.fromkeys(["key_table", "value_table", "lengths", "hidden", "real_before", "source", "target"], "*i32"),
-    **dict.fromkeys(["positions", "new_positions", "held_positions"], "*i32"),
+    **dict.fromkeys(["positions", "new_positions", "held_positions", "slot_positions", "roles", "named"], "*i32"),
     **dict.fromkeys(["metric", "held_metric", "parts", "lse", "observed", "totals", "scores"], "*fp32"),
     "sequences": "*i64",
     "scaling": "fp32",
     "softcap": "fp32",
 }
-SIZES = ("block_size", "key_size", "value_size", "size", "width")
+SIZES = ("block_size", "key_size", "value_size", "size", "width", "scores_width")
 OF_THE_MODEL = {"query", "queries", "keys", "values", "sinks", "out", "new_keys", "new_values"}
-OF_THE_MODEL |= {"held_keys", "held_values"}
+OF_THE_MODEL |= {"held_keys", "held_values", "near_keys"}
 
 
 def compiled(kernel, dtype, target, constants):
@@ -82,6 +82,17 @@ def attend_variants(dtype):
         yield "bare-observed", True, bare
 
 
+def shared_variants(dtype, sizes):
+    """(name, constants) of attend_shared: with every feature, of rows in order, of a layer that leads alone."""
+    bare = {"SOFTCAP": False, "sinks": None, "observed": None, "totals": None, "slot_positions": None}
+    if dtype != torch.float16:
+        yield "every", {"SOFTCAP": True}
+    else:
+        yield "in-order", bare
+        if sizes == (128, 128):
+            yield "leads", bare | {"near_keys": None}
+
+
 def shipped():
     """(id, kernel, dtype, constants) of all there is.
 
@@ -94,7 +105,15 @@ def shipped():
                 constants = constants | configs.attend_config(dtype, *sizes, rows, observed)
                 constants |= {} if observed else {"observed": None, "totals": None}
                 yield f"attend-{sizes[0]}-{sizes[1]}-{rows}-{kind}-{name}", attend.attend_kernel, dtype, constants
+        for sizes in configs.PAIRS:
+            for name, constants in shared_variants(dtype, sizes):
+                constants = constants | configs.attend_shared_config(dtype, *sizes)
+                kernel = attend_shared.attend_shared_kernel
+                yield f"attend_shared-{sizes[0]}-{sizes[1]}-{kind}-{name}", kernel, dtype, constants
         for size in configs.PADS:
+            if dtype != torch.bfloat16:
+                constants = configs.lead_scores_config(dtype, size) | {"SOFTCAP": dtype == torch.float32}
+                yield f"lead_scores-{size}-{kind}", attend_shared.lead_scores_kernel, dtype, constants
             for every in {torch.float16: (True,), torch.bfloat16: (False,)}.get(dtype, (True, False)):
                 constants = configs.score_config(dtype, size) | {"SOFTCAP": every, "CAUSAL": every}
                 for kernel in (window_scores.query_totals_kernel, window_scores.key_means_kernel):
@@ -121,7 +140,7 @@ def with_ones():
     """The first case of every kernel with one KV head, and one query head to it: Triton makes constants of ones."""
     seen = set()
     for name, kernel, dtype, constants in shipped():
-        ones = {"heads", "group"} & set(kernel.arg_names)
+        ones = {"heads", "group", "followers", "named_heads"} & set(kernel.arg_names)
         if kernel not in seen and ones:
             seen.add(kernel)
             yield f"{name}-ones", kernel, dtype, constants | dict.fromkeys(ones, 1)

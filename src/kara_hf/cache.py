@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .attention import attach, real_tokens, route, unwrap
 from .binding import Binding, check_max_bytes
 from .compression import Compression
-from .config import KaraConfig, KVCompressConfig, require
+from .config import KaraConfig, KVCompressConfig
 from .evicting import Evicting
 from .graph import DecodeGraph, check_graph
 from .layer import Step, StoreLayer
@@ -69,7 +69,6 @@ class CompressedCache(Cache):
         self.binding = Binding(inner)
         if sharing is not None:
             self.binding.check_sharing(sharing)
-            require(not cuda_graph, "cuda_graph", cuda_graph, "False in a cache with `sharing`")
         self.sharing = sharing
         check_max_bytes(max_bytes, inner, policy.config.block_size)
         self.policy = policy
@@ -662,6 +661,8 @@ class PoDCache(CompressedCache):
         sharing: who leads whom, and what is proximal; see `kara-hf pod explore` and `kara-hf pod adapt`.
         block_size: slots per block.
         max_bytes: cap on resident bytes; the step that would pass it raises `PoolExhausted` and is taken back.
+        cuda_graph: replays the decode step as a CUDA graph while there is room; see `CompressedCache`. Room is then
+            made for `KaraConfig.window` tokens at a time.
 
     Raises:
         TypeError: `model` is no Transformers model.
@@ -669,7 +670,14 @@ class PoDCache(CompressedCache):
     """
 
     def __init__(
-        self, model: Any, sharing: PoDSharing, *, block_size: int = KaraConfig.block_size, max_bytes: int | None = None
+        self,
+        model: Any,
+        sharing: PoDSharing,
+        *,
+        block_size: int = KaraConfig.block_size,
+        max_bytes: int | None = None,
+        cuda_graph: bool = False,
     ):
-        keep_all = KaraConfig(retention=1.0, window=block_size, block_size=block_size)
-        super().__init__(model, policy=KaraPolicy(keep_all), sharing=sharing, max_bytes=max_bytes)
+        window = -(-KaraConfig.window // block_size) * block_size
+        keep_all = KaraPolicy(KaraConfig(retention=1.0, window=window, block_size=block_size))
+        super().__init__(model, policy=keep_all, sharing=sharing, max_bytes=max_bytes, cuda_graph=cuda_graph)

@@ -233,12 +233,15 @@ class StoreLayer(CacheLayerMixin):
     ) -> torch.Tensor:
         """The same where heads of this layer follow others, or lead them."""
         positions = step.positions.to(query.device)
+        if step.real is not None:
+            positions = positions.masked_fill(~step.real.to(query.device), -1)
         if step.new == 1 and not step.first:
-            if sharing.distant_query == "own" and not self.followers:
+            own = sharing.distant_query == "own"
+            if own and not self.followers:
                 return self._attend_stored(step, query, key, settings)
             self._append(step, query, key, None)
             scores = step.scores.get(query.device)
-            if sharing.distant_query == "own":
+            if own:
                 leads = [self.cache.layer(sharing.lead[self.index][head]).paged().rows() for head in self.followers]
                 scores = lead_scores(query, leads, self.followers, scaling=self.scaling, softcap=self.softcap)
             out, step.scores[query.device] = attend_shared(
@@ -246,7 +249,7 @@ class StoreLayer(CacheLayerMixin):
                 self.paged().rows(),
                 scores,
                 positions=positions,
-                leading=self.leading,
+                leading=() if own else self.leading,
                 skip=sharing.skip,
                 observe=self.cache.compression.observes(step),
                 **settings,
@@ -255,8 +258,6 @@ class StoreLayer(CacheLayerMixin):
 
         # Several queries have several sets of proximal tokens, and the oldest keys go when the new ones come: attention
         # is over what was stored and the new tokens behind it.
-        if step.real is not None:
-            positions = positions.masked_fill(~step.real.to(query.device), -1)
         keys, values, places, past = key, value, positions[:, None], None
         if self.store is not None:
             rows = self.paged().rows()

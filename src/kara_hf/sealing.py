@@ -119,7 +119,8 @@ class Sealing:
             state.expanded = key.gather(2, columns.expand(-1, key.shape[1], -1, key.shape[3]))
         if not self.policy.needs_queries or self.pinned:
             return
-        query = _of_heads(query, layer.deciding, key.shape[1])
+        if layer.followers:  # what those keep is chosen elsewhere
+            query = layer.paged().rows().of_keys(query.unflatten(1, (key.shape[1], -1))).flatten(1, 2)
         if not query.shape[1]:
             return
         if state.queries is None:
@@ -274,7 +275,7 @@ class Sealing:
     def still_steps(self) -> int:
         steps = min(self.calm_steps(), self.cache.room)
         if self.policy.needs_queries:
-            buffers = [layer.state.queries for layer in self.cache.store_layers]
+            buffers = [layer.state.queries for layer in self.cache.store_layers if layer.deciding != ()]
             places = min(0 if queries is None else queries.places for queries in buffers)
             steps = min(steps, places - max(sequence.open for sequence in self.cache.sequences))
         return steps
@@ -294,13 +295,6 @@ class Sealing:
             f"fewer tokens, draft fewer than recent={self.config.recent} at once, or make the cache "
             "with a larger `recent`"
         )
-
-
-def _of_heads(query: torch.Tensor, heads: tuple[int, ...] | None, of: int) -> torch.Tensor:
-    """Those of the queries ``[B, G * of, S, D]`` that belong to `heads` out of `of` KV heads; None: all."""
-    if heads is None or len(heads) == of:
-        return query
-    return query.unflatten(1, (of, -1))[:, list(heads)].flatten(1, 2)
 
 
 def _in_order(valid: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,13 @@ from .attend import attend, attend_masked, attend_reference
 from .compact import compact, compact_reference
 from .merge import merge, merge_reference
 from .rows import Near, NearKeys, Rows, gather_rows
-from .shared import attend_shared, lead_scores, shared_attention, shared_attention_reference
+from .shared import (
+    attend_shared,
+    attend_shared_reference,
+    lead_scores,
+    shared_attention,
+    shared_attention_reference,
+)
 from .window_scores import window_scores, window_scores_reference
 
 __all__ = [
@@ -18,6 +24,7 @@ __all__ = [
     "attend_masked",
     "attend_reference",
     "attend_shared",
+    "attend_shared_reference",
     "compact",
     "compact_reference",
     "gather_rows",

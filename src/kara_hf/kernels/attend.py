@@ -79,18 +79,9 @@ def attend(
     observe: int | None = None,
 ) -> torch.Tensor:
     """Attention of the newest tokens over everything their rows store; see the module's contract."""
+    check_fits(query, rows, observe)
     batch, query_heads, new, key_dim = query.shape
     heads = rows.lengths.shape[1]
-    if query_heads % heads or key_dim != rows.keys.shape[-1] or batch != rows.lengths.shape[0]:
-        raise ValueError(
-            f"query of shape {tuple(query.shape)} does not fit rows of {rows.lengths.shape[0]} sequences, {heads} KV "
-            f"heads and key size {rows.keys.shape[-1]}; expected [B, G * H, S, Dk]"
-        )
-    if observe is not None and (observe not in (1, 2) or rows.metric is None):
-        raise ValueError(
-            f"observe={observe!r} of rows {'without' if rows.metric is None else 'with'} a metric is not possible; "
-            "expected 1 or 2 and rows with a metric, or None"
-        )
     if rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
     settings: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
@@ -117,6 +108,22 @@ def attend(
     chunks = zip(query.split(QUERY_CHUNK, 2), hidden.split(QUERY_CHUNK, 1), strict=True)
     parts = [attend_masked(q, keys, values, _seen(rows, h), **settings) for q, h in chunks]
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def check_fits(query: torch.Tensor, rows: Rows, observe: int | None) -> None:
+    """Raises ValueError unless `query` can attend over `rows`, and be observed as asked."""
+    batch, query_heads, _, key_dim = query.shape
+    heads = rows.lengths.shape[1]
+    if query_heads % heads or key_dim != rows.keys.shape[-1] or batch != rows.lengths.shape[0]:
+        raise ValueError(
+            f"query of shape {tuple(query.shape)} does not fit rows of {rows.lengths.shape[0]} sequences, {heads} KV "
+            f"heads and key size {rows.keys.shape[-1]}; expected [B, G * H, S, Dk]"
+        )
+    if observe is not None and (observe not in (1, 2) or rows.metric is None):
+        raise ValueError(
+            f"observe={observe!r} of rows {'without' if rows.metric is None else 'with'} a metric is not possible; "
+            "expected 1 or 2 and rows with a metric, or None"
+        )
 
 
 def attend_masked(

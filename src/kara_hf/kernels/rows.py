@@ -4,6 +4,7 @@ A row is one (sequence, KV head). Its tokens lie in blocks of P slots; a block i
 values have a table each, because another layer's keys may stand in for a row's own.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -149,6 +150,13 @@ class Rows:
             gather_rows(self.keys, self.of_keys(self.key_table), self.max_length),
             gather_rows(self.values, self.value_table, self.max_length),
         )
+
+    def keys_of(self, head: int) -> torch.Tensor:
+        """Keys ``[B, 1, max_length, Dk]`` of a head that stores all; in place, gathered and filled up as `dense`."""
+        if self.contiguous:
+            before = 0 if self.near is None else bisect_left(self.near.heads, head)
+            return self.in_place[0].narrow(1, head - before, 1).narrow(2, 0, self.max_length)
+        return gather_rows(self.keys, self.key_table.narrow(1, head, 1), self.max_length)
 
     def dense_positions(self) -> torch.Tensor:
         """True positions ``[B, H, max_length]`` int32, or ``[B, 1, max_length]`` where rows are in order; -1 where a

@@ -47,12 +47,18 @@ class NearStore:
         index, whole = (meter.count(upload(part.astype(np.int64), device)) for part in (np.array(heads), rest))
         self.rows = NearKeys(heads, keys, near, near.recent, index, whole)
         self.tokens = np.zeros(sequences, np.int64)  # seen by each sequence; upper bounds, as its lengths are
-        self._oldest = np.full(sequences, near.first, np.int64)  # behind the first, from where on all keys are there
+        # Behind the first, from where on all keys are there; what tokens counted since then took is not noted yet.
+        self._oldest = np.full(sequences, near.first, np.int64)
         self._before: tuple[torch.Tensor, np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
         return self.rows.keys.nbytes + self.rows.index.nbytes + self.rows.rest.nbytes
+
+    @property
+    def oldest(self) -> np.ndarray:
+        """Behind the first tokens, from which position on all keys are there, ``[B]``."""
+        return np.maximum(self._oldest, self.tokens - self.rows.ring)
 
     @property
     def held(self) -> int:
@@ -77,8 +83,11 @@ class NearStore:
             return np.iinfo(np.int32).max
         return self.rows.keys.shape[2] - int(self.tokens.max(initial=0))
 
-    def append(self, keys: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None, looks: bool) -> None:
-        """Writes the keys of new tokens: `keys` ``[B, H, S, Dk]`` of all heads; the rest as in `Store.append`."""
+    def append(self, keys: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None = None) -> None:
+        """Writes the keys of new tokens: `keys` ``[B, H, S, Dk]`` of all heads; the rest as in `Store.append`.
+
+        They are not counted yet. One token of each sequence makes the host wait for nothing.
+        """
         new = keys.shape[2]
         if not new:
             return
@@ -101,9 +110,10 @@ class NearStore:
                 stays = stays & real
             for sequence, chosen in enumerate(stays):
                 rows.keys[sequence].index_copy_(1, places[sequence, chosen], keys[sequence][:, chosen])
-        counts = np.full(len(self.tokens), new) if real is None or not looks else real.sum(1).cpu().numpy()
-        self.tokens = self.tokens + counts
-        self._oldest = np.maximum(self._oldest, self.tokens - rows.ring)
+
+    def count(self, tokens: np.ndarray | int) -> None:
+        """The host's part of `append`: counts `tokens` ``[B]`` more."""
+        self.tokens = self.tokens + tokens
 
     def look(self, excess: np.ndarray) -> None:
         """`excess` ``[B]`` of the tokens counted turned out to be padding."""
@@ -112,14 +122,15 @@ class NearStore:
     def can_crop(self, tokens: np.ndarray) -> np.ndarray:
         """Whether enough keys are left once the newest `tokens` ``[B]`` go, ``[B]`` bool."""
         first, recent = self.rows.near.first, self.rows.near.recent
-        return np.maximum(first, self.tokens - tokens + 1 - recent) >= self._oldest
+        return np.maximum(first, self.tokens - tokens + 1 - recent) >= self.oldest
 
     def crop(self, tokens: np.ndarray) -> None:
+        self._oldest = self.oldest
         self.tokens = self.tokens - tokens
 
     def take_back(self, tokens: np.ndarray) -> None:
         """Undoes the `append` of the newest `tokens` ``[B]``."""
-        self.tokens = self.tokens - tokens
+        self.crop(tokens)
         if self._before is not None:
             keys, self._oldest = self._before
             self.rows.keys.copy_(keys)
@@ -142,11 +153,12 @@ class NearStore:
         places = min(first + ring, int(self.tokens.max(initial=0)))
         keys = self.meter.zeros((*old.keys.shape[:2], places, old.keys.shape[3]), old.keys.dtype, old.keys.device)
         for sequence, tokens in enumerate(self.tokens.tolist()):
-            oldest = int(self._oldest[sequence])
+            oldest = int(self.oldest[sequence])
             held = np.r_[np.arange(min(first, tokens)), np.arange(min(oldest, tokens), tokens)]
             positions = torch.from_numpy(held).to(keys.device)
             keys[sequence, :, wider.places(positions)] = old.keys[sequence][:, old.places(positions)]
         self.meter.drop(old.keys)
+        self._oldest = self.oldest
         self.rows = replace(wider, keys=keys)
 
     @torch.inference_mode(False)
@@ -200,7 +212,7 @@ class NearStore:
     def _keep_before(self) -> None:
         """Holds what the ring has, which several new tokens may overwrite more of than one step back can spare."""
         self.settle()
-        self._before = self.meter.borrow(self.rows.keys.clone()), self._oldest.copy()
+        self._before = self.meter.borrow(self.rows.keys.clone()), self.oldest
 
 
 def _last(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

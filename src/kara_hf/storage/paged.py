@@ -182,7 +182,7 @@ class PagedStore:
         rows = self.rows()
         append(rows, keys, values, positions, real)
         if self.near is not None:
-            self.near.append(keys, positions, real, looks)
+            self.near.append(keys, positions, real)
         if real is None or not looks:
             rows.lengths += new if real is None else real.sum(1, keepdim=True, dtype=torch.int32)
             rows.uniform &= real is None
@@ -190,11 +190,16 @@ class PagedStore:
             self.count(new)
         else:
             self.look()
-            self.lengths += real.sum(1, keepdim=True, dtype=torch.int32).cpu().numpy()
+            counts = real.sum(1, dtype=torch.int32).cpu().numpy()
+            if self.near is not None:
+                self.near.count(counts)
+            self.lengths += counts[:, None]
             self._changed()
 
     def count(self, new: int) -> None:
         """The host's part of `append`: counts `new` tokens more in every row, and at least as many real ones."""
+        if self.near is not None:
+            self.near.count(new)
         self.lengths = self.lengths + new
         self.room -= new
         if not self.steady:
@@ -268,7 +273,8 @@ class PagedStore:
         self.lengths, self.in_order = lengths, bool((kept == real[:, None]).all())
         if self.near is not None:
             self.near.grow(int(real.sum(1).max()) + ahead)
-            self.near.append(keys, positions, real, True)
+            self.near.append(keys, positions, real)
+            self.near.count(real.sum(1).cpu().numpy())
         self._changed()
         slots = (kept.cumsum(2, dtype=torch.int32) - 1).clamp(min=0)
         whole = self.rows().of_keys

@@ -55,7 +55,8 @@ def append_kernel(
     value_to = pool_slots(value_table + row * value_width, slot, real, block_size)
     key_from = new_keys + batch * key_stride_b + head * key_stride_h + token * key_stride_s
     value_from = new_values + batch * value_stride_b + head * value_stride_h + token * value_stride_s
-    fits = real[:, None] & (at < key_size)[None, :]
+    # A head that keeps its keys elsewhere has no block of keys: -1 stands in the table.
+    fits = (real & (key_to >= 0))[:, None] & (at < key_size)[None, :]
     tl.store(keys + key_to[:, None] * key_size + at, tl.load(key_from[:, None] + at, mask=fits), mask=fits)
     fits = real[:, None] & (at < value_size)[None, :]
     tl.store(values + value_to[:, None] * value_size + at, tl.load(value_from[:, None] + at, mask=fits), mask=fits)

@@ -14,12 +14,12 @@ import triton.language as tl
 
 from ..rows import Rows
 from .common import (
-    LN2,
-    LOG2E,
     NOTHING,
+    add_values,
     attention_logits,
     check_paged,
     count_seen,
+    leave_attention,
     on_its_device,
     pool_slots,
     processors,
@@ -87,7 +87,6 @@ def attend_kernel(
     query_rows = query + (head * query_stride_h + token.to(tl.int64) * query_stride_s)[:, None]
     key_table += row * key_width
     value_table += row * value_width
-    value_at = tl.arange(0, VALUE_PAD)
 
     peak = tl.full([TILE_QUERIES], NOTHING, tl.float32)
     total = tl.zeros([TILE_QUERIES], tl.float32)
@@ -114,38 +113,15 @@ def attend_kernel(
         if observed is not None:
             tl.store(observed + (result * width)[:, None] + slot[None, :], logits, mask=visible)
         logits = tl.where(visible, logits, float("-inf"))
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        weights = tl.exp2(logits - higher[:, None])
-        shrink = tl.exp2(peak - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        value_rows = values + (pool_slots(value_table, slot, stored, block_size) * value_size)[:, None]
-        # A slot that nobody wrote may hold NaN, and 0 * NaN is NaN: it must not be read at all.
-        value = tl.load(value_rows + value_at, mask=stored[:, None] & (value_at < value_size)[None, :], other=0.0)
-        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-        peak = higher
+        value_slots = pool_slots(value_table, slot, stored, block_size)
+        acc, peak, total = add_values(acc, peak, total, logits, values, value_slots, stored, value_size, VALUE_PAD)
 
-    fits = inside[:, None] & (value_at < value_size)[None, :]
-    if tl.num_programs(1) == 1:
-        if sinks is not None:
-            sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
-            higher = tl.maximum(peak, sink)
-            shrink = tl.exp2(peak - higher)
-            total = total * shrink + tl.exp2(sink - higher)
-            acc = acc * shrink[:, None]
-            peak = higher
-        total = tl.where(total > 0, total, 1.0)
-        if observed is not None:
-            tl.store(totals + result, peak + tl.log2(total), mask=inside)
-        # out is laid out [B, S, Hq, Dv], so that the transpose that follows attention is contiguous already.
-        result = (batch * new + token) * heads * group + head
-        acc = acc / total[:, None]
-        tl.store(out + result[:, None] * value_size + value_at, acc.to(out.dtype.element_ty), mask=fits)
-    else:
-        something = total > 0
-        total = tl.where(something, total, 1.0)
-        result += split * (tl.num_programs(0).to(tl.int64) * group * new)
-        tl.store(parts + result[:, None] * value_size + value_at, acc / total[:, None], mask=fits & something[:, None])
-        tl.store(lse + result, tl.where(something, (peak + tl.log2(total)) * LN2, float("-inf")), mask=inside)
+    # out is laid out [B, S, Hq, Dv], so that the transpose that follows attention is contiguous already.
+    place = (batch * new + token) * heads * group + head
+    queries = tl.num_programs(0).to(tl.int64) * group * new
+    leave_attention(
+        acc, peak, total, inside, head, result, place, queries, sinks, out, parts, lse, totals, value_size, VALUE_PAD
+    )
 
 
 def plan_splits(programs: int, length: int, tile: int, splits: int | None, target: int) -> tuple[int, int]:

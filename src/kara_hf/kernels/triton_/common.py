@@ -78,6 +78,55 @@ def attention_logits(
     return logits * (scaling * LOG2E)
 
 
+@triton.jit
+def add_values(acc, peak, total, logits, values, value_slots, stored, size, PAD: tl.constexpr):
+    """Attention so far (sums weighted by, maximum of, and sum of exponentials) with a tile of tokens more.
+
+    `logits` ``[Q, K]`` to base 2, -inf where a query does not see a token; `value_slots` ``[K]`` of the pool `values`.
+    """
+    higher = tl.maximum(peak, tl.max(logits, 1))
+    weights = tl.exp2(logits - higher[:, None])
+    shrink = tl.exp2(peak - higher)
+    total = total * shrink + tl.sum(weights, 1)
+    at = tl.arange(0, PAD)
+    # A slot that nobody wrote may hold NaN, and 0 * NaN is NaN: it must not be read at all.
+    fits = stored[:, None] & (at < size)[None, :]
+    value = tl.load(values + (value_slots * size)[:, None] + at, mask=fits, other=0.0)
+    acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+    return acc, higher, total
+
+
+@triton.jit
+def leave_attention(
+    acc, peak, total, inside, head, result, place, queries, sinks, out, parts, lse, totals, size, PAD: tl.constexpr
+):
+    """Ends the attention of a tile of queries: of all their tokens in `out`, of a range of them in `parts` and `lse`.
+
+    `result` ``[Q]`` is a query's place in ``[B, Hq, S]``, `place` in `out`; `queries` is how many there are in all.
+    """
+    at = tl.arange(0, PAD)
+    fits = inside[:, None] & (at < size)[None, :]
+    if tl.num_programs(1) == 1:
+        if sinks is not None:
+            sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
+            higher = tl.maximum(peak, sink)
+            shrink = tl.exp2(peak - higher)
+            total = total * shrink + tl.exp2(sink - higher)
+            acc = acc * shrink[:, None]
+            peak = higher
+        total = tl.where(total > 0, total, 1.0)
+        if totals is not None:
+            tl.store(totals + result, peak + tl.log2(total), mask=inside)
+        acc = acc / total[:, None]
+        tl.store(out + place[:, None] * size + at, acc.to(out.dtype.element_ty), mask=fits)
+    else:
+        something = total > 0
+        total = tl.where(something, total, 1.0)
+        result += tl.program_id(1) * queries
+        tl.store(parts + result[:, None] * size + at, acc / total[:, None], mask=fits & something[:, None])
+        tl.store(lse + result, tl.where(something, (peak + tl.log2(total)) * LN2, float("-inf")), mask=inside)
+
+
 def check_paged(rows: Rows, **new: torch.Tensor) -> None:
     """Raises ValueError unless the pools can be read and written in place and `new` tensors have their dtype."""
     for name in ("keys", "values", "positions", "metric", "key_table", "value_table", "lengths"):

@@ -58,14 +58,15 @@ def compact_kernel(
         slot = tl.load(source + held, mask=moved, other=0).to(tl.int64)
     key_slot = pool_slots(key_table + row * key_width, slot, moved, block_size)
     value_slot = pool_slots(value_table + row * value_width, slot, moved, block_size)
+    keyed = moved & (key_slot >= 0)  # a head that keeps its keys elsewhere has no block of keys: -1 is in the table
     if GATHER:
-        copy_row(keys, held_keys, key_slot, held, moved, key_size, PAD)
+        copy_row(keys, held_keys, key_slot, held, keyed, key_size, PAD)
         copy_row(values, held_values, value_slot, held, moved, value_size, PAD)
         copy_row(positions, held_positions, value_slot, held, moved, 1, 1)
         if metric is not None:
             copy_row(metric, held_metric, value_slot, held, moved, 1, 1)
     else:
-        copy_row(held_keys, keys, held, key_slot, moved, key_size, PAD)
+        copy_row(held_keys, keys, held, key_slot, keyed, key_size, PAD)
         copy_row(held_values, values, held, value_slot, moved, value_size, PAD)
         copy_row(held_positions, positions, held, value_slot, moved, 1, 1)
         if metric is not None:

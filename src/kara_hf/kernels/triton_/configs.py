@@ -55,6 +55,11 @@ ATTEND_OBSERVED = ATTEND | {
     (4, 256, False): ATTEND[4, 256, True],
 }
 
+# (bytes of an element, the larger padded size). The code for heads that follow takes registers beside that for others:
+# of float32 products nothing is loaded ahead.
+ATTEND_SHARED = {(2, size): _unspilled(ATTEND[2, size, True]) for size in PADS}
+ATTEND_SHARED |= {(4, size): _unspilled(_attend(16, 32, 32, 8, 1)) for size in PADS}
+
 OBSERVE = {"TILE_QUERIES": 4, "TILE_SLOTS": 128, "num_warps": 4}
 
 # bytes of an element
@@ -69,15 +74,32 @@ def padded(size: int) -> int:
     return next(pad for pad in PADS if pad >= size)
 
 
+def padded_pair(key_size: int, value_size: int) -> Constants:
+    """What keys and values of these sizes are padded to."""
+    pair = padded(key_size), padded(value_size)
+    if pair not in PAIRS:
+        pair = max(pair), max(pair)
+    return {"KEY_PAD": pair[0], "VALUE_PAD": pair[1]}
+
+
 def attend_config(
     dtype: torch.dtype, key_size: int, value_size: int, query_rows: int, observed: bool = False
 ) -> Constants:
     """Of `attend_kernel`, for heads of these sizes and `query_rows` = G * S query rows."""
-    pair = padded(key_size), padded(value_size)
-    if pair not in PAIRS:
-        pair = max(pair), max(pair)
-    chosen = (ATTEND_OBSERVED if observed else ATTEND)[dtype.itemsize, max(pair), query_rows <= FEW]
-    return chosen | {"KEY_PAD": pair[0], "VALUE_PAD": pair[1]}
+    pads = padded_pair(key_size, value_size)
+    chosen = (ATTEND_OBSERVED if observed else ATTEND)[dtype.itemsize, max(pads.values()), query_rows <= FEW]
+    return chosen | pads
+
+
+def attend_shared_config(dtype: torch.dtype, key_size: int, value_size: int) -> Constants:
+    """Of `attend_shared_kernel`, for heads of these sizes: a decode step has few query rows."""
+    pads = padded_pair(key_size, value_size)
+    return ATTEND_SHARED[dtype.itemsize, max(pads.values())] | pads
+
+
+def lead_scores_config(dtype: torch.dtype, size: int) -> Constants:
+    """Of `lead_scores_kernel`."""
+    return _unspilled(ATTEND[dtype.itemsize, padded(size), True]) | {"PAD": padded(size)}
 
 
 def score_config(dtype: torch.dtype, size: int) -> Constants:

@@ -1,0 +1,370 @@
+"""attend_shared in Triton: a decode step as `attend` takes it, with keys of heads that follow left to their leads.
+
+One program takes a (sequence, KV head) and a range of its tokens. A head whose keys are stored whole reads them as
+`attend` does and, where it leads, leaves their logits. A head that follows takes the logits of distant tokens from
+there and asks no pool for their keys; a tile of tokens without a proximal one costs it no product either.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from ..rows import Rows
+from .attend import WAVES, WIDTH_STEP, plan_splits
+from .common import (
+    LN2,
+    LOG2E,
+    NOTHING,
+    add_values,
+    attention_logits,
+    check_paged,
+    leave_attention,
+    on_its_device,
+    pool_slots,
+    processors,
+)
+from .configs import attend_shared_config, lead_scores_config
+from .merge import merge_into
+from .observe import add_observed
+
+EVERYTHING = torch.iinfo(torch.int32).max
+
+
+@triton.jit(do_not_specialize=["span", "key_width", "value_width", "recent", "first_near", "ring", "near_places"])
+def attend_shared_kernel(
+    query,
+    keys,
+    values,
+    near_keys,
+    scores,
+    slot_positions,
+    roles,
+    positions,
+    key_table,
+    value_table,
+    lengths,
+    sinks,
+    out,
+    parts,
+    lse,
+    observed,
+    totals,
+    scaling,
+    softcap,
+    query_stride_b,
+    query_stride_h,
+    key_width,
+    value_width,
+    block_size,
+    heads,
+    group,
+    span,
+    width,
+    scores_width,
+    followers,
+    near_places,
+    first_near,
+    recent,
+    ring,
+    key_size,
+    value_size,
+    KEY_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE_QUERIES: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // heads
+    place = tl.program_id(2) * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
+    inside = place < group
+    head = (row % heads) * group + place
+    result = row * group + place
+
+    position = tl.load(positions + batch)
+    first = tl.program_id(1) * span
+    stop = tl.minimum(tl.where(position < 0, 0, tl.load(lengths + row)), first + span)
+
+    query_rows = query + (batch * query_stride_b + head * query_stride_h)[:, None]
+    key_table += row * key_width
+    value_table += row * value_width
+    left = scores + (result * scores_width)[:, None]
+    role = tl.load(roles + row % heads)
+    handed_on = tl.where(role == -1, stop, 0)
+
+    peak = tl.full([TILE_QUERIES], NOTHING, tl.float32)
+    total = tl.zeros([TILE_QUERIES], tl.float32)
+    acc = tl.zeros([TILE_QUERIES, VALUE_PAD], tl.float32)
+    if role < 0:
+        for start in range(first, stop, TILE_KEYS):
+            slot = start + tl.arange(0, TILE_KEYS)
+            stored = slot < stop
+            key_rows = keys + (pool_slots(key_table, slot, stored, block_size) * key_size)[None, :]
+            logits = attention_logits(
+                query_rows,
+                inside,
+                key_rows,
+                stored,
+                scaling,
+                softcap,
+                key_size,
+                KEY_PAD,
+                CHUNK,
+                TILE_QUERIES,
+                TILE_KEYS,
+                SOFTCAP,
+            )
+            visible = inside[:, None] & stored[None, :]
+            tl.store(left + slot[None, :], logits * LN2, mask=inside[:, None] & (slot < handed_on)[None, :])
+            if observed is not None:
+                tl.store(observed + (result * width)[:, None] + slot[None, :], logits, mask=visible)
+            logits = tl.where(visible, logits, float("-inf"))
+            value_slots = pool_slots(value_table, slot, stored, block_size)
+            acc, peak, total = add_values(acc, peak, total, logits, values, value_slots, stored, value_size, VALUE_PAD)
+    elif near_keys is not None:
+        own_keys = near_keys + (batch * followers + role) * near_places * key_size
+        for start in range(first, stop, TILE_KEYS):
+            slot = start + tl.arange(0, TILE_KEYS)
+            stored = slot < stop
+            value_slots = pool_slots(value_table, slot, stored, block_size)
+            here = slot
+            if slot_positions is not None:
+                here = tl.load(slot_positions + value_slots, mask=stored, other=0)
+            distant = (here >= first_near) & (here <= position - recent)
+            visible = inside[:, None] & stored[None, :]
+            lent = inside[:, None] & (stored & distant)[None, :]
+            logits = tl.load(left + slot[None, :], mask=lent, other=float("-inf")) * LOG2E
+            proximal = stored & (distant == 0)
+            if tl.max(proximal.to(tl.int32), 0) > 0:
+                kept = tl.where(here < first_near, here, first_near + (here - first_near) % ring)
+                key_rows = own_keys + (kept.to(tl.int64) * key_size)[None, :]
+                own = attention_logits(
+                    query_rows,
+                    inside,
+                    key_rows,
+                    proximal,
+                    scaling,
+                    softcap,
+                    key_size,
+                    KEY_PAD,
+                    CHUNK,
+                    TILE_QUERIES,
+                    TILE_KEYS,
+                    SOFTCAP,
+                )
+                logits = tl.where(proximal[None, :] & inside[:, None], own, logits)
+            if observed is not None:
+                tl.store(observed + (result * width)[:, None] + slot[None, :], logits, mask=visible)
+            acc, peak, total = add_values(acc, peak, total, logits, values, value_slots, stored, value_size, VALUE_PAD)
+
+    queries = tl.num_programs(0).to(tl.int64) * group
+    leave_attention(
+        acc, peak, total, inside, head, result, result, queries, sinks, out, parts, lse, totals, value_size, VALUE_PAD
+    )
+
+
+@triton.jit(do_not_specialize=["key_width"])
+def lead_scores_kernel(
+    query,
+    keys,
+    scores,
+    named,
+    key_table,
+    lengths,
+    scaling,
+    softcap,
+    query_stride_b,
+    query_stride_h,
+    key_width,
+    block_size,
+    heads,
+    group,
+    named_heads,
+    scores_width,
+    size,
+    PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE_QUERIES: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Logits of a tile of a row's tokens, in one of the `named` heads of a sequence."""
+    batch = tl.program_id(1).to(tl.int64) // named_heads
+    row = batch * heads + tl.load(named + tl.program_id(1) % named_heads)
+    place = tl.program_id(2) * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
+    inside = place < group
+    slot = tl.program_id(0) * TILE_KEYS + tl.arange(0, TILE_KEYS)
+    stored = slot < tl.load(lengths + row)
+    key_rows = keys + (pool_slots(key_table + row * key_width, slot, stored, block_size) * size)[None, :]
+    head = (row % heads) * group + place
+    query_rows = query + (batch * query_stride_b + head * query_stride_h)[:, None]
+    logits = attention_logits(
+        query_rows,
+        inside,
+        key_rows,
+        stored,
+        scaling,
+        softcap,
+        size,
+        PAD,
+        CHUNK,
+        TILE_QUERIES,
+        TILE_KEYS,
+        SOFTCAP,
+    )
+    left = scores + ((row * group + place) * scores_width)[:, None] + slot[None, :]
+    tl.store(left, logits * LN2, mask=inside[:, None] & stored[None, :])
+
+
+@cache
+@torch.inference_mode(False)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """`numbers` ``[n]`` int32, uploaded once and for good: an upload in every step would wait, and spoil a graph."""
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+def head_roles(rows: Rows, leading: Sequence[int]) -> tuple[int, ...]:
+    """What each head does: its place in `rows.near` where it follows, -1 where it leads, -2 where it does neither."""
+    following = () if rows.near is None else rows.near.heads
+    return tuple(
+        following.index(head) if head in following else -1 if head in leading else -2
+        for head in range(rows.lengths.shape[1])
+    )
+
+
+@on_its_device
+def attend_shared(
+    query: torch.Tensor,
+    rows: Rows,
+    scores: torch.Tensor | None,
+    *,
+    positions: torch.Tensor,
+    leading: Sequence[int],
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    observe: int | None = None,
+    splits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `kara_hf.kernels.attend_shared` without `skip`. `splits` forces a number of ranges."""
+    batch, query_heads, _, key_size = query.shape
+    check_paged(rows, query=query)
+    heads, value_size, near = rows.lengths.shape[1], rows.values.shape[-1], rows.near
+    group = query_heads // heads
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    positions = positions.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
+    width = triton.cdiv(rows.max_length, WIDTH_STEP) * WIDTH_STEP
+
+    def scratch(*shape: int) -> torch.Tensor:
+        return query.new_empty(shape, dtype=torch.float32)
+
+    if scores is None:
+        scores = scratch(batch, heads, group, 1, width)
+    elif leading and scores.shape[-1] < rows.max_length:
+        scores = torch.cat([scores, scratch(batch, heads, group, 1, width - scores.shape[-1])], -1)
+    scores = scores.contiguous()
+
+    constants = attend_shared_config(query.dtype, key_size, value_size)
+    tiles = triton.cdiv(group, constants["TILE_QUERIES"])
+    target = WAVES * processors(query.device)
+    splits, span = plan_splits(batch * heads * tiles, rows.max_length, constants["TILE_KEYS"], splits, target)
+    out = query.new_empty(batch, 1, query_heads, value_size).transpose(1, 2)
+    kept = splits if splits > 1 else 0  # of one range no part is kept: the kernel writes `out`
+    parts, lse = scratch(kept, batch, query_heads, 1, value_size), scratch(kept, batch, query_heads, 1)
+    observed = totals = None
+    if observe is not None:
+        observed, totals = scratch(batch, query_heads, 1, width), scratch(batch, query_heads, 1)
+    attend_shared_kernel[batch * heads, splits, tiles](
+        query,
+        rows.keys,
+        rows.values,
+        None if near is None else near.keys,
+        scores,
+        None if near is None or rows.in_order else rows.positions,
+        on_device(head_roles(rows, leading), query.device),
+        positions,
+        rows.key_table,
+        rows.value_table,
+        rows.lengths,
+        sinks,
+        out,
+        parts,
+        lse,
+        observed,
+        totals,
+        scaling,
+        softcap or 1.0,
+        query.stride(0),
+        query.stride(1),
+        rows.key_table.shape[2],
+        rows.value_table.shape[2],
+        rows.block_size,
+        heads,
+        group,
+        span,
+        width,
+        scores.shape[-1],
+        *((0, 0, 0, 0, 0) if near is None else (*near.keys.shape[1:3], near.near.first, near.near.recent, near.ring)),
+        key_size,
+        value_size,
+        SOFTCAP=softcap is not None,
+        **constants,
+    )
+    if splits > 1:
+        merge_into(out, parts, lse, sinks, totals)
+    if observe is not None and observed is not None and totals is not None:
+        hidden = torch.zeros_like(positions).masked_fill(positions < 0, EVERYTHING)
+        add_observed(rows, observed, totals, hidden, observe)
+    return out, scores
+
+
+@on_its_device
+def lead_scores(
+    query: torch.Tensor,
+    leads: Sequence[Rows],
+    heads: Sequence[int],
+    scores: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+) -> None:
+    """Writes what `kara_hf.kernels.lead_scores` returns to `scores`: one launch for each lead."""
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    batch, all_heads, group, _, width = scores.shape
+    size = query.shape[-1]
+    constants = lead_scores_config(query.dtype, size)
+    for rows in {id(rows): rows for rows in leads}.values():
+        check_paged(rows, query=query)
+        named = tuple(head for head, lead in zip(heads, leads, strict=True) if lead is rows)
+        lead_scores_kernel[
+            triton.cdiv(rows.max_length, constants["TILE_KEYS"]),
+            batch * len(named),
+            triton.cdiv(group, constants["TILE_QUERIES"]),
+        ](
+            query,
+            rows.keys,
+            scores,
+            on_device(named, query.device),
+            rows.key_table,
+            rows.lengths,
+            scaling,
+            softcap or 1.0,
+            query.stride(0),
+            query.stride(1),
+            rows.key_table.shape[2],
+            rows.block_size,
+            all_heads,
+            group,
+            len(named),
+            width,
+            size,
+            SOFTCAP=softcap is not None,
+            **constants,
+        )
