@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -17,7 +18,9 @@ def pod(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import pod
 
-    return pod
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process keeps the first precision that it used
+    yield pod
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run(pod, *arguments) -> str:
