@@ -19,9 +19,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from kv_compress_tables import CHECK, CONTROL, FULL, OURS, UNEQUAL, markdown, summary
+from memory import Memory
 from provenance import digest, load_rows, provenance, update_rows
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteriaList
 
 from kara_hf import KVCompressCache, KVCompressConfig
 from kara_hf.evaluation import Problem, make_problem
@@ -138,19 +139,6 @@ def lengths(problems: list[Problem]) -> tuple[list[int], list[int]]:
     return [len(p.prompt.split()) for p in problems], [len(p.completion.split()) for p in problems]
 
 
-class Memory(StoppingCriteria):
-    """Notes the most bytes that a cache holds while it decodes. Stops nothing."""
-
-    def __init__(self, cache: Any):
-        self.cache, self.most, self.steps = cache, 0, 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.steps += 1
-        if self.steps > 1 and isinstance(self.cache, KVCompressCache):  # at first the prompt is still there, whole
-            self.most = max(self.most, self.cache.report().resident_bytes)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 @torch.inference_mode()
 def solve(
     model: Any, tokenizer: Any, problems: list[Problem], rule: str, settings: dict[str, Any] | None
@@ -170,7 +158,7 @@ def solve(
         inputs = {name: torch.cat([context[name], question[name]], dim=1) for name in ("input_ids", "attention_mask")}
     else:
         inputs = dict(tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True))
-    memory = Memory(cache)
+    memory = Memory(lambda: cache.report().resident_bytes if isinstance(cache, KVCompressCache) else 0)
     out = model.generate(
         **inputs,
         past_key_values=cache,

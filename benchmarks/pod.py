@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from kv_compress_tables import FULL, compare, table
+from memory import Memory
 from provenance import digest, load_rows, provenance, update_rows, wilson
 from rich.progress import Progress
 from transformers import (
@@ -34,7 +35,6 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     QuantizedCache,
-    StoppingCriteria,
 )
 from transformers import StoppingCriteriaList as Criteria
 
@@ -226,19 +226,6 @@ def ways() -> dict[str, Way]:
     return found
 
 
-class Memory(StoppingCriteria):
-    """Notes the most bytes that a cache holds while it decodes. Stops nothing."""
-
-    def __init__(self, cache: Any):
-        self.cache, self.most, self.steps = cache, 0, 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.steps += 1
-        if self.steps > 1:  # at first a prompt that is to be cut is still there, whole
-            self.most = max(self.most, resident(self.cache))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 def resident(cache: Any) -> int:
     """Bytes of everything that a cache holds."""
     if isinstance(cache, CompressedCache):
@@ -261,7 +248,7 @@ def resident(cache: Any) -> int:
 def solve(model: Any, tokenizer: Any, problems: list[Problem], cache: Any) -> tuple[list[str], int]:
     """Greedy completions of one left-padded batch, and the most bytes held while decoding."""
     inputs = tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
-    memory = Memory(cache)
+    memory = Memory(lambda: resident(cache))
     out = model.generate(
         **inputs,
         past_key_values=cache,
