@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stop
 
 from kara_hf import KVCompressCache, KVCompressConfig
 from kara_hf.evaluation import Problem, make_problem
-from kara_hf.evaluation.tasks import final_answer
+from kara_hf.evaluation.reasoner import final_answer
 
 ROOT = Path(__file__).parent
 ASSETS = ROOT.parent / "src" / "kara_hf" / "assets" / "tiny_reasoner"

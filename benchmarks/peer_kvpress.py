@@ -351,7 +351,7 @@ def as_job(problems: list[Any], tokenizer: Any) -> list[Row]:
 
 def facts(text: str) -> set[str]:
     """The facts of an answer."""
-    from kara_hf.evaluation.tasks import final_answer
+    from kara_hf.evaluation.reasoner import final_answer
 
     return {fact.strip() for fact in final_answer(text).split(";")} - {""}
 

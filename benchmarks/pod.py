@@ -2,6 +2,7 @@ r"""What PoD costs and saves on a small model of twelve layers: before and after
 
     python benchmarks/pod.py explore
     python benchmarks/pod.py adapt --map 35 --weights lora      # and the other maps, and full
+    python benchmarks/pod.py adapt --map 35-near --weights lora --steps 480 --distill 0.5 --name 35-near-longer
     python benchmarks/pod.py measure
     python benchmarks/pod.py speed
 
@@ -58,6 +59,8 @@ MAPS: dict[str, dict[str, Any]] = {
     "35": {"saving": 0.35, "recent": 60},
     "35-near": {"saving": 0.35, "recent": 28, "compare": "all"},
 }
+# Adapted models with more training, by the name given to `adapt`: their map, and what they are called.
+LONGER = {"35-near-longer": ("35-near", "PoD 35-near, lora, three times as long, distilled")}
 MIX = {"trace": 0.5, "fact": 0.2, "recall": 0.2, "copy": 0.1}
 LENGTHS = (192, 704)
 CASES = {"trace": {"generated": 300}, "fact": {"generated": 300}, "recall": {"length": TOKENS}}
@@ -133,6 +136,7 @@ def adapt(
     seed: Annotated[int, typer.Option(help="Of the problems and of LoRA.")] = 11,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     maps: Annotated[Path, typer.Option(help="Folder of the sharing maps.")] = FOLDER,
+    name: Annotated[str | None, typer.Option(help="Of the adapted model [default: map and weights].")] = None,
     out: Annotated[Path, typer.Option(help="Folder of adapted models.")] = ADAPTED,
 ) -> None:
     """Teaches the model to share keys."""
@@ -161,7 +165,7 @@ def adapt(
         PoDSharing.from_pretrained(maps / sharing),
         training(tokenizer, batch, seed),
         config,
-        out / f"{sharing}-{weights}",
+        out / (name or f"{sharing}-{weights}"),
         tokenizer=tokenizer,
         held_out=held_out,
         resume=resume,
@@ -206,6 +210,8 @@ def ways() -> dict[str, Way]:
         found[f"PoD {name}, not adapted"] = Way(pod("pod"), sharing=name)
         for weights in ("lora", "full"):
             found[f"PoD {name}, {weights}"] = Way(pod("pod"), adapted=f"{name}-{weights}", sharing=name)
+    for name, (sharing, title) in LONGER.items():
+        found[title] = Way(pod("pod"), adapted=name, sharing=sharing)
     for percent in sorted({round(100 * settings["saving"]) for settings in MAPS.values()}):
         share = 1 - percent / 100
         found[f"KV-Compress {percent}"] = Way(kept(share))

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from kara_hf import PoDSharing, cli
 from kara_hf.attention import decoder_config, is_attached
 from kara_hf.evaluation import VOCABULARY, split_of
-from kara_hf.evaluation.tasks import final_answer
+from kara_hf.evaluation.reasoner import final_answer
 from kara_hf.pod import explore as exploring
 from kara_hf.pod import plot as plotting
 from kara_hf.pod.data import token_samples

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .display import Run
-from .evaluation.tasks import Problem, final_answer
+from .evaluation.reasoner import Problem, final_answer
 from .methods import Method
 
 

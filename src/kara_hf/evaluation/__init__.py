@@ -1,5 +1,5 @@
 """Synthetic problems with known answers, for judging what a compressed cache still remembers."""
 
-from kara_hf.evaluation.tasks import SYMBOLS, TASKS, VOCABULARY, Problem, Task, make_problem, split_of
+from kara_hf.evaluation.reasoner import SYMBOLS, TASKS, VOCABULARY, Problem, Task, make_problem, split_of
 
 __all__ = ["SYMBOLS", "TASKS", "VOCABULARY", "Problem", "Task", "make_problem", "split_of"]

@@ -1,0 +1,103 @@
+"""What is asked of a model, and where such questions come from: `Example`, `Task` and the registry of tasks."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question to a model.
+
+    Attributes:
+        task: full name of its task, as in `Task.name`.
+        number: which one of its task; equal numbers are equal examples, for every method and in every run.
+        context: text that the model reads first; what compression of a prompt may drop tokens of.
+        question: text right behind the context, where the two can be told apart; otherwise empty.
+        answers: what is right. Which of them, or whether all of them count, is for `score` to say.
+        score: from the generated text, special tokens removed, to a score in [0, 1].
+        max_new_tokens: room for an answer.
+        reference: a worked solution, or None.
+        distance: tokens between the place where the answer was stated and the question for it, or None.
+    """
+
+    task: str
+    number: int
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    score: Callable[[str], float]
+    max_new_tokens: int
+    reference: str | None = None
+    distance: int | None = None
+
+
+class Task(Protocol):
+    """Numbered examples of one kind.
+
+    Attributes:
+        name: the name that it was asked for by, options included, like ``niah:length=4096``.
+        size: how many examples there are; None: as many as one likes.
+        chat: whether prompts go through the model's chat template, if it has one.
+    """
+
+    name: str
+    size: int | None
+    chat: bool
+
+    def example(self, number: int) -> Example:
+        """The example of that number, from 0 on. Raises IndexError behind the last."""
+
+
+Factory = Callable[..., Task]
+
+TASKS: dict[str, Factory] = {}
+
+
+def register_task(name: str) -> Callable[[Factory], Factory]:
+    """Makes ``factory(name, tokenizer, **options)`` the maker of a task; options are keyword-only, with defaults.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(factory: Factory) -> Factory:
+        if name in TASKS:
+            raise ValueError(f"task {name!r} is registered already; choose another name")
+        TASKS[name] = factory
+        return factory
+
+    return register
+
+
+def make_task(text: str, tokenizer: Any) -> Task:
+    """A task by its name and options, ``name:option=value:option=value``.
+
+    Values are whole numbers, numbers or text, in this order of preference.
+
+    Raises:
+        ValueError: there is no such task or option, or a value is not possible; the message says what there is.
+    """
+    name, *parts = text.split(":")
+    if name not in TASKS:
+        raise ValueError(f"task={name!r} is not there; choose one of {', '.join(sorted(TASKS))}")
+    factory = TASKS[name]
+    known = [p.name for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    options: dict[str, Any] = {}
+    for part in parts:
+        option, equals, value = part.partition("=")
+        if not equals or option not in known:
+            told = ", ".join(known) if known else "none"
+            raise ValueError(f"task={text!r} has no option {option!r}; options of {name}, given as option=value: {told}")
+        options[option] = _value(value)
+    return factory(text, tokenizer, **options)
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
