@@ -33,6 +33,7 @@ OWN = dataclasses.replace(SHARED, distant_query="own")
 CACHES = {
     "kara": lambda model, **more: KaraCache(model, retention=0.25, **KARA, **more),
     "kara-random": lambda model, **more: KaraCache(model, retention=0.5, score="random", **KARA, **more),
+    "kara-mean-square": lambda model, **more: KaraCache(model, retention=0.5, score="mean-square", **KARA, **more),
     "kara-all": lambda model, **more: KaraCache(model, retention=1.0, **KARA, **more),
     "kv-compress": lambda model, **more: KVCompressCache(model, max_cache_tokens=32, protected=8, block_size=8, **more),
     "kv-compress-all": lambda model, **more: KVCompressCache(model, retention=1.0, block_size=8, **more),

@@ -16,7 +16,7 @@ from kara_hf.config import KaraConfig
 from kara_hf.policy import SCORES, KaraPolicy, Window, register_score, token2chunk, top_tokens
 from kara_hf.policy.scores import shuffle_runs
 
-BUILT_IN = ["bidirectional", "causal", "random", "random-chunks", "recency"]
+BUILT_IN = ["bidirectional", "causal", "mean-square", "random", "random-chunks", "recency"]
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -35,8 +35,8 @@ BAD_SETTINGS = [
     ("recent", -1, "a whole number of tokens from 0 on"),
     ("recent", 1.5, "a whole number of tokens from 0 on"),
     ("recent", False, "a whole number of tokens from 0 on"),
-    ("score", "bidirectonal", "one of bidirectional, causal, random, random-chunks, recency"),
-    ("score", None, "one of bidirectional, causal, random, random-chunks, recency"),
+    ("score", "bidirectonal", "one of bidirectional, causal, mean-square, random, random-chunks, recency"),
+    ("score", None, "one of bidirectional, causal, mean-square, random, random-chunks, recency"),
     ("anchor_share", 0.0, "a number in (0, 1]"),
     ("anchor_share", 2, "a number in (0, 1]"),
     ("anchor_share", "half", "a number in (0, 1]"),
@@ -225,9 +225,15 @@ def make_window(batch=2, heads=2, group=2, width=24, dim=8, **changes):
         rows=heads,
         keys=torch.randn(batch, heads, width, dim, generator=generator),
         queries=2 * torch.randn(batch, heads * group, width, dim, generator=generator),
+        later=2 * torch.randn(batch, heads * group, 5, dim, generator=generator),
+        moments=torch.stack(
+            [queries.mT @ queries for queries in torch.randn(batch, heads, 40, dim, generator=generator)]
+        ),
         scaling=0.3,
         softcap=None,
         layer=3,
+        sequences=list(range(batch)),
+        starts=[width * ordinal for ordinal in range(4, 4 + batch)],
         ordinals=list(range(4, 4 + batch)),
         keep=9,
         anchors=4,
@@ -276,6 +282,18 @@ def test_attention_scores_of_a_shared_latent_row(name):
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_mean_square_is_that_of_logits():
+    """Over all queries that the moments are of, and the heads that share a key."""
+    queries = torch.randn(2, 2, 40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    window = make_window(moments=(queries.mT @ queries).float())
+    logits = queries @ window.keys.double().mT
+    got = rank("mean-square", window)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), logits.square().sum(2), rtol=1e-5, atol=1e-5)
+    one_row = replace(window, rows=1)
+    torch.testing.assert_close(rank("mean-square", one_row)[:, 0], got.mean(1))
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_scores_of_a_batch_are_those_of_each_sequence(name):
     """Rows in the store, whoever else is in the batch; also one row for all heads."""
@@ -287,6 +305,7 @@ def test_scores_of_a_batch_are_those_of_each_sequence(name):
                 window,
                 keys=window.keys[b : b + 1],
                 queries=window.queries[b : b + 1] if SCORES[name].queries else None,
+                moments=window.moments[b : b + 1] if SCORES[name].moments else None,
                 ordinals=window.ordinals[b : b + 1],
             )
             torch.testing.assert_close(together[b : b + 1], rank(name, alone), rtol=1e-5, atol=1e-7)

@@ -1,4 +1,4 @@
-"""The `kara-hf` command: generate with the full cache, with compressed ones, or with several, compared; and `pod`.
+"""The `kara-hf` command: generate with one cache or several, compared; evaluate methods and report; and `pod`.
 
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
@@ -12,6 +12,7 @@ from . import __version__
 from .command import BUNDLED_MODEL, DTYPES, readable_errors
 from .config import require
 from .display import show_runs
+from .evaluation.commands import evaluate, report
 from .pod.commands import app as pod
 
 # What runs without a model and a prompt: the problem, and how strongly its trace is compressed.
@@ -31,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(pod, name="pod")
+app.command()(evaluate)
+app.command()(report)
 
 
 def _print_version(wanted: bool) -> None:

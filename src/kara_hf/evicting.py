@@ -250,7 +250,7 @@ class Evicting:
     def _rank(self, lengths: np.ndarray, tokens: np.ndarray, quota: np.ndarray) -> Eviction:
         """What each sequence gives up: rows of all layers side by side, filled up to the longest."""
         device = self.cache.store_layers[0].stored().device
-        ranked = [layer.stored().ranked() for layer in self.cache.store_layers]
+        ranked = [self._ranked(layer) for layer in self.cache.store_layers]
         longest = max(metric.shape[2] for metric, _ in ranked)
         metric, positions = (
             torch.cat([F.pad(part, (0, longest - part.shape[2])).to(device) for part in parts], dim=1)
@@ -272,6 +272,13 @@ class Evicting:
             weights,
         )
         return Eviction(*(part.index_select(1, back) for part in (chosen.freed, chosen.lengths, chosen.dropped)))
+
+    def _ranked(self, layer: StoreLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer's tokens are worth and their true positions, each ``[B, H, N]``; behind a row's length anything.
+
+        Asked for once in every choice, of all layers.
+        """
+        return layer.stored().ranked()
 
     def _leads(self) -> np.ndarray | None:
         """For each row of a sequence, over all layers, the row that decides for it, ``[R]``; None: itself."""

@@ -9,39 +9,49 @@ import torch
 from .layer import Step, StoreLayer
 from .policy import KaraPolicy, Window
 from .sequence import Kind, Sequence
-from .storage import PagedStore, QueryBuffer, upload
+from .storage import PagedStore, QueryBuffer, QueryMoments, upload
 
 if TYPE_CHECKING:
     from .cache import CompressedCache
 
 
 class OpenTokens:
-    """What windows of one layer are scored with: queries of open tokens, and keys that were expanded in this step."""
+    """What windows of one layer are scored with: queries of open tokens or moments of all queries, and keys that were
+    expanded in this step.
+    """
 
     def __init__(self) -> None:
         self.queries: QueryBuffer | None = None
+        self.moments: QueryMoments | None = None
         self.fresh: torch.Tensor | None = None
         self.expanded: torch.Tensor | None = None
 
+    @property
+    def _held(self) -> list[QueryBuffer | QueryMoments]:
+        return [held for held in (self.queries, self.moments) if held is not None]
+
     def crop(self, tokens: np.ndarray) -> None:
-        pass  # places in the buffer are counted by the open tokens of a sequence
+        pass  # places in the buffer are counted by the open tokens of a sequence; drafts are in no moment
 
     def fork(self, index: np.ndarray) -> None:
-        if self.queries is not None:
-            self.queries.fork(torch.from_numpy(index))
+        for held in self._held:
+            held.fork(torch.from_numpy(index))
 
     def fork_bytes(self, index: np.ndarray) -> int:
-        return 0 if self.queries is None else self.queries.fork_bytes(len(index))
+        return sum(held.fork_bytes(len(index)) for held in self._held)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return () if self.queries is None else (self.queries.buffer,)
+        buffers = () if self.queries is None else (self.queries.buffer,)
+        return buffers if self.moments is None else (*buffers, self.moments.sums)
 
     def let_go(self) -> None:
         self.fresh = self.expanded = None
+        if self.moments is not None:
+            self.moments.let_go()
 
     def release(self) -> None:
-        if self.queries is not None:
-            self.queries.release()
+        for held in self._held:
+            held.release()
 
 
 class Sealing:
@@ -57,6 +67,7 @@ class Sealing:
         self.open = np.zeros(0, np.int64)  # open tokens of each sequence before the step
         self.due = 0  # windows due in this step, in the sequence that has most
         self.pinned = False
+        self.drafts = False
         self._chosen: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer and group: what leads chose in this step
         self._settled: torch.Tensor | None = None  # slots in front of the open ones, [B, 1] int64, on the device
         self._places: torch.Tensor | None = None  # place of the new query in the buffers, [B, 1] int64
@@ -68,6 +79,7 @@ class Sealing:
     def begin(self, step: Step) -> None:
         cache, config = self.cache, self.config
         drafts = step.drafts and step.new <= config.recent + 1
+        self.drafts = drafts and step.new > 1
         self.pinned = (step.first or (step.new > 1 and not drafts)) and not config.compress_prompt
         self.open = np.array([sequence.open for sequence in cache.sequences])
         step.after = [
@@ -117,11 +129,20 @@ class Sealing:
             places = (settled + torch.arange(due, device=key.device)).clamp(max=key.shape[2] - 1)
             columns = order.gather(1, places)[:, None, :, None]
             state.expanded = key.gather(2, columns.expand(-1, key.shape[1], -1, key.shape[3]))
-        if not self.policy.needs_queries or self.pinned:
+        holds = self.policy.needs_queries and not self.pinned
+        if not holds and not self.policy.needs_moments:
             return
         if layer.followers:  # what those keep is chosen elsewhere
             query = layer.paged().rows().of_keys(query.unflatten(1, (key.shape[1], -1))).flatten(1, 2)
         if not query.shape[1]:
+            return
+        real = None if step.real is None else step.real.to(query.device)
+        if self.policy.needs_moments and not self.drafts:  # drafts that are refused could not be taken out again
+            if state.moments is None:
+                deciding = key.shape[1] - len(layer.followers)
+                state.moments = QueryMoments(len(query), deciding, query.shape[-1], query.device, self.cache.meter)
+            state.moments.add(query, real)
+        if not holds:
             return
         if state.queries is None:
             batch, heads, _, size = query.shape
@@ -134,20 +155,27 @@ class Sealing:
             state.queries.reserve(int(self.open.max()) + 1)
             state.queries.put(query, self._places.to(query.device))
         else:
-            state.queries.append(query, self.open, None if step.real is None else step.real.to(query.device))
+            state.queries.append(query, self.open, real)
 
     def layer_done(self, layer: StoreLayer, step: Step) -> None:
         if step.first:
+            self._commit(layer)
             self._seal([layer], step)
             self._hold_open(layer.state, step)
 
     def done(self, step: Step) -> list[Sequence]:
         if not step.first:
+            for layer in self.cache.store_layers:
+                self._commit(layer)
             self._seal(self.cache.store_layers, step)
         self._chosen.clear()
         if self.due:
             self._settled = None
         return [sequence.sealed(self.policy) for sequence in step.after] if self.due else step.after
+
+    def _commit(self, layer: StoreLayer) -> None:
+        if layer.state.moments is not None:
+            layer.state.moments.commit()
 
     # -------------------------------------------------------------------------------------------------------- sealing
     def _seal(self, layers: list[StoreLayer], step: Step) -> None:
@@ -210,9 +238,13 @@ class Sealing:
                 if state.expanded is None
                 else state.expanded[index, :, first:last],
                 queries=self._queries(state, step, index, first, last),
+                later=self._queries(state, step, index, last, last + config.recent),
+                moments=None if state.moments is None else state.moments.sums[index],
                 scaling=layer.scaling,
                 softcap=layer.softcap,
                 layer=layer.index,
+                sequences=sequences.tolist(),
+                starts=[step.after[b].tokens - open_tokens + first for b in sequences],
                 ordinals=[ordinal + number for ordinal in ordinals],
                 keep=config.kept_per_window,
                 anchors=config.anchors,

@@ -34,17 +34,19 @@ class Example:
 
 
 class Task(Protocol):
-    """Numbered examples of one kind.
+    """Numbered examples of one kind."""
 
-    Attributes:
-        name: the name that it was asked for by, options included, like ``niah:length=4096``.
-        size: how many examples there are; None: as many as one likes.
-        chat: whether prompts go through the model's chat template, if it has one.
-    """
+    @property
+    def name(self) -> str:
+        """The name that it was asked for by, options included, like ``niah:length=4096``."""
 
-    name: str
-    size: int | None
-    chat: bool
+    @property
+    def size(self) -> int | None:
+        """How many examples there are; None: as many as one likes."""
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts go through the model's chat template, if it has one."""
 
     def example(self, number: int) -> Example:
         """The example of that number, from 0 on. Raises IndexError behind the last."""
@@ -89,7 +91,9 @@ def make_task(text: str, tokenizer: Any) -> Task:
         option, equals, value = part.partition("=")
         if not equals or option not in known:
             told = ", ".join(known) if known else "none"
-            raise ValueError(f"task={text!r} has no option {option!r}; options of {name}, given as option=value: {told}")
+            raise ValueError(
+                f"task={text!r} has no option {option!r}; options of {name}, given as option=value: {told}"
+            )
         options[option] = _value(value)
     return factory(text, tokenizer, **options)
 

@@ -21,7 +21,7 @@ class ReasonerTask:
 
     name: str
     kind: str
-    size_of: dict[str, int]
+    size_of: dict[str, Any]
     size: int | None = None
     chat: bool = False
 
@@ -61,7 +61,7 @@ def distance_of(problem: Problem) -> int | None:
 def _register(kind: str) -> None:
     @register_task(kind)
     def make(name: str, tokenizer: Any, *, length: int | None = None, generated: int | None = None) -> ReasonerTask:
-        size_of: dict[str, int] = {}
+        size_of: dict[str, Any] = {}
         if generated is not None:
             size_of["generated"] = generated
         if length is not None or generated is None:

@@ -33,6 +33,11 @@ class KaraPolicy:
         return self.compresses and self.score.queries
 
     @property
+    def needs_moments(self) -> bool:
+        """Whether the second moments of all queries must be held."""
+        return self.compresses and self.score.moments
+
+    @property
     def open_limit(self) -> int:
         """Open tokens that a sequence has at most once its due windows are sealed: W + R - 1."""
         return self.config.window + self.config.recent - 1

@@ -17,9 +17,14 @@ class Window:
         rows: H, rows that a sequence has in the store: its KV heads, or 1 where all heads share one latent row.
         keys: ``[b, H, W, D]``, as attention saw them; of every query head where a latent row is expanded.
         queries: ``[b, Hq, W, D]`` of the same tokens, or None for a score registered with ``queries=False``.
+        later: ``[b, Hq, R, D]`` of the R tokens behind the window, which are kept whole, or None as `queries`.
+        moments: sums of q q^T over all queries of the sequence so far and the heads that share a key, ``[b, H, D, D]``
+            float32, or None for a score registered with ``moments=False``.
         scaling: the layer's factor on q.k.
         softcap: the layer's soft cap on logits, or None.
         layer: index of the layer.
+        sequences: which sequences of the batch these are, b numbers.
+        starts: for each of the b sequences the true position of the window's first token.
         ordinals: for each of the b sequences, how many windows it had sealed before this one.
         keep: k, tokens that will be kept per head.
         anchors: m, tokens that Token2Chunk picks singly.
@@ -29,9 +34,13 @@ class Window:
     rows: int
     keys: torch.Tensor
     queries: torch.Tensor | None
+    later: torch.Tensor | None
+    moments: torch.Tensor | None
     scaling: float
     softcap: float | None
     layer: int
+    sequences: list[int]
+    starts: list[int]
     ordinals: list[int]
     keep: int
     anchors: int
@@ -59,11 +68,13 @@ class Score:
     Attributes:
         rank: from a `Window` to scores ``[b, H, W]``, larger is better.
         queries: whether it needs the window's queries, which must then be held until the window seals.
+        moments: whether it needs second moments of queries, D x D numbers for each KV head of a sequence.
         chunks: whether Token2Chunk expands its best tokens; otherwise the k best are kept.
     """
 
     rank: Callable[[Window], torch.Tensor]
     queries: bool
+    moments: bool
     chunks: bool
 
 
@@ -71,7 +82,7 @@ SCORES: dict[str, Score] = {}
 
 
 def register_score(
-    name: str, *, queries: bool = False, chunks: bool = False
+    name: str, *, queries: bool = False, moments: bool = False, chunks: bool = False
 ) -> Callable[[Callable[[Window], torch.Tensor]], Callable[[Window], torch.Tensor]]:
     """Makes a function from `Window` to scores ``[b, H, W]`` selectable as ``score=name``.
 
@@ -82,7 +93,7 @@ def register_score(
     def register(rank: Callable[[Window], torch.Tensor]) -> Callable[[Window], torch.Tensor]:
         if name in SCORES:
             raise ValueError(f"score {name!r} is registered already; choose another name")
-        SCORES[name] = Score(rank, queries, chunks)
+        SCORES[name] = Score(rank, queries, moments, chunks)
         return rank
 
     return register
@@ -98,6 +109,19 @@ def bidirectional(window: Window) -> torch.Tensor:
 def causal(window: Window) -> torch.Tensor:
     """The same under a causal mask: early keys collect votes from many queries and late ones from few."""
     return window.attention(causal=True)
+
+
+@register_score("mean-square", moments=True)
+def mean_square(window: Window) -> torch.Tensor:
+    """Mean squared logit that a key gets from all queries of the sequence so far: k^T E[q q^T] k, and no softmax.
+
+    A softmax over the window makes every query vote inside it, even where what it looks for lies elsewhere. Squared
+    logits say how strongly a key can tell queries apart at all. Ours; needs no query to be held.
+    """
+    assert window.moments is not None, "the score is registered with moments=False"
+    keys = window.keys.float()
+    squares = ((keys @ window.moments) * keys).sum(-1)
+    return squares.unflatten(1, (window.rows, -1)).mean(2)
 
 
 @register_score("random")

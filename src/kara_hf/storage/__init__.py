@@ -4,6 +4,16 @@ from .blocks import Blocks, upload
 from .meter import MemoryMeter, PoolExhausted
 from .paged import PagedStore, Store
 from .prompt import Prompt
-from .queries import QueryBuffer
+from .queries import QueryBuffer, QueryMoments
 
-__all__ = ["Blocks", "MemoryMeter", "PagedStore", "PoolExhausted", "Prompt", "QueryBuffer", "Store", "upload"]
+__all__ = [
+    "Blocks",
+    "MemoryMeter",
+    "PagedStore",
+    "PoolExhausted",
+    "Prompt",
+    "QueryBuffer",
+    "QueryMoments",
+    "Store",
+    "upload",
+]
