@@ -16,7 +16,7 @@ from kara_hf.config import KaraConfig
 from kara_hf.policy import SCORES, KaraPolicy, Window, register_score, token2chunk, top_tokens
 from kara_hf.policy.scores import shuffle_runs
 
-BUILT_IN = ["bidirectional", "causal", "mean-square", "random", "random-chunks", "recency"]
+BUILT_IN = ["bidirectional", "causal", "key-norm", "mean-square", "random", "random-chunks", "recency"]
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -35,8 +35,8 @@ BAD_SETTINGS = [
     ("recent", -1, "a whole number of tokens from 0 on"),
     ("recent", 1.5, "a whole number of tokens from 0 on"),
     ("recent", False, "a whole number of tokens from 0 on"),
-    ("score", "bidirectonal", "one of bidirectional, causal, mean-square, random, random-chunks, recency"),
-    ("score", None, "one of bidirectional, causal, mean-square, random, random-chunks, recency"),
+    ("score", "bidirectonal", "one of bidirectional, causal, key-norm, mean-square, random, random-chunks, recency"),
+    ("score", None, "one of bidirectional, causal, key-norm, mean-square, random, random-chunks, recency"),
     ("anchor_share", 0.0, "a number in (0, 1]"),
     ("anchor_share", 2, "a number in (0, 1]"),
     ("anchor_share", "half", "a number in (0, 1]"),

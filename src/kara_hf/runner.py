@@ -4,7 +4,8 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,7 @@ class Runner:
         self._generate(ids, method.make(self.model, **plan.changes), new_tokens, min_new_tokens=new_tokens)
 
     def _generate(self, ids: torch.Tensor, cache: Cache, max_new_tokens: int, **options: Any) -> torch.Tensor:
-        with warnings.catch_warnings():
-            # Newer versions of Transformers 5 prefer another name for this argument, which older ones do not know.
-            warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
+        with any_name_of_the_cache():
             return self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -152,6 +151,14 @@ class Runner:
 
     def _text_streamer(self) -> TextStreamer:
         return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+@contextmanager
+def any_name_of_the_cache() -> Iterator[None]:
+    """Newer versions of Transformers 5 prefer another name for `past_key_values`, which older ones do not know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
+        yield
 
 
 class Watch:

@@ -165,6 +165,7 @@ class PoDSharing(Settings):
 
         Raises:
             FileNotFoundError: a folder without the file.
+            OSError: no such repository can be reached.
             ValueError: the file is of a newer format, or what it says is not possible.
         """
         path = Path(name_or_path)
@@ -179,7 +180,12 @@ class PoDSharing(Settings):
         if not path.exists():
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(str(name_or_path), FILE, **hub))
+            try:
+                path = Path(hf_hub_download(str(name_or_path), FILE, **hub))
+            except OSError as error:
+                raise OSError(
+                    f"sharing {str(name_or_path)!r} is no folder, and no repository with {FILE} that can be reached"
+                ) from error
         return cls.from_json(path.read_text())
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> None:

@@ -106,10 +106,10 @@ def evaluate(
             sharing=None if sharing is None else PoDSharing.from_pretrained(sharing),
             keep_text=not no_text,
         )
-        share = Share()
+        share = Share(device)
         runner = Runner(
             model or str(BUNDLED_MODEL),
-            device=device or share.device,
+            device=share.device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
@@ -172,10 +172,12 @@ def report(
 class Share:
     """Which part of the work is this process's, under `accelerate launch` or torchrun; otherwise all of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None):
         import os
 
-        self.process, self.processes, self.device = 0, 1, None
+        from ..runner import find_device
+
+        self.process, self.processes, self.device = 0, 1, device
         self._state: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             try:
@@ -183,7 +185,7 @@ class Share:
             except ImportError as error:
                 raise ImportError("several processes need accelerate; run: pip install 'kara_hf[evaluate]'") from error
 
-            self._state = PartialState()
+            self._state = PartialState(cpu=find_device(device).type == "cpu")
             self.process, self.processes = self._state.process_index, self._state.num_processes
             self.device = str(self._state.device)
 

@@ -178,6 +178,7 @@ METHODS: dict[str, Method] = {
         Method("kara", windows("bidirectional", anchor_share=KaraConfig.anchor_share), "Kara as published"),
         Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),
         Method("causal", windows("causal"), "causal attention within the window"),
+        Method("key-norm", windows("key-norm"), "largest norms of keys; holds nothing but keys and values"),
         Method("mean-square", windows("mean-square"), "mean squared logits from all queries so far; holds no query"),
         Method(
             "random-chunks",

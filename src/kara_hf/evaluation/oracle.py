@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from ..attention import AttentionFunction, attach, decoder_config, detach, is_attached, unwrap
+from ..binding import Binding
 from ..cache import COMPRESSIONS, CompressedCache
 from ..config import KaraConfig
 from ..policy import KaraPolicy, Window, top_tokens
@@ -40,6 +42,7 @@ def future_attention(
         For each layer of full attention ``[B, H, T]`` float32 by true position; 0 behind a sequence's end.
     """
     inner = unwrap(model)
+    full = {index for index, layer in enumerate(Binding(inner).layers()) if type(layer) is DynamicLayer}
     future: Future = {}
     real = mask.bool()
 
@@ -54,7 +57,7 @@ def future_attention(
             attention_mask: Any,
             **kwargs: Any,
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            if not getattr(module, "is_sliding", False):
+            if module.layer_idx in full:
                 scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
                 rows = [
                     _received(query[b][:, real[b]], key[b][:, real[b]], seals(b), scaling, kwargs.get("softcap"))

@@ -13,7 +13,6 @@ NEWEST = 4  # R-KV's beta: newest similar tokens that a token's redundancy leave
 PEERS = {
     "snapkv": "attention from the recent tokens, pooled (SnapKV, arXiv 2404.14469)",
     "r-kv": "the same less redundancy among keys (R-KV, arXiv 2505.24133)",
-    "key-norm": "largest norm of the key: mean-square as if queries had no direction",
 }
 
 
@@ -54,12 +53,6 @@ def r_kv(window: Window) -> torch.Tensor:
     newest = (alike > 0).flip(-2).cumsum(-2).flip(-2) <= NEWEST
     redundancy = alike.masked_fill(newest, 0.0).mean(-1).softmax(-1)
     return BALANCE * importance - (1 - BALANCE) * redundancy
-
-
-@register_score("key-norm")
-def key_norm(window: Window) -> torch.Tensor:
-    """Norm of the key, which needs no query. Other models give small norms to keys that matter (arXiv 2406.11430)."""
-    return window.keys.float().norm(dim=-1).unflatten(1, (window.rows, -1)).mean(2)
 
 
 @register_score("random-shared")

@@ -1,7 +1,6 @@
 """Runs of the kit: every method answers the same examples, and every answer is on the disk before the next batch."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import StoppingCriteriaList
 
 from ..cache import CompressedCache
 from ..config import KaraConfig, require
+from ..runner import any_name_of_the_cache
 from ..sharing import PoDSharing
 from .example import Example, Task
 from .memory import MemoryWatch, held_bytes, peak_bytes
@@ -179,6 +179,7 @@ class Evaluator:
         }
 
     @torch.inference_mode()
+    @any_name_of_the_cache()
     def answer(
         self, prompts: Sequence[Prompt], method: Method, plan: Plan, *, room: int, forced: bool = False
     ) -> Answers:
@@ -208,19 +209,16 @@ class Evaluator:
         self, inputs: dict[str, torch.Tensor], cache: Any, room: int, forced: bool, watch: MemoryWatch
     ) -> torch.Tensor:
         """New ids ``[B, steps]``."""
-        with warnings.catch_warnings():
-            # Newer versions of Transformers 5 prefer another name for this argument, which older ones do not know.
-            warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
-            out = self.model.generate(
-                **inputs,
-                past_key_values=cache,
-                max_new_tokens=room,
-                min_new_tokens=room if forced else None,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=self.tokenizer.pad_token_id,
-                stopping_criteria=StoppingCriteriaList([watch]),
-            )
+        out = self.model.generate(
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=room,
+            min_new_tokens=room if forced else None,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([watch]),
+        )
         return out[:, inputs["input_ids"].shape[1] :]
 
     def _until_end(self, row: list[int]) -> list[int]:
@@ -237,6 +235,8 @@ class Evaluator:
         config = KaraConfig(**window_settings(plan))
         return future_attention(self.model, whole["input_ids"], whole["attention_mask"], plan.prompts, contexts, config)
 
+    @torch.inference_mode()
+    @any_name_of_the_cache()
     def token_bytes(self) -> float:
         """Bytes that the full cache takes for a token more, of one sequence."""
         if self._token_bytes is None:
@@ -244,8 +244,7 @@ class Evaluator:
             for length in (16, 32):
                 cache = METHODS["full"].make(self.model, Plan(Skeleton(), "none", 1.0, [length]))
                 ids = torch.full((1, length), self.tokenizer.pad_token_id, device=self.model.device)
-                with torch.inference_mode():
-                    self.model(ids, past_key_values=cache, logits_to_keep=1)
+                self.model(ids, past_key_values=cache, logits_to_keep=1)
                 sizes.append(held_bytes(cache))
             self._token_bytes = (sizes[1] - sizes[0]) / 16
         return self._token_bytes

@@ -124,6 +124,16 @@ def mean_square(window: Window) -> torch.Tensor:
     return squares.unflatten(1, (window.rows, -1)).mean(2)
 
 
+@register_score("key-norm")
+def key_norm(window: Window) -> torch.Tensor:
+    """Norm of the key: mean-square as if queries pointed everywhere alike, for which nothing has to be held. Ours.
+
+    In models with strong attention sinks keys of small norm are reported to get the most attention (arXiv 2406.11430):
+    measure before use.
+    """
+    return window.keys.float().norm(dim=-1).unflatten(1, (window.rows, -1)).mean(2)
+
+
 @register_score("random")
 def random(window: Window) -> torch.Tensor:
     """Random tokens: the null hypothesis of every score."""
