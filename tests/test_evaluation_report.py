@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kara_hf.evaluation import report
+from kara_hf.evaluation import figures, report, summary
+from kara_hf.evaluation.page import SECTIONS
 from kara_hf.evaluation.results import EXAMPLE
 from kara_hf.evaluation.statistics import compare, gap_closed, interval_of, summarise
 
@@ -286,7 +287,7 @@ def test_what_has_no_rule_is_shown_once():
     """A full cache that was measured twice, in a run at equal bytes and in one at equal tokens."""
     full = {"method": "full", "rule": "none", "budget": 1.0}
     both = [small(), cell([1, 0], **full, equal="tokens"), cell([0, 1], equal="tokens")]
-    [(_, panels)] = list(report.Results(pd.concat(both, ignore_index=True), "random").tasks())
+    [(_, panels)] = list(summary.Results(pd.concat(both, ignore_index=True), "random").tasks())
     shown = [
         (panel.rule, panel.equal, [row["score"] for row in panel.rows if row["method"] == "full"]) for panel in panels
     ]
@@ -306,7 +307,7 @@ def test_page_is_whole(tmp_path):
     assert (folder / "report.md").read_text().startswith("# All")
     assert (folder / "report.html").stat().st_size < 4e6
     assert "http" not in shown and "src=" not in shown and "<link" not in shown
-    assert re.findall(r"<h2 id='part\d'>([^<]+)", shown) == list(report.SECTIONS)
+    assert re.findall(r"<h2 id='part\d'>([^<]+)", shown) == list(SECTIONS)
     assert sorted(re.findall(r"<div class='plot' id='(\w+)'", shown)) == sorted(data["figures"])
     # 3 tasks of 2 rules: accuracy, 3 panels of length and 3 of speed; one task has distances, at 2 budgets
     assert len(data["figures"]) == 3 * 2 * (1 + 3 + 3) + 2 * 2
@@ -333,7 +334,7 @@ def test_front():
             ("e", 0.1, 0.2),
         ]
     ]
-    assert [row["method"] for row in report._front(rows, "oracle")] == ["e", "b", "a"]
+    assert [row["method"] for row in figures._front(rows, "oracle")] == ["e", "b", "a"]
 
 
 def test_curves_by_distance():
@@ -345,14 +346,14 @@ def test_curves_by_distance():
         ],
         ignore_index=True,
     )
-    results = report.Results(frame, "random")
+    results = summary.Results(frame, "random")
     [(_, [panel])] = list(results.tasks())
-    found, place, names = report._distances(panel, results)
+    found, place, names = figures.bin_distances(panel, results)
     assert names == ["20", "300"]
-    [(caption, drawn)] = list(report._curves(panel, results, found, place, names))
+    [(caption, drawn)] = list(figures.draw_curves(panel, results, found, place, names))
     assert caption == "budget 25%"
     assert {trace["name"]: trace["y"] for trace in drawn["data"]} == {"random": [1, 0], "kara": [1, 0.5]}
-    assert report._distances(panel, report.Results(frame.assign(distance=math.nan), "random")) is None
+    assert figures.bin_distances(panel, summary.Results(frame.assign(distance=math.nan), "random")) is None
 
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>|`*{}'\""
