@@ -531,8 +531,10 @@ class KaraCache(CompressedCache):
         retention: share of each window's tokens that every KV head keeps, in (0, 1].
         window: tokens in a window; a multiple of `block_size`. Sealed once `recent` more tokens stand behind it.
         recent: newest tokens that are always kept whole.
-        score: "bidirectional" (the paper), or a control: "causal", "random", "random-chunks", "recency"; see
-            `kara_hf.policy.register_score`.
+        score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens; "mean-square", which
+            holds their second moments instead, or "key-norm", which holds nothing (both ours); or a control: "causal",
+            "random", "random-chunks", "recency"; see `kara_hf.policy.register_score`. Drafts of assisted decoding do
+            not count in moments, so that windows may be judged otherwise than without drafts.
         anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.
         compress_prompt: walk the prompt in windows too. Otherwise the prompt and every later turn (a step of several
             tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.

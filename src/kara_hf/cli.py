@@ -79,7 +79,11 @@ def generate(
     ] = None,
     recent: Annotated[int | None, typer.Option(help="kara: newest tokens, always kept whole [default: 32].")] = None,
     score: Annotated[
-        str | None, typer.Option(help="kara: what ranks the tokens of a window [default: bidirectional].")
+        str | None,
+        typer.Option(
+            help="kara: what ranks the tokens of a window: bidirectional, mean-square, key-norm, ... [default: "
+            "bidirectional]."
+        ),
     ] = None,
     anchor_share: Annotated[
         float | None,
