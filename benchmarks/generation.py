@@ -20,13 +20,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from provenance import provenance, update_rows
+from provenance import update_rows
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kara_hf import KaraCache
+from kara_hf.evaluation.provenance import provenance
 
 console = Console()
 

@@ -35,10 +35,12 @@ import torch
 import typer
 from gpu_report import aims, markdown
 from gpu_run import GREEN, Case, Row, Run
-from provenance import load_rows, processor, write_rows
+from provenance import load_rows, write_rows
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from kara_hf.evaluation.provenance import processor
 
 RESULTS = Path(__file__).parent / "results"
 # The cases of each section, and the share of the time that is over when it must be done. Checks compile every kernel.

@@ -28,13 +28,14 @@ import torch
 import typer
 from generation import random_llama, step
 from peer_kvpress import FULL, RESULTS, Entry, Row, Trace, dense_bytes, merge, race, result_file, timing, twin
-from provenance import load_rows, provenance, write_rows
+from provenance import load_rows, write_rows
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import DynamicCache
 
 from kara_hf import CompressedCache, KaraCache, KVCompressCache, KVCompressConfig
+from kara_hf.evaluation.provenance import provenance
 
 OURS = "KVCompressCache"
 CASES = ((2048, 512), (8192, 256))  # tokens of the prompt, and new ones
@@ -375,15 +376,6 @@ COLUMNS: dict[str, list[tuple[str, str]]] = {
         ("most MB after a step", "{most_mb:.1f}"),
         ("with the prompts, MB", "{peak_mb:.1f}"),
     ],
-    "quality": [
-        ("task", "{case}"),
-        ("method", "{method}"),
-        ("evicted", "{evicted:.1%}"),
-        ("right", "{accuracy:.1%} ({low:.0%} to {high:.0%})"),
-        ("asked facts in the answer", "{facts:.1%}"),
-        ("problems", "{n}"),
-        ("KB at the end", "{last_kb:.0f}"),
-    ],
 }
 
 
@@ -393,7 +385,7 @@ def markdown(rows: list[Row]) -> str:
     for section, columns in COLUMNS.items():
         mine = [row for row in rows if row["section"] == section]
         cases = list(dict.fromkeys(row["case"] for row in mine))
-        mine.sort(key=lambda row: (cases.index(row["case"]), row.get("evicted", 0)))
+        mine.sort(key=lambda row: cases.index(row["case"]))
         if mine:
             parts.append(f"**{section}**: {origin(mine)}\n\n{table(mine, columns)}")
     return "\n\n".join(parts)

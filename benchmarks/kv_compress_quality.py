@@ -19,13 +19,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from kv_compress_tables import CHECK, CONTROL, FULL, OURS, UNEQUAL, markdown, summary
-from memory import Memory
-from provenance import digest, load_rows, provenance, update_rows
+from provenance import load_rows, update_rows
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteriaList
 
 from kara_hf import KVCompressCache, KVCompressConfig
 from kara_hf.evaluation import Problem, make_problem
+from kara_hf.evaluation.memory import MemoryWatch
+from kara_hf.evaluation.provenance import digest, provenance
 from kara_hf.evaluation.reasoner import final_answer
 
 ROOT = Path(__file__).parent
@@ -158,7 +159,7 @@ def solve(
         inputs = {name: torch.cat([context[name], question[name]], dim=1) for name in ("input_ids", "attention_mask")}
     else:
         inputs = dict(tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True))
-    memory = Memory(lambda: cache.report().resident_bytes if isinstance(cache, KVCompressCache) else 0)
+    memory = MemoryWatch(cache)
     out = model.generate(
         **inputs,
         past_key_values=cache,

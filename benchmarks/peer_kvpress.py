@@ -1,20 +1,28 @@
-"""kvpress on the weights, prompts and clock of kv_compress.py, in an environment of its own.
+"""kvpress from an environment of its own: its speed beside that of KVCompressCache, and its answers to the kit's tasks.
 
-    python benchmarks/peer_kvpress.py          # makes the environment at the first run, some minutes and 1.5 GB
+    python benchmarks/peer_kvpress.py --parts speed
+    python benchmarks/peer_kvpress.py --parts tasks --tasks trace:generated=300 --rules before,after --results results
 
 kvpress stops at transformers 5.3 and this package begins later, so both cannot be imported by one Python. This script
-makes an environment in runs/kvpress-env, writes a job for it (weights, prompts, problems), runs itself there as the
-worker, and puts the rows that come back into the result file of kv_compress.py, kvpress's versions with them. The
-problems are also solved by KVCompressCache, which keeps as many tokens, for the table.
+makes an environment in runs/kvpress-env at the first run, which takes some minutes and 1.5 GB, and runs itself there as
+the worker, which reads a job and prints what it finds, one JSON line after the other.
 
-What the two have in common is here, because it runs under either: `race`, which takes turns between caches, and
-`timing`, which makes numbers of it. Within a race the caches are paired; between the two environments compare each with
-its own DynamicCache.
+speed: kvpress's presses on the weights, prompts and clock of kv_compress.py; rows go to its result file. What the two
+have in common is here, because it runs under either: `race`, which takes turns between caches, and `timing`, which
+makes numbers of it. Within a race the caches are paired; between the two environments compare each with its own
+DynamicCache.
+
+tasks: kvpress answers examples of `kara-hf evaluate`, one after the other; they go to files of results that
+`kara-hf report` reads next to the others, under names like "kvpress AdaKV(SnapKV)". A budget is the share of the tokens
+that is kept, so `kara-hf evaluate --equal tokens` goes beside it. "before": the press cuts the whole prompt, or
+Decoding(...) keeps that share of the prompt and the expected answer together. "after": the press cuts the context.
+Bytes are those really held: AdaKV frees none, and Decoding(...) holds the prompt until its first cut.
 """
 
 import contextlib
 import copy
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -22,29 +30,29 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from provenance import digest, load_rows, provenance, wilson, write_rows
+from provenance import load_rows, write_rows
 from rich.console import Console
 from rich.progress import track
+
+from kara_hf.evaluation.provenance import digest, provenance
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kv_compress.json"
 TORCH = "torch==2.13.0"
 REQUIRED = ("transformers<5.3", "kvpress==0.5.5", "typer", "rich")
-PARTS = ("speed", "quality")
+PARTS = ("speed", "tasks")
 FULL = "DynamicCache"
-TASKS = ("recall", "survey")
-EVICTED = (0.5, 0.75, 0.875)  # shares of a prompt
-WINDOW = 16  # queries that vote on the prompts of the bundled model, which are short
-OURS = {"block_size": 4, "protected": 8, "observation": WINDOW, "continual": False}
+RULES = ("before", "after")
+METHODS = "full,SnapKV,AdaKV(SnapKV),Decoding(SnapKV),Decoding(Knorm)"
 console = Console()
 
 
@@ -230,48 +238,117 @@ def speed_rows(model: Any, ids: torch.Tensor, case: Row, repeats: int) -> list[R
     ]
 
 
+def make_press(name: str, window: int) -> Any:
+    """A press by its class's name without "Press", with another in parentheses that it wraps: ``AdaKV(SnapKV)``.
+
+    Raises:
+        ValueError: kvpress has no such press.
+    """
+    import kvpress
+
+    outer, _, inner = name.removesuffix(")").partition("(")
+    kind = getattr(kvpress, f"{outer}Press", None)
+    if kind is None:
+        raise ValueError(f"method={name!r} is not there: kvpress {version('kvpress')} has no {outer}Press")
+    press = kind(make_press(inner, window)) if inner else kind()
+    if hasattr(press, "window_size"):
+        press.window_size = window
+    return press
+
+
+def press_of(method: str, share: float, tokens: int, settings: Row) -> Any:
+    """The press that keeps this share; of an example with `tokens` in all if it works while decoding. Or None.
+
+    Raises:
+        ValueError: there is no such press, or it cannot be told how much to keep.
+    """
+    if method == "full":
+        return None
+    press = make_press(method, settings["window"])
+    if decodes(method):
+        press.compression_interval, press.target_size = settings["interval"], max(1, round(share * tokens))
+    elif hasattr(press, "compression_ratio"):
+        press.compression_ratio = 1 - share
+    else:
+        raise ValueError(f"method={method!r} is not possible: it has no compression_ratio to set a share by")
+    return press
+
+
+def decodes(method: str) -> bool:
+    """Whether it cuts while tokens are generated, and not the prompt."""
+    return method.startswith("Decoding(")
+
+
 @torch.no_grad()
-def solve(model: Any, press: Any, prompt: list[int], room: int) -> tuple[list[int], int]:
-    """Greedy answer and bytes of the cache; the press reads the whole prompt, positions are those of all tokens."""
+def solve(model: Any, method: str, press: Any, asked: Row, ends: list[int]) -> Row:
+    """A greedy answer and what it took; positions are those of all tokens, whatever was cut.
+
+    The press reads the context, or it works from the first token behind it on. Bytes are noted after every decode step,
+    those that the press holds beside the cache with them.
+    """
     from transformers import DynamicCache
 
-    cache, new = DynamicCache(), []
-    with press(model) if press is not None else contextlib.nullcontext():
-        out = model(input_ids=torch.tensor([prompt]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for position in range(len(prompt), len(prompt) + room):
-        new.append(int(out.logits[0, -1].argmax()))
-        if new[-1] == model.config.eos_token_id:
-            break
-        place = torch.tensor([[position]])
-        out = model(input_ids=torch.tensor([new[-1:]]), past_key_values=cache, use_cache=True, position_ids=place)
-    return new, dense_bytes(cache)
+    cache, new, held, peaks, start = DynamicCache(), [], [], [], time.perf_counter()
+    context, question = asked["context"], asked["question"]
+    seen = len(context) + len(question)
+
+    def read(ids: list[int], first: int) -> Any:
+        positions = torch.arange(first, first + len(ids), device=model.device)[None]
+        ids = torch.tensor([ids], device=model.device)
+        return model(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=positions, logits_to_keep=1)
+
+    def note() -> None:
+        held.append(dense_bytes(cache) + buffer_bytes(press, model))
+        peaks.append(held[-1] + max(layer.keys.nbytes for layer in cache.layers))  # it grows by copying
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.nullcontext() if press is None or decodes(method) else press(model):
+            out = read(context, 0)
+        if press is not None and not decodes(method):  # while a layer is cut it is there as a whole, too
+            whole = max(2 * layer.keys.nbytes // layer.keys.shape[2] * len(context) for layer in cache.layers)
+            peaks.append(dense_bytes(cache) + whole)
+        if decodes(method):
+            stack.enter_context(press(model))
+        if question:
+            out = read(question, len(context))
+        for position in range(seen, seen + asked["room"]):
+            new.append(int(out.logits[0, -1].argmax()))
+            if new[-1] in ends or len(new) == asked["room"]:
+                break
+            out = read(new[-1:], position)
+            note()
+        if not held:
+            note()
+    return {
+        "tokens": new,
+        "mean_bytes": statistics.mean(held),
+        "resident_bytes": max(held),
+        "peak_bytes": max(peaks),
+        "steps": len(new),
+        "seconds": time.perf_counter() - start,
+    }
 
 
-def load(folder: Path | str) -> Any:
-    """A model from a folder, without a progress bar."""
+def answers(job: Row) -> Iterator[Row]:
+    """Answers to every example that a cell lacks."""
+    model = load(job["model"], getattr(torch, job["dtype"])).to(job["device"])
+    for place, cell in enumerate(job["cells"]):
+        for number in cell["missing"]:
+            asked = job["examples"][number]
+            if cell["rule"] != "after":
+                asked = asked | {"context": asked["context"] + asked["question"], "question": []}
+            tokens = len(asked["context"]) + asked["expected"]
+            press = press_of(cell["method"], cell["budget"], tokens, job)
+            yield {"cell": place, "number": number} | solve(model, cell["method"], press, asked, job["ends"])
+
+
+def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model, without a progress bar."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def answers(model: Any, problems: list[Row]) -> list[Row]:
-    """Answers of the full cache, SnapKV and AdaKV(SnapKV) to the problems of every task, not graded yet."""
-    from kvpress import AdaKVPress, SnapKVPress
-
-    def snap(ratio: float) -> Any:
-        return SnapKVPress(compression_ratio=ratio, window_size=WINDOW)
-
-    methods = [(FULL, 0.0, None)]
-    for ratio in EVICTED:
-        methods += [("SnapKV", ratio, snap(ratio)), ("AdaKV(SnapKV)", ratio, AdaKVPress(snap(ratio)))]
-    found = []
-    for name, ratio, press in track(methods, description="quality", console=console, transient=True):
-        for problem in problems:
-            new, held = solve(model, press, problem["ids"], problem["room"])
-            found.append({"method": name, "evicted": ratio, "task": problem["task"], "new": new, "bytes": held})
-    return found
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def check_model(model: Any, tensors: dict[str, torch.Tensor]) -> float:
@@ -283,19 +360,24 @@ def check_model(model: Any, tensors: dict[str, torch.Tensor]) -> float:
     return difference
 
 
+def speeds(folder: Path, job: Row) -> Iterator[Row]:
+    """Rows of every case."""
+    model, tensors = load(folder / "model"), torch.load(folder / "tensors.pt", weights_only=True)
+    same = {"weights": digest(folder / "model"), "logits_difference": check_model(model, tensors)}
+    for case in job["cases"]:
+        yield from (row | same for row in speed_rows(model, tensors[case["case"]], case, job["repeats"]))
+
+
 def worker(folder: Path) -> None:
-    """Does the job in `folder`: reads job.json and what it names, writes found.json."""
+    """Does the job in `folder`: prints where its findings come from, then each of them."""
+    console.stderr = True
     job = json.loads((folder / "job.json").read_text())
-    found: Row = {"rows": [], "answers": [], "provenance": provenance("cpu")}
-    found["provenance"]["versions"]["kvpress"] = version("kvpress")
-    if job["cases"]:
-        model, tensors = load(folder / "model"), torch.load(folder / "tensors.pt", weights_only=True)
-        same = {"weights": digest(folder / "model"), "logits_difference": check_model(model, tensors)}
-        for case in job["cases"]:
-            found["rows"] += [row | same for row in speed_rows(model, tensors[case["case"]], case, job["repeats"])]
-    if job["problems"]:
-        found["answers"] = answers(load(job["reasoner"]), job["problems"])
-    (folder / "found.json").write_text(json.dumps(found))
+    torch.set_num_threads(job["threads"])
+    found = speeds(folder, job) if "cases" in job else answers(job) if "cells" in job else iter(())
+    origin = provenance(job["device"])
+    origin["versions"]["kvpress"] = version("kvpress")
+    for row in (origin, *found):
+        print(json.dumps(row), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- around it
@@ -337,126 +419,128 @@ def write_model(folder: Path, cases: list[Row]) -> None:
     torch.save(tensors | {case["case"]: tokens(case["prompt"], case["new"]) for case in cases}, folder / "tensors.pt")
 
 
-def as_job(problems: list[Any], tokenizer: Any) -> list[Row]:
-    """Problems as the worker reads them, which has no tokenizer."""
-    return [
-        {
-            "task": problem.task,
-            "ids": tokenizer(problem.prompt)["input_ids"],
-            "room": len(problem.completion.split()) + 16,
-        }
-        for problem in problems
-    ]
+def run_worker(python: Path, folder: Path, job: Row) -> Iterator[Row]:
+    """Has the job done in the other environment: where its findings come from, then each as it is found.
 
-
-def facts(text: str) -> set[str]:
-    """The facts of an answer."""
-    from kara_hf.evaluation.reasoner import final_answer
-
-    return {fact.strip() for fact in final_answer(text).split(";")} - {""}
-
-
-def quality_row(problems: list[Any], method: str, evicted: float, texts: list[str], held: list[int]) -> Row:
-    """Right answers of one method to the problems of one task with a 95 % interval, the share of the asked facts that
-    are in its answers, and bytes.
+    Raises:
+        subprocess.CalledProcessError: the worker failed; what it found until then has come.
     """
-    n, first = len(problems), problems[0]
-    pairs = list(zip(problems, texts, strict=True))
-    right = sum(problem.grade(text) for problem, text in pairs)
-    low, high = wilson(right, n)
-    found = [len(facts(p.completion) & facts(text)) / len(facts(p.completion)) for p, text in pairs]
-    return {
-        "section": "quality",
-        "case": f"{first.task}, {first.length} tokens",
-        "method": method,
-        "evicted": evicted,
-        "first_seed": first.seed,
-        "n": n,
-        "accuracy": right / n,
-        "low": low,
-        "high": high,
-        "facts": statistics.mean(found),
-        "last_bytes": round(statistics.mean(held)),
-    }
-
-
-def their_rows(problems: list[Any], tokenizer: Any, answers: list[Row]) -> list[Row]:
-    """Rows of the worker's answers: one for each method, share and task."""
-    groups: dict[tuple[str, float, str], list[Row]] = {}
-    for answer in answers:
-        groups.setdefault((answer["method"], answer["evicted"], answer["task"]), []).append(answer)
-    return [
-        quality_row(
-            [problem for problem in problems if problem.task == task],
-            method,
-            evicted,
-            tokenizer.batch_decode([answer["new"] for answer in group]),
-            [answer["bytes"] for answer in group],
-        )
-        for (method, evicted, task), group in groups.items()
-    ]
-
-
-def our_row(problems: list[Any], tokenizer: Any, model: Any, evicted: float) -> Row:
-    """The same of KVCompressCache, which keeps of each prompt as many tokens per head, on average, as SnapKV does.
-
-    Rounded down to whole blocks; as with SnapKV, what is decoded comes on top.
-    """
-    from kara_hf import KVCompressCache
-
-    texts, held = [], []
-    for problem in problems:
-        inputs = tokenizer(problem.prompt, return_tensors="pt")
-        seen = inputs["input_ids"].shape[1]
-        cache = KVCompressCache(model, max_cache_tokens=int(seen * (1 - evicted)), **OURS)
-        room = len(problem.completion.split()) + 16
-        out = model.generate(**inputs, past_key_values=cache, max_new_tokens=room, do_sample=False)
-        texts.append(tokenizer.decode(out[0, seen:]))
-        held.append(cache.report().resident_bytes)
-    return quality_row(problems, "KVCompressCache", evicted, texts, held)
-
-
-def run_worker(python: Path, folder: Path, job: Row) -> tuple[list[Row], list[Row], Row]:
-    """Has the job done in the other environment: rows, answers, and where they come from."""
     (folder / "job.json").write_text(json.dumps(job))
-    subprocess.run([str(python), "-W", "ignore", __file__, "--worker", str(folder)], check=True)
-    found = json.loads((folder / "found.json").read_text())
-    return found["rows"], found["answers"], found["provenance"] | {"command": provenance("cpu")["command"]}
+    command = [str(python), "-W", "ignore", __file__, "--worker", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        rows = map(json.loads, process.stdout)
+        yield next(rows, {}) | {"command": provenance("cpu")["command"]}
+        yield from rows
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def all_problems(n: int, length: int) -> list[Any]:
-    """The first `n` test problems of every task, none of which the bundled model was trained on."""
-    from kara_hf.evaluation import make_problem
+def measure_speed(python: Path, cases: list[Row], repeats: int) -> list[Row]:
+    """Rows of the presses in every case."""
+    with tempfile.TemporaryDirectory() as name:
+        write_model(Path(name), cases)
+        job = {"device": "cpu", "threads": 1, "cases": cases, "repeats": repeats}
+        origin, *rows = run_worker(python, Path(name), job)
+    same = {"device": "cpu", "dtype": "float32", "package": "kvpress", "provenance": origin}
+    return [row | same for row in rows]
 
-    return [make_problem(task, seed=seed, length=length) for task in TASKS for seed in range(10_000, 10_000 + n)]
+
+def cells_of(methods: str, budgets: str, rules: str) -> list[Row]:
+    """Method, rule and budget of everything that is measured of a task, as the options of the command name them.
+
+    Raises:
+        typer.BadParameter: a budget is no share, or a rule is not one that kvpress can follow.
+    """
+    asked, shares, ruled = (
+        [name.strip() for name in text.split(",") if name.strip()] for text in (methods, budgets, rules)
+    )
+    if not set(ruled) <= set(RULES):
+        raise typer.BadParameter(f"rules={rules!r} is not possible: rules must be of {', '.join(RULES)}")
+    try:
+        kept = [float(share) for share in shares]
+    except ValueError:
+        kept = [0.0]
+    if not all(0 < share <= 1 for share in kept):
+        raise typer.BadParameter(f"budgets={budgets!r} is not possible: budgets must be shares in (0, 1]")
+    cells = [{"method": "full", "rule": "none", "budget": 1.0}] if "full" in asked else []
+    for rule in ruled:
+        able = [name for name in asked if name != "full" and not (rule == "after" and decodes(name))]
+        cells += [{"method": name, "rule": rule, "budget": share} for share in kept for name in able]
+    return cells
 
 
-def measure(python: Path, parts: list[str], sizes: Row) -> list[Row]:
-    """All rows of the parts asked for."""
-    from retention import ASSETS
-    from transformers import AutoTokenizer
+def measure_tasks(python: Path, tasks: str, cells: list[Row], model: str | None, n: int, out: Path) -> None:
+    """Has every cell of every task answered that is not in `out` already, and appends each answer as it comes.
 
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
-    problems = all_problems(sizes["problems"], sizes["length"]) if "quality" in parts else []
-    cases = sizes["cases"] if "speed" in parts else []
-    job = {
-        "cases": cases,
-        "problems": as_job(problems, tokenizer),
-        "reasoner": str(ASSETS),
-        "repeats": sizes["repeats"],
+    Raises:
+        ValueError: a task does not exist or does not fit the model or the rules.
+    """
+    from kara_hf.command import BUNDLED_MODEL
+    from kara_hf.evaluation import published, text  # noqa: F401  they register their tasks
+    from kara_hf.evaluation import tasks as bundled  # noqa: F401
+    from kara_hf.evaluation.commands import BUNDLED_SKELETON, weights_of
+    from kara_hf.evaluation.example import make_task
+    from kara_hf.evaluation.methods import Skeleton
+    from kara_hf.evaluation.results import Cell, CellFile
+    from kara_hf.evaluation.run import Answers, Evaluator
+    from kara_hf.runner import Runner, find_device
+
+    skeleton, folder = Skeleton(**{} if model else BUNDLED_SKELETON), model or str(BUNDLED_MODEL)
+    runner = Runner(folder, device="cpu")  # it reads prompts and grades, the worker generates
+    evaluator = Evaluator(
+        runner.model, runner.tokenizer, name=runner.name, weights=weights_of(runner, model), limit=runner.limit
+    )
+    threads = torch.get_num_threads() if model else 1  # the bundled model is too small for several
+    here = {"device": str(find_device(None)), "threads": threads}
+    job = here | {
+        "model": folder,
+        "dtype": str(runner.model.dtype).removeprefix("torch."),
+        "ends": sorted(evaluator.ends),
+        "window": skeleton.observation,
+        "interval": skeleton.window,
     }
     with tempfile.TemporaryDirectory() as name:
-        if cases:
-            write_model(Path(name), cases)
-        rows, answers, origin = run_worker(python, Path(name), job)
-    same, weights = {"device": "cpu", "dtype": "float32"}, {"weights": digest(ASSETS)}
-    rows += [row | weights for row in their_rows(problems, tokenizer, answers)]
-    model, ours = load(ASSETS) if problems else None, []
-    for task in track(TASKS if problems else (), description="ours", console=console, transient=True):
-        asked = [problem for problem in problems if problem.task == task]
-        ours += [our_row(asked, tokenizer, model, evicted) | weights for evicted in EVICTED]
-    theirs, mine = {"package": "kvpress", "provenance": origin}, {"package": "kara_hf", "provenance": provenance("cpu")}
-    return [row | same | theirs for row in rows] + [row | same | mine for row in ours]
+        (origin,) = run_worker(python, Path(name), here)
+        origin |= {"dtype": job["dtype"]}
+        for asked in tasks.split(","):
+            task = make_task(asked.strip(), runner.tokenizer)
+            prompts = [evaluator.prompt(task, i) for i in range(n if task.size is None else min(n, task.size))]
+            if not prompts[0].question and any(cell["rule"] == "after" for cell in cells):
+                raise ValueError(
+                    f"task {task.name!r} has no question apart from its context; leave out the rule 'after'"
+                )
+            files, lacking = [], []
+            for cell in cells:
+                key = (task.name, cell["rule"], f"kvpress {cell['method']}", cell["budget"], "tokens", 0)
+                settings = {"share": cell["budget"], "batch": 1, "skeleton": asdict(skeleton)}
+                files.append(CellFile(out, Cell(evaluator.name, evaluator.weights, *key), settings, origin))
+                lacking.append(cell | {"missing": [i for i in range(len(prompts)) if i not in files[-1].done]})
+            total = sum(len(cell["missing"]) for cell in lacking)
+            if not total:
+                continue
+            examples = [as_asked(prompt, runner.tokenizer) for prompt in prompts]
+            rows = run_worker(python, Path(name), job | {"cells": lacking, "examples": examples})
+            next(rows)  # where they come from, which is known
+            for row in track(rows, description=task.name, total=total, console=console, transient=True):
+                place, prompt = row.pop("cell"), prompts[row.pop("number")]
+                answer = Answers(**row | {"tokens": [row["tokens"]]})
+                files[place].append(evaluator.lines([prompt], answer, prompt.example.max_new_tokens, True))
+
+
+def as_asked(prompt: Any, tokenizer: Any) -> Row:
+    """An example as the worker reads it, which has no tokenizer; `expected` is how long its answer should be."""
+    example, expected = prompt.example, prompt.example.max_new_tokens
+    if example.reference is not None:
+        solution = tokenizer(example.reference, add_special_tokens=False)["input_ids"]
+        expected = min(expected, len(solution) + 1)
+    return {
+        "context": prompt.context,
+        "question": prompt.question,
+        "room": example.max_new_tokens,
+        "expected": expected,
+    }
 
 
 def chosen_parts(names: str) -> list[str]:
@@ -480,32 +564,42 @@ def main(
     parts: Annotated[str, typer.Option(help=f"comma-separated, of {', '.join(PARTS)}; empty: both")] = "",
     env: Annotated[Path, typer.Option(help="folder of the environment")] = ROOT / "runs" / "kvpress-env",
     torch_requirement: Annotated[str, typer.Option("--torch", help="what to install as torch")] = TORCH,
-    repeats: Annotated[int, typer.Option(help="races of every case")] = 3,
-    problems: Annotated[int, typer.Option(help="problems of each task")] = 120,
-    out: Annotated[Path | None, typer.Option(help="JSON file of rows; default: that of kv_compress.py")] = None,
-    smoke: Annotated[bool, typer.Option(help="a few short steps and problems")] = False,
+    repeats: Annotated[int, typer.Option(help="speed: races of every case")] = 3,
+    out: Annotated[Path | None, typer.Option(help="speed: JSON file of rows; default: that of kv_compress.py")] = None,
+    model: Annotated[str | None, typer.Option(help="tasks: hub id or folder; default: the bundled model")] = None,
+    tasks: Annotated[str, typer.Option(help="tasks: as in `kara-hf evaluate`")] = "trace:generated=300",
+    methods: Annotated[str, typer.Option(help="tasks: full, and presses, comma-separated")] = METHODS,
+    budgets: Annotated[str, typer.Option(help="tasks: shares that are kept")] = "0.5,0.25,0.125,0.0625",
+    rules: Annotated[str, typer.Option(help=f"tasks: what is cut, of {', '.join(RULES)}")] = "before",
+    n: Annotated[int, typer.Option(help="tasks: examples of each")] = 200,
+    results: Annotated[Path, typer.Option(help="tasks: folder of results, as of `kara-hf evaluate`")] = Path("results"),
+    smoke: Annotated[bool, typer.Option(help="a few short steps and examples")] = False,
     worker_folder: Annotated[Path | None, typer.Option("--worker", hidden=True)] = None,
 ) -> None:
-    """Measures kvpress, prints the tables of the rows and merges them into the result file."""
-    torch.set_num_threads(1)
+    """Measures kvpress: prints the table of its speed and merges its rows, and appends its answers to results."""
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)  # 5.17 knows no other name
     if worker_folder is not None:
         worker(worker_folder)
         return
-    names, path = chosen_parts(parts), result_file(out, smoke)
-    from kv_compress import CASES, case_name, markdown
+    names, path, cells = chosen_parts(parts), result_file(out, smoke), cells_of(methods, budgets, rules)
+    python = environment(env.absolute(), torch_requirement)
+    if "tasks" in names:
+        with tempfile.TemporaryDirectory() as scratch:
+            measure_tasks(python, tasks, cells, model, 2 if smoke else n, Path(scratch) if smoke else results)
+        console.print("answers of a smoke run are gone" if smoke else f"written to {results}")
+    if "speed" in names:
+        torch.set_num_threads(1)
+        from kv_compress import CASES, case_name, markdown
 
-    shapes, press = CASES, {"window": 64, "interval": 128, "target": 512}
-    sizes: Row = {"repeats": repeats, "problems": problems, "length": 384}
-    if smoke:
-        shapes, press = ((160, 24),), {"window": 4, "interval": 8, "target": 64}
-        sizes = {"repeats": 1, "problems": 2, "length": 256}
-    sizes["cases"] = [{"case": case_name(p, n), "prompt": p, "new": n, "press": press} for p, n in shapes]
-    rows = measure(environment(env.absolute(), torch_requirement), names, sizes)
-    console.print(markdown(rows), markup=False, highlight=False, soft_wrap=True)
-    if path is not None:
-        write_rows(path, merge(load_rows(path), rows))
-        console.print(f"written to {path}")
+        shapes, press = CASES, {"window": 64, "interval": 128, "target": 512}
+        if smoke:
+            shapes, press, repeats = ((160, 24),), {"window": 4, "interval": 8, "target": 64}, 1
+        cases = [{"case": case_name(p, new), "prompt": p, "new": new, "press": press} for p, new in shapes]
+        rows = measure_speed(python, cases, repeats)
+        console.print(markdown(rows), markup=False, highlight=False, soft_wrap=True)
+        if path is not None:
+            write_rows(path, merge(load_rows(path), rows))
+            console.print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 import typer
 from kv_compress_tables import FULL, compare, table
-from memory import Memory
 from provenance import digest, load_rows, provenance, update_rows, wilson
 from rich.progress import Progress
 from transformers import (
@@ -39,8 +38,9 @@ from transformers import (
 )
 from transformers import StoppingCriteriaList as Criteria
 
-from kara_hf import CompressedCache, KaraCache, KVCompressCache, PoDCache, PoDSharing
+from kara_hf import KaraCache, KVCompressCache, PoDCache, PoDSharing
 from kara_hf.evaluation import Problem, make_problem
+from kara_hf.evaluation.memory import MemoryWatch
 from kara_hf.pod.adapt import AdaptConfig
 from kara_hf.pod.adapt import adapt as adapt_model
 from kara_hf.pod.explore import explore as explore_model
@@ -232,29 +232,11 @@ def ways() -> dict[str, Way]:
     return found
 
 
-def resident(cache: Any) -> int:
-    """Bytes of everything that a cache holds."""
-    if isinstance(cache, CompressedCache):
-        return cache.report().resident_bytes
-    found: dict[int, int] = {}
-    todo = [vars(layer) for layer in cache.layers]
-    while todo:
-        for value in todo.pop().values():
-            if isinstance(value, torch.Tensor) and hasattr(
-                value, "_data"
-            ):  # quantized by quanto: codes, scales, shifts
-                parts = [getattr(value, name) for name in ("_data", "_scale", "_shift")]
-                todo.append({str(i): getattr(part, "_data", part) for i, part in enumerate(parts)})
-            elif isinstance(value, torch.Tensor):
-                found[value.data_ptr()] = value.nbytes
-    return sum(found.values())
-
-
 @torch.inference_mode()
 def solve(model: Any, tokenizer: Any, problems: list[Problem], cache: Any) -> tuple[list[str], int]:
     """Greedy completions of one left-padded batch, and the most bytes held while decoding."""
     inputs = tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
-    memory = Memory(lambda: resident(cache))
+    memory = MemoryWatch(cache)
     out = model.generate(
         **inputs,
         past_key_values=cache,
@@ -312,8 +294,8 @@ def measure(
     with Progress() as progress:
         for name, way in progress.track(wanted.items(), description="methods"):
             folder = None if way.adapted is None else adapted / way.adapted
-            if folder is not None and not folder.exists():
-                progress.console.print(f"{name}: there is no {folder}; run `adapt` first")
+            if folder is not None and not (folder / "pod_adapt.json").exists():
+                progress.console.print(f"{name}: there is no adapted model in {folder}; run `adapt` first")
                 continue
             for task, size in CASES.items():
                 row = {"method": name, "task": task, **size, "n": n, "first_seed": first_seed, "weights": weights}

@@ -1,53 +1,10 @@
-"""Where a number comes from, and the file of rows it goes to."""
+"""The files that rows of numbers go to. Where a number comes from is said by `kara_hf.evaluation.provenance`."""
 
-import hashlib
 import json
-import platform
-import shutil
-import subprocess
-import sys
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-
-def processor(device: str) -> str:
-    """Name of the CPU or GPU that did the work."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def provenance(device: str) -> dict[str, Any]:
-    """Command, hardware, versions and date of this run."""
-    return {
-        "command": " ".join(["python", *sys.argv]).replace(str(Path.cwd()) + "/", ""),
-        "device": processor(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers")} | gpu_versions(device),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
-def gpu_versions(device: str) -> dict[str, str | None]:
-    """What else a number from a GPU depends on: CUDA, its driver and Triton. Nothing on a CPU."""
-    if not device.startswith("cuda"):
-        return {}
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if shutil.which(query[0]) else []
-    return {"cuda": torch.version.cuda, "driver": driver[0] if driver else "unknown", "triton": version("triton")}
-
-
-def digest(folder: Path) -> str:
-    """SHA-256 of the weights, which ties a row to what it was measured on."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+from kara_hf.evaluation.provenance import digest, processor, provenance  # noqa: F401  for scripts that find them here
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:

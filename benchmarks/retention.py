@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from provenance import digest, provenance, update_rows, wilson
+from provenance import update_rows, wilson
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from kara_hf import KaraCache
 from kara_hf.evaluation import Problem, make_problem
+from kara_hf.evaluation.provenance import digest, provenance
 
 ASSETS = Path(__file__).parents[1] / "src" / "kara_hf" / "assets" / "tiny_reasoner"
 SCORES = ("bidirectional", "bidirectional, top-k", "causal", "random-chunks", "random", "recency")

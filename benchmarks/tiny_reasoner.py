@@ -17,11 +17,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from provenance import digest, load_rows, provenance, update_rows, wilson
+from provenance import load_rows, update_rows, wilson
 from retention import markdown
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from kara_hf.evaluation import Problem, make_problem
+from kara_hf.evaluation.provenance import digest, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "tiny_reasoner.json"

@@ -3,12 +3,18 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import typer
+from typer.testing import CliRunner
+
+from kara_hf import cli
+from kara_hf.evaluation.results import load
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -98,10 +104,10 @@ def test_sections_and_parts_are_checked(ours, peer):
     assert ours.chosen_sections("limit, bytes") == ["bytes", "limit"] and ours.chosen_sections("") == list(
         ours.SECTIONS
     )
-    assert peer.chosen_parts("quality") == ["quality"] and peer.chosen_parts("") == ["speed", "quality"]
+    assert peer.chosen_parts("tasks") == ["tasks"] and peer.chosen_parts("") == ["speed", "tasks"]
     with pytest.raises(typer.BadParameter, match="pace is no section; choose from bytes"):
         ours.chosen_sections("bytes,pace")
-    with pytest.raises(typer.BadParameter, match="pace is no part; choose from speed, quality"):
+    with pytest.raises(typer.BadParameter, match="pace is no part; choose from speed, tasks"):
         peer.chosen_parts("pace")
 
 
@@ -200,35 +206,153 @@ def test_a_twin_shares_weights_and_nothing_else(peer):
 
 
 # --------------------------------------------------------------------------------------------- what becomes of answers
-class Words:
-    def __call__(self, text):
-        return {"input_ids": [ord(word) for word in text.split()]}
-
-    def batch_decode(self, many):
-        return [" ".join(chr(number) for number in ids) for ids in many]
-
-
-def test_answers_of_the_worker_are_graded_by_method_share_and_task(peer):
-    from kara_hf.evaluation import make_problem
-
-    problems = [make_problem(task, seed=seed, length=128) for task in ("recall", "survey") for seed in (5, 6)]
-    texts = {i: problem.completion for i, problem in enumerate(problems)} | {1: "ans k01 w01 w02 w03 ;"}
-    tokenizer = SimpleNamespace(batch_decode=lambda many: [texts[ids[0]] for ids in many])
-    found = [
-        {"method": "SnapKV", "evicted": 0.5, "task": problem.task, "new": [i], "bytes": 100 + i}
-        for i, problem in enumerate(problems)
+def test_cells_are_what_kvpress_can_do(peer):
+    cells = peer.cells_of("full,SnapKV,Decoding(Knorm)", "0.5,0.25", "before,after")
+    assert [(cell["method"], cell["rule"], cell["budget"]) for cell in cells] == [
+        ("full", "none", 1.0),
+        ("SnapKV", "before", 0.5),
+        ("Decoding(Knorm)", "before", 0.5),
+        ("SnapKV", "before", 0.25),
+        ("Decoding(Knorm)", "before", 0.25),
+        ("SnapKV", "after", 0.5),
+        ("SnapKV", "after", 0.25),
     ]
-    rows = peer.their_rows(problems, tokenizer, found)
-    assert [(each["case"], each["accuracy"], each["n"], each["last_bytes"]) for each in rows] == [
-        ("recall, 128 tokens", 0.5, 2, 100),
-        ("survey, 128 tokens", 1.0, 2, 102),
+    with pytest.raises(typer.BadParameter, match="rules must be of before, after"):
+        peer.cells_of("full", "0.5", "pinned")
+    for budgets in ("1.5", "half"):
+        with pytest.raises(typer.BadParameter, match="budgets must be shares"):
+            peer.cells_of("full", budgets, "before")
+
+
+@dataclass
+class SnapKVPress:
+    window_size: int = 64
+    compression_ratio: float = 0.0
+
+
+@dataclass
+class AdaKVPress:
+    press: SnapKVPress
+    compression_ratio: float = 0.0
+
+
+@dataclass
+class DecodingPress:
+    base_press: SnapKVPress
+    compression_interval: int = 512
+    target_size: int = 2048
+
+
+@dataclass
+class ComposedPress:
+    pass
+
+
+@pytest.fixture
+def kvpress(peer, monkeypatch):
+    """What the worker imports in its environment."""
+    kinds = (SnapKVPress, AdaKVPress, DecodingPress, ComposedPress)
+    monkeypatch.setitem(sys.modules, "kvpress", SimpleNamespace(**{kind.__name__: kind for kind in kinds}))
+    monkeypatch.setattr(peer, "version", lambda name: "0.5.5")
+
+
+def test_a_press_is_made_by_its_name_for_a_share(peer, kvpress):
+    settings = {"window": 8, "interval": 32}
+    assert peer.press_of("full", 1.0, 100, settings) is None
+    assert peer.press_of("SnapKV", 0.25, 100, settings) == SnapKVPress(8, 0.75)
+    assert peer.press_of("AdaKV(SnapKV)", 0.25, 100, settings) == AdaKVPress(SnapKVPress(8), 0.75)
+    assert peer.press_of("Decoding(SnapKV)", 0.25, 100, settings) == DecodingPress(SnapKVPress(8), 32, 25)
+    with pytest.raises(ValueError, match="kvpress 0.5.5 has no SnapPress"):
+        peer.press_of("AdaKV(Snap)", 0.5, 100, settings)
+    with pytest.raises(ValueError, match="'Composed' is not possible: it has no compression_ratio"):
+        peer.press_of("Composed", 0.5, 100, settings)
+
+
+@dataclass
+class Newest:
+    """A press that keeps a prompt's newest tokens."""
+
+    compression_ratio: float
+
+    @contextmanager
+    def __call__(self, model):
+        def cut(module, arguments, settings, output):
+            cache = settings.get("cache", settings.get("past_key_values"))  # its name depends on the version
+            layer = cache.layers[module.layer_idx]
+            kept = round(layer.keys.shape[2] * (1 - self.compression_ratio))
+            layer.keys, layer.values = layer.keys[:, :, -kept:].clone(), layer.values[:, :, -kept:].clone()
+
+        hooks = [layer.self_attn.register_forward_hook(cut, with_kwargs=True) for layer in model.model.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@pytest.fixture
+def without_worker(peer, monkeypatch):
+    """The worker's part done here, by a press of this file; gives the jobs."""
+    jobs = []
+
+    def run_worker(python, folder, job):
+        jobs.append(job)
+        yield ORIGIN
+        yield from peer.answers(job) if "cells" in job else ()
+
+    monkeypatch.setattr(peer, "run_worker", run_worker)
+    monkeypatch.setattr(peer, "press_of", lambda method, share, *_: None if method == "full" else Newest(1 - share))
+    return jobs
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_answers_of_the_worker_are_results_of_the_kit(peer, without_worker, tmp_path):
+    task, cells = "recall:length=160", peer.cells_of("full,SnapKV", "0.5", "before,after")
+    peer.measure_tasks(Path("python"), task, cells, None, 2, tmp_path)
+    frame = load(tmp_path)
+    assert list(zip(frame["rule"], frame["method"], frame["number"], strict=True)) == [
+        (rule, f"kvpress {method}", number)
+        for rule, method in (("after", "SnapKV"), ("before", "SnapKV"), ("none", "full"))
+        for number in (0, 1)
     ]
-    assert rows[0]["facts"] == 0.5 and rows[1]["facts"] == 1.0 and rows[0]["low"] < 0.5 < rows[0]["high"]
+    assert set(frame["equal"]) == {"tokens"} and frame["provenance"].iloc[0]["date"] == ORIGIN["date"]
+    evaluate(tmp_path, task)
+    frame = load(tmp_path)
+    columns = ["number", "score", "generated", "prompt", "resident_bytes", "peak_bytes", "full_bytes", "text"]
+    theirs, mine = (frame.loc[frame["method"] == name, columns].to_dict("list") for name in ("kvpress full", "full"))
+    assert theirs == mine
+    full, cut = (frame[frame["method"] == name] for name in ("kvpress full", "kvpress SnapKV"))
+    assert cut["resident_bytes"].max() < 0.7 * full["resident_bytes"].min()
+    assert (cut["peak_bytes"] > cut["resident_bytes"]).all()
 
 
-def test_the_worker_gets_ids_and_room(peer):
-    problem = SimpleNamespace(task="recall", prompt="a b", completion="c d e")
-    assert peer.as_job([problem], Words()) == [{"task": "recall", "ids": [97, 98], "room": 19}]
+def evaluate(folder, task):
+    """The kit's own answers of the full cache."""
+    options = ["--tasks", task, "--methods", "full", "--n", "2", "--batch", "1", "--out", str(folder)]
+    found = CliRunner().invoke(cli.app, ["evaluate", *options, "--device", "cpu"])
+    assert found.exit_code == 0, found.output
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_answers_that_are_there_are_not_asked_for_again(peer, without_worker, tmp_path):
+    cells = peer.cells_of("full", "0.5", "before")
+    for n in (1, 2, 2):
+        peer.measure_tasks(Path("python"), "recall:length=160", cells, None, n, tmp_path)
+    assert [job["cells"][0]["missing"] for job in without_worker if "cells" in job] == [[0], [1]]
+    assert list(load(tmp_path)["number"]) == [0, 1]
+
+
+def test_a_worker_that_fails_is_an_error_behind_what_it_found(peer, tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json; print(json.dumps({'date': 1})); print(json.dumps({'cell': 0})); raise SystemExit(3)"
+    )
+    monkeypatch.setattr(peer, "__file__", str(script))
+    rows = peer.run_worker(Path(sys.executable), tmp_path, {})
+    assert next(rows).keys() == {"date", "command"}
+    assert next(rows) == {"cell": 0}
+    with pytest.raises(subprocess.CalledProcessError):
+        next(rows)
 
 
 def test_merging_replaces_a_package_in_a_section_alone(peer):

@@ -303,11 +303,11 @@ class Evaluator:
                 lengths = [len(prompt.ids) for prompt in part]
                 room = max(prompt.example.max_new_tokens for prompt in part)
                 answers = self.answer(part, method, replace(plan, share=share, prompts=lengths), room=room)
-                file.append(self._lines(part, answers, room, request.keep_text))
+                file.append(self.lines(part, answers, room, request.keep_text))
                 progress(label, len(part) / len(mine))
             together()
 
-    def _lines(self, prompts: Sequence[Prompt], answers: Answers, room: int, keep_text: bool) -> list[dict[str, Any]]:
+    def lines(self, prompts: Sequence[Prompt], answers: Answers, room: int, keep_text: bool) -> list[dict[str, Any]]:
         """One line of results for each example of a batch."""
         lines, size = [], len(prompts)
         for prompt, tokens in zip(prompts, answers.tokens, strict=True):
