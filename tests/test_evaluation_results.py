@@ -208,6 +208,9 @@ def test_packed_results_read_as_they_were(tmp_path_factory, parts):
     wanted = frame.drop(columns="text").assign(seconds=[float(f"{value:.6g}") for value in frame["seconds"]])
     pd.testing.assert_frame_equal(packed, wanted)
     assert pack(packed) == pack(frame) == json.loads((folder / "packed.json").read_text())
+    save_packed(frame, folder / "packed.json.gz")
+    pd.testing.assert_frame_equal(load(folder / "packed.json.gz"), wanted)
+    assert (folder / "packed.json.gz").read_bytes()[:2] == b"\x1f\x8b"
 
 
 def test_parts_of_different_origin_stay_apart(tmp_path):

@@ -1,5 +1,6 @@
 """Results of an evaluation: the files that a run appends to, one table of all of them, and a packed form to keep."""
 
+import gzip
 import json
 import os
 import re
@@ -141,7 +142,7 @@ def load(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     packed = path.is_file() and path.suffix != ".jsonl"
     if packed:
-        tables = [_unpack(row, f"{path}, row {i}") for i, row in enumerate(_parse(path.read_text("utf-8"), str(path)))]
+        tables = [_unpack(row, f"{path}, row {i}") for i, row in enumerate(_parse(_text(path), str(path)))]
     else:
         files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
         tables = [_table(file, lines) for file in files if len(lines := _read(file)[0]) > 1]
@@ -177,9 +178,14 @@ def pack(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def save_packed(frame: pd.DataFrame, path: str | Path) -> None:
-    """Writes what `pack` makes of it, one row per line."""
+    """Writes what `pack` makes of it, one row per line; gzipped where the path ends so."""
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in pack(frame))
-    Path(path).write_text(f"[\n{lines}\n]\n", "utf-8")
+    text = f"[\n{lines}\n]\n".encode()
+    Path(path).write_bytes(gzip.compress(text, mtime=0) if Path(path).suffix == ".gz" else text)
+
+
+def _text(path: Path) -> str:
+    return (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
 
 
 def _safe(name: str) -> str:

@@ -1,0 +1,168 @@
+"""Tables and figures of docs/evidence.md, from the packed results of the evaluation kit.
+
+kara-hf evaluate --no-text --batch 50 ... --out results      # the commands are in the results
+kara-hf report results --pack benchmarks/results/evidence.json.gz
+python benchmarks/evidence.py
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import typer
+from kv_compress_tables import table
+
+from kara_hf.evaluation.methods import METHODS
+from kara_hf.evaluation.results import load
+from kara_hf.evaluation.statistics import summarise
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  behind the choice of what draws
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "evidence.json.gz"
+DOC = ROOT / "docs" / "evidence.md"
+FIGURE = ROOT / "docs" / "evidence.png"
+UNEQUAL = 0.02  # share of the reference's bytes by which a method may hold more
+BUDGETS = (0.5, 0.25, 0.125, 0.0625)
+COLOURS = {
+    "oracle": "#000000",
+    "key-norm": "#009e73",
+    "mean-square": "#0072b2",
+    "kara-top-k": "#d55e00",
+    "kara": "#cc79a7",
+    "kv-compress": "#e69f00",
+    "random": "#888888",
+}
+MARKS = dict(zip(COLOURS, "*osD^vX", strict=True))
+
+
+def blocks(rows: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """A Markdown table for each task and rule: methods down, budgets across."""
+    found = {}
+    order = {name: place for place, name in enumerate(METHODS)}
+    whole = rows[rows["rule"] == "none"]
+    for (task, rule), part in rows[rows["rule"] != "none"].groupby(["task", "rule"], sort=False):
+        budgets = [budget for budget in BUDGETS if (part["budget"] == budget).any()]
+        lines = []
+        for _, row in whole[whole["task"] == task].sort_values("method", key=lambda s: s.map(order)).iterrows():
+            score = f"{100 * row['score']:.1f} %, {100 * row['resident']:.0f} %"
+            lines.append([row["method"], score, *[""] * (len(budgets) - 1)])
+        for method in sorted(part["method"].unique(), key=lambda name: (order.get(name, len(order)), name)):
+            cells = part[part["method"] == method].set_index("budget")
+            lines.append([method, *(_cell(cells.loc[b]) if b in cells.index else "" for b in budgets)])
+        found[task, rule] = table(["method", *(f"{100 * budget:g} %" for budget in budgets)], lines)
+    return found
+
+
+def _cell(row: pd.Series) -> str:
+    """Score, in bold where its difference to random leaves out 0; gap closed; bytes held, and how many too many."""
+    score = f"{100 * row['score']:.1f} %"
+    if row["difference_low"] > 0 or row["difference_high"] < 0:
+        score = f"**{score}**"
+    gap = "" if np.isnan(row["gap"]) or row["method"] == "oracle" else f", gap {100 * row['gap']:.0f} %"
+    over = f" (+{100 * row['bytes_apart']:.0f} %)" if row["bytes_apart"] > UNEQUAL else ""
+    return f"{score}{gap}, {100 * row['resident']:.0f} %{over}"
+
+
+def lost(rows: pd.DataFrame) -> str:
+    """A line for each method that is below random by a whole interval somewhere: where, and by how many points."""
+    found = rows[rows["difference_high"] < 0].sort_values(["method", "task", "rule", "budget"])
+    lines = []
+    for method, part in found.groupby("method", sort=False):
+        places = [
+            f"{row['task'].partition(':')[0]} {row['rule']} {100 * row['budget']:g} % ({100 * row['difference']:+.1f})"
+            for _, row in part.iterrows()
+        ]
+        lines.append(f"- `{method}`: {', '.join(places)}")
+    return "\n".join(lines)
+
+
+def origin(frame: pd.DataFrame) -> str:
+    """Where the numbers come from."""
+    source = frame["provenance"].iloc[0]
+    dates = sorted({each["date"] for each in frame["provenance"]})
+    versions = source["versions"]
+    return (
+        f"{int(frame.groupby('task')['number'].nunique().min())} problems of each kind; {source['device']}, "
+        f"{source['threads']} thread, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{source['dtype']}, {' to '.join(dates)}."
+    )
+
+
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """Accuracy against bytes held, a panel for each task and rule."""
+    panels = list(rows[rows["rule"] != "none"].groupby(["task", "rule"], sort=False))
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4.4 * across, 3.4 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, ((task, rule), part) in zip(axes.flat, panels, strict=False):
+        for method, colour in COLOURS.items():
+            line = part[part["method"] == method].sort_values("resident")
+            if len(line):
+                spread = [line["score"] - line["low"], line["high"] - line["score"]]
+                axis.errorbar(
+                    100 * line["resident"],
+                    100 * line["score"],
+                    yerr=100 * np.array(spread),
+                    color=colour,
+                    marker=MARKS[method],
+                    markersize=6,
+                    linewidth=1.2,
+                    capsize=2,
+                    label=method,
+                )
+        full = rows[(rows["task"] == task) & (rows["method"] == "full")]
+        axis.axhline(100 * full["score"].iloc[0], color="black", linewidth=0.8, linestyle=":", label="full cache")
+        axis.set_title(f"{task}, {rule}", fontsize=10)
+        axis.set_xlabel("most bytes held, % of the full cache")
+        axis.set_ylabel("right answers, %")
+        axis.set_ylim(-4, 104)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write(text: str, parts: dict[str, str]) -> str:
+    """`text` with what stands between ``<!-- name -->`` and ``<!-- end -->`` replaced.
+
+    Raises:
+        ValueError: a part has no place.
+    """
+    for name, part in parts.items():
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not mark or not end:
+            raise ValueError(f"the page has no place for {name!r}")
+        text = f"{before}{mark}{part}\n{end}{after}"
+    return text
+
+
+def parts(frame: pd.DataFrame, rows: pd.DataFrame) -> dict[str, str]:
+    """What the page shows of the results, by the name of its place."""
+    import scores  # registers what it tries
+
+    tables = {f"{task} {rule}": text for (task, rule), text in blocks(rows).items()}
+    tried = f"{origin(load(scores.RESULTS))}\n\n{scores.markdown()}"
+    return {"origin": origin(frame), "scores": tried, "lost": lost(rows)} | tables
+
+
+def main(
+    results: Annotated[Path, typer.Argument(help="Packed results.")] = RESULTS,
+    doc: Annotated[Path, typer.Option(help="Page whose tables are written.")] = DOC,
+    figure: Annotated[Path, typer.Option(help="PNG file.")] = FIGURE,
+) -> None:
+    """Writes tables and figure."""
+    frame = load(results)
+    rows = summarise(frame)
+    draw(rows, figure)
+    doc.write_text(write(doc.read_text("utf-8"), parts(frame, rows)), "utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
