@@ -441,6 +441,13 @@ def test_the_command_says_what_is_wrong(args, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", [["evaluate"], ["report", "results"]])
+def test_a_missing_package_is_named_with_the_extra(command):
+    code = f"import sys; sys.modules['pandas'] = None; from kara_hf.cli import app; app({command!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "pandas is not installed; run: pip install 'kara_hf[evaluate]'" in done.stderr
+
+
 def test_the_command_measures_and_reports(tmp_path):
     done = invoke(
         "--tasks", TASK, "--methods", "full,random", "--n", 2, "--window", 16, "--budgets", 0.5, "--out", tmp_path

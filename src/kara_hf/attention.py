@@ -264,6 +264,27 @@ def detach(model: Any) -> None:
             del model.forward
 
 
+@contextlib.contextmanager
+def hooked(model: Any, hook: AttentionHook) -> Iterator[None]:
+    """Within it `hook` answers for the attention of every layer of `model`, which is as it was afterwards.
+
+    Raises:
+        ValueError: another hook answers already. Otherwise as `attach`.
+    """
+    model = unwrap(model)
+    modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    if any("attention_hook" in vars(module) for module in modules):
+        raise ValueError("the layers of this model share keys already (SharedForward); close that first")
+    with attach(model):
+        try:
+            for module in modules:
+                module.attention_hook = hook
+            yield
+        finally:
+            for module in modules:
+                vars(module).pop("attention_hook", None)
+
+
 @functools.cache
 def _own_attention(module_type: Any, name: str) -> AttentionFunction:
     """What a module of this type calls when its config says `name`; "eager" is written beside the module."""

@@ -1,5 +1,7 @@
 """`kara-hf evaluate` and `kara-hf report`. Torch and Transformers are imported by what runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +81,7 @@ def evaluate(
     A run that was stopped goes on where it was. `accelerate launch -m kara_hf evaluate ...` shares the examples among
     several devices. `kara-hf report DIR` makes a page of the results.
     """
-    with readable_errors():
+    with readable_errors(), extra():
         require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
         require(model is None or tasks is not None, "tasks", None, "given with --model, like --tasks niah:length=4096")
         from ..runner import Runner
@@ -155,7 +157,7 @@ def report(
     ] = None,
 ) -> None:
     """Make one self-contained HTML page, which needs no network, and a Markdown file of results."""
-    with readable_errors():
+    with readable_errors(), extra():
         from .report import write
         from .results import load, save_packed
 
@@ -167,6 +169,17 @@ def report(
         if pack is not None:
             save_packed(frame, pack)
             typer.echo(pack)
+
+
+@contextmanager
+def extra() -> Iterator[None]:
+    """Says which extra brings a package that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None:  # one of ours, which says what to do
+            raise
+        raise ImportError(f"{error.name} is not installed; run: pip install 'kara_hf[evaluate]'") from error
 
 
 class Share:

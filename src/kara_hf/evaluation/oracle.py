@@ -1,13 +1,11 @@
 """The upper bound of any score with Kara's budget shape: it has read the future of the full-cache run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from ..attention import AttentionFunction, attach, decoder_config, detach, is_attached, unwrap
+from ..attention import AttentionFunction, hooked, unwrap
 from ..binding import Binding
 from ..cache import COMPRESSIONS, CompressedCache
 from ..config import KaraConfig
@@ -78,7 +76,7 @@ def future_attention(
                 seal = torch.where((seal > start) & (seal <= stop), stop, seal)
         return seal
 
-    with _hooked(inner, Reader()):
+    with hooked(inner, Reader()):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         inner(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
     return future
@@ -101,22 +99,6 @@ def _received(
         shares = logits.masked_fill(place > part[:, None], float("-inf")).softmax(-1)
         most = torch.maximum(most, shares.masked_fill(part[:, None] < seal, 0.0).amax((1, 2)))
     return most
-
-
-@contextmanager
-def _hooked(model: Any, hook: Any) -> Iterator[None]:
-    modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
-    was_attached = is_attached(decoder_config(model))
-    attach(model)
-    try:
-        for module in modules:
-            module.attention_hook = hook
-        yield
-    finally:
-        for module in modules:
-            vars(module).pop("attention_hook", None)
-        if not was_attached:
-            detach(model)
 
 
 class OraclePolicy(KaraPolicy):

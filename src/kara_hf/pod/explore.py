@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from ..attention import AttentionFunction, attach, decoder_config, unwrap
+from ..attention import AttentionFunction, decoder_config, hooked, unwrap
 from ..binding import Binding
 from ..config import is_int, require
 from ..kernels import Near
@@ -181,19 +181,12 @@ class Recorder:
     @contextmanager
     def watching(self, model: PreTrainedModel) -> Iterator[None]:
         """Within it every forward of `model` is recorded, and the model is in eval mode."""
-        modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
-        if any("attention_hook" in vars(module) for module in modules):
-            raise ValueError("the layers of this model share keys already (SharedForward); close that first")
         training = [module for module in model.modules() if module.training]
-        with attach(model):
+        with hooked(model, self):
             try:
                 model.eval()
-                for module in modules:
-                    module.attention_hook = self
                 yield
             finally:
-                for module in modules:
-                    vars(module).pop("attention_hook", None)
                 for module in training:
                     module.training = True
 

@@ -1,12 +1,12 @@
 """The whole forward of a model whose layers share keys, without a cache: what adaptation trains (PoD, 2412.02252)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from ..attention import AttentionFunction, attach, decoder_config, detach, is_attached, real_tokens, unwrap
+from ..attention import AttentionFunction, decoder_config, hooked, real_tokens, unwrap
 from ..kernels import Near, shared_attention
 from ..sharing import PoDSharing
 
@@ -31,16 +31,11 @@ class SharedForward:
         self.model, self.sharing = unwrap(model), sharing
         sharing.check(decoder_config(self.model))
         check_checkpointing(self.model)
-        self.modules = [module for module in self.model.modules() if hasattr(module, "layer_idx")]
-        if any("attention_hook" in vars(module) for module in self.modules):
-            raise ValueError("the layers of this model share keys already (SharedForward); close that first")
+        self._open = ExitStack()
+        self._open.enter_context(hooked(self.model, self))
         self.shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # queries and keys of leads, by layer
         self.followers = [sharing.followers(layer) for layer in range(sharing.layers)]
         self._paused = False
-        self._was_attached = is_attached(decoder_config(self.model))
-        attach(self.model)
-        for module in self.modules:
-            module.attention_hook = self
         # On the decoder and not on the whole model, whose forward PEFT may call without its hooks.
         self._hook = self.model.base_model.register_forward_pre_hook(self._start)
 
@@ -54,10 +49,7 @@ class SharedForward:
         """Gives the model its own attention back."""
         self._hook.remove()
         self.shared.clear()
-        for module in self.modules:
-            vars(module).pop("attention_hook", None)
-        if not self._was_attached:
-            detach(self.model)
+        self._open.close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
