@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "storage",
     },
     "report": set(),
+    "serving": {"attention", "command", "config", "policy"},
     "attention": set(),
     "sharing": {"config"},
     "pod": {"attention", "binding", "cache", "command", "config", "evaluation", "kernels", "runner", "sharing"},
@@ -62,7 +63,7 @@ MAY_IMPORT = {
     "methods": {"attention", "cache", "config", "sharing"},
     "runner": {"display", "evaluation", "methods"},
     "command": {"storage"},
-    "cli": {"command", "config", "display", "evaluation", "methods", "pod", "runner"},
+    "cli": {"command", "config", "display", "evaluation", "methods", "pod", "runner", "serving"},
     "__main__": {"cli"},
 }
 

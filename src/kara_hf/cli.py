@@ -14,6 +14,7 @@ from .config import require
 from .display import show_runs
 from .evaluation.commands import evaluate, report
 from .pod.commands import app as pod
+from .serving.commands import serve
 
 # What runs without a model and a prompt: the problem, and how strongly its trace is compressed.
 BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated": 900, "seed": 3}
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(pod, name="pod")
 app.command()(evaluate)
 app.command()(report)
+app.command()(serve)
 
 
 def _print_version(wanted: bool) -> None:

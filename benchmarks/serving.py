@@ -1,0 +1,245 @@
+"""What Kara is worth to Transformers' continuous batching where memory is short, on long traces of the bundled model.
+
+    python benchmarks/serving.py measure
+    python benchmarks/serving.py table
+
+64 requests, each a problem whose solution is a long trace, and a pool with blocks for about 8 whole sequences. The
+engine without this package, with Kara sealing windows at several settings, and with compression of the whole trace
+whenever it passes a threshold. Steps of the engine, running requests and preemptions do not depend on the machine;
+seconds do, so measure them with nothing else running. Answers are graded in the same runs.
+"""
+
+import gc
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from kv_compress_tables import table
+from provenance import digest, load_rows, provenance, update_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
+from transformers.utils import logging
+
+from kara_hf.evaluation import make_problem
+from kara_hf.serving import kara_continuous_batching
+
+ROOT = Path(__file__).parent
+MODEL = ROOT.parent / "src" / "kara_hf" / "assets" / "tiny_reasoner"
+RESULTS = ROOT / "results" / "serving.json"
+
+PAGE = 16
+WINDOW: dict[str, Any] = {"window": 64, "recent": 32, "anchor_share": 1.0}
+# Names and settings; None is the engine alone. The trace of a threshold is as long as what windows would leave at 25 %.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "engine alone": None,
+    "off (retention 1)": {**WINDOW, "retention": 1.0},
+    "key-norm, 25 %": {**WINDOW, "retention": 0.25, "score": "key-norm", "period": 16},
+    "key-norm, 25 %, under pressure": {**WINDOW, "retention": 0.25, "score": "key-norm", "when": "pressure"},
+    "key-norm, 25 %, at most 4 of them": {
+        **WINDOW,
+        "retention": 0.25,
+        "score": "key-norm",
+        "period": 16,
+        "requests": 4,
+    },
+    "key-norm, 50 %": {**WINDOW, "retention": 0.5, "score": "key-norm", "period": 16},
+    "bidirectional, 25 %": {**WINDOW, "retention": 0.25, "period": 16},
+    "Kara, 25 %": {**WINDOW, "retention": 0.25, "anchor_share": 0.5, "period": 16},
+    "random, 25 %": {**WINDOW, "retention": 0.25, "score": "random", "period": 16},
+    "whole trace, key-norm": {
+        "scope": "trace",
+        "window": 256,
+        "recent": 32,
+        "retention": 0.5,
+        "score": "key-norm",
+        "period": 16,
+    },
+    "whole trace, recency": {
+        "scope": "trace",
+        "window": 256,
+        "recent": 32,
+        "retention": 0.5,
+        "score": "recency",
+        "period": 16,
+    },
+    "whole trace, random": {
+        "scope": "trace",
+        "window": 256,
+        "recent": 32,
+        "retention": 0.5,
+        "score": "random",
+        "period": 16,
+    },
+}
+KEY = ("method", "n", "generated", "blocks", "weights")
+
+app = typer.Typer(help=__doc__, add_completion=False)
+
+
+class Counted:
+    """Counts what an engine without Kara does."""
+
+    def __init__(self, model: Any):
+        self.model, self.steps, self.running = model, 0, 0
+        self.preemptions = 0
+
+    def __enter__(self) -> "Counted":
+        own = self.model.init_continuous_batching
+
+        def init(**kwargs: Any) -> Any:
+            manager = own(**kwargs)
+            create = manager._create_batch_processor
+            manager._create_batch_processor = lambda: self._count(create())
+            return manager
+
+        self.model.init_continuous_batching = init
+        return self
+
+    def _count(self, processor: Any) -> Any:
+        prepare, offload = (
+            processor.inputs_and_outputs.prepare_batch_tensors,
+            processor.offloading_manager.offload_requests,
+        )
+
+        def prepared(requests_in_batch: list[Any], **kwargs: Any) -> None:
+            prepare(requests_in_batch=requests_in_batch, **kwargs)
+            self.steps, self.running = self.steps + 1, self.running + len(requests_in_batch)
+
+        def offloaded() -> bool:
+            before = len(processor.scheduler.active_requests)
+            done: bool = offload()
+            self.preemptions += before - len(processor.scheduler.active_requests)
+            return done
+
+        if not hasattr(processor, "counted"):
+            processor.counted = True
+            processor.inputs_and_outputs.prepare_batch_tensors = prepared
+            processor.offloading_manager.offload_requests = offloaded
+        return processor
+
+    def __exit__(self, *error: object) -> None:
+        del self.model.init_continuous_batching
+
+
+@app.command()
+def measure(
+    n: Annotated[int, typer.Option(help="Requests.")] = 64,
+    generated: Annotated[int, typer.Option(help="Tokens of a trace.")] = 900,
+    sequences: Annotated[int, typer.Option(help="Whole sequences that the pool holds.")] = 8,
+    repeat: Annotated[
+        int, typer.Option(help="Runs of each method, one after the other; the median of seconds counts.")
+    ] = 1,
+    first_seed: Annotated[int, typer.Option(help="Seed of the first problem.")] = 50_000,
+    only: Annotated[str | None, typer.Option(help="Only methods with this in their name.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON file of rows.")] = RESULTS,
+) -> None:
+    """Serves the same requests with every method."""
+    logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    problems = [make_problem("trace", generated=generated, seed=first_seed + i) for i in range(n)]
+    prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
+    longest = [len(tokenizer(problem.completion)["input_ids"]) + 1 for problem in problems]
+    whole = max(len(prompt) + length for prompt, length in zip(prompts, longest, strict=True))
+    blocks = sequences * -(-whole // PAGE)
+    settings = GenerationConfig(
+        max_new_tokens=max(longest) + 16, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+    )
+    found: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(repeat):
+        for name, method in METHODS.items():
+            if only is not None and only not in name:
+                continue
+            gc.collect()
+            counts = Counted(model) if method is None else kara_continuous_batching(model, **method)
+            with counts as engine:
+                start = time.perf_counter()
+                results = model.generate_batch(
+                    prompts,
+                    generation_config=settings,
+                    continuous_batching_config=ContinuousBatchingConfig(
+                        page_size=PAGE, num_blocks=blocks, max_batch_tokens=1024
+                    ),
+                )
+                seconds = time.perf_counter() - start
+            texts = [tokenizer.decode(result.generated_tokens, skip_special_tokens=True) for result in results.values()]
+            graded = [problem.grade(text) for problem, text in zip(problems, texts, strict=True)]
+            metrics = None if method is None else engine.metrics
+            row = {
+                "method": name,
+                "settings": method,
+                "right": sum(graded),
+                "seconds": seconds,
+                "tokens": sum(len(result.generated_tokens) for result in results.values()),
+                "errors": sum(result.error is not None for result in results.values()),
+                "steps": engine.steps if metrics is None else metrics.steps,
+                "mean_running": engine.running / engine.steps if metrics is None else metrics.mean_running,
+                "preemptions": engine.preemptions if metrics is None else metrics.preemptions,
+                "windows": 0 if metrics is None else metrics.windows,
+                "peak_query_bytes": 0 if metrics is None else metrics.peak_query_bytes,
+            }
+            found.setdefault(name, []).append(row)
+            print({key: value for key, value in row.items() if key != "settings"})
+    origin, weights = provenance("cpu"), digest(MODEL)
+    cell = {
+        "n": n,
+        "generated": generated,
+        "first_seed": first_seed,
+        "blocks": blocks,
+        "page": PAGE,
+        "weights": weights,
+    }
+    pool = blocks * PAGE * model.config.num_hidden_layers * model.config.num_key_value_heads * 32 * 2 * 4
+    rows = []
+    for runs in found.values():
+        seconds = [run["seconds"] for run in runs]
+        rows.append(
+            runs[0] | cell | {"seconds": statistics.median(seconds), "runs": seconds, "pool_bytes": pool} | origin
+        )
+    update_rows(out, rows, KEY)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """One line per method, beside the engine alone."""
+    alone = next((row for row in rows if row["settings"] is None), None)
+    if alone is None:
+        return "Not measured."
+    rows = [row for row in rows if all(row[name] == alone[name] for name in KEY[1:])]
+    lines = []
+    for row in rows:
+        rate, base = row["right"] / row["seconds"], alone["right"] / alone["seconds"]
+        lines.append(
+            [
+                row["method"],
+                f"{row['steps']:,} ({alone['steps'] / row['steps']:.2f} x fewer)",
+                f"{row['mean_running']:.1f}",
+                str(row["preemptions"]),
+                f"{row['right']} of {row['n']}",
+                f"{row['seconds']:.1f} s",
+                f"{rate:.2f} ({rate / base:.2f} x)",
+                f"{100 * row['peak_query_bytes'] / row['pool_bytes']:.0f} %",
+            ]
+        )
+    head = ["method", "steps", "running", "preempted", "right", "time", "right per second", "queries / pool"]
+    return "\n\n".join(
+        [
+            f"{alone['n']} requests with traces of about {alone['generated']} tokens; {alone['blocks']} blocks of "
+            f"{alone['page']} tokens ({alone['pool_bytes'] / 2**20:.1f} MiB); {alone['device']}, "
+            f"{alone['threads']} thread, torch {alone['versions']['torch']}, "
+            f"transformers {alone['versions']['transformers']}, float32, "
+            f"{alone['date']}.",
+            table(head, lines),
+        ]
+    )
+
+
+@app.command("table")
+def show(rows: Annotated[Path, typer.Option(help="JSON file of rows.")] = RESULTS) -> None:
+    """Prints the table."""
+    print(markdown(load_rows(rows)))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,569 @@
+"""Serving: the engine's answers when off, KaraCache's when on; all blocks and requests are accounted for."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    Gemma2Config,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kara_hf import KaraCache, detach
+from kara_hf.attention import decoder_config, is_attached
+from kara_hf.policy import register_score
+from kara_hf.policy.scores import SCORES
+from kara_hf.serving import ServingConfig, kara_continuous_batching
+from kara_hf.serving.engine import LEAST_TRANSFORMERS, SEAMS, Engine, check_seams, check_version
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+KARA = {"retention": 0.5, "window": 8, "recent": 3, "anchor_share": 0.5}
+
+
+def make(config_class=LlamaConfig, seed=0, **changes):
+    torch.manual_seed(seed)
+    config = config_class(**SIZES | {"num_hidden_layers": 2} | changes)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+def prompts(count, seed=1, shortest=3, longest=30):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(1, 97, (length,), generator=generator).tolist() for length in lengths]
+
+
+def generation(tokens=40, children=0):
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    config.num_return_sequences = 1 + children  # of greedy ones all are equal, which no user wants and a test does
+    return config
+
+
+def pool(blocks=400, page=4, batch=256, **changes):
+    return ContinuousBatchingConfig(page_size=page, num_blocks=blocks, max_batch_tokens=batch, **changes)
+
+
+def batch(model, inputs, tokens=40, config=None, children=0):
+    detach(model)
+    out = model.generate_batch(
+        inputs, generation_config=generation(tokens, children), continuous_batching_config=config or pool()
+    )
+    return [result.generated_tokens for result in out.values()]
+
+
+def single(model, prompt, tokens=40, **kara):
+    cache = KaraCache(model, **{"block_size": 4} | kara)
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, past_key_values=cache, generation_config=generation(tokens))
+    return out[0, len(prompt) :].tolist()
+
+
+@contextlib.contextmanager
+def audited(monkeypatch) -> Iterator[list[Engine]]:
+    """Checks at every step of every engine that each block is somewhere, once, and so is each query."""
+    engines = []
+    prepare = Engine._prepare
+
+    def checked(engine, *args, **kwargs):
+        prepare(engine, *args, **kwargs)
+        engines.append(engine)
+        audit(engine)
+
+    monkeypatch.setattr(Engine, "_prepare", checked)
+    yield engines
+    assert engines, "no step was taken"
+
+
+def audit(engine: Engine) -> None:
+    full, ledger = engine.full, engine.full.ledger
+    holders = Counter(block for table in full.block_table.values() for block in table)
+    for block, count in holders.items():
+        assert ledger.shared_ref_counts.get(block, 1) == count
+        assert block not in ledger.cached_blocks
+    assert len(holders) + len(ledger.cached_blocks) + engine._free_blocks() == full.num_blocks
+    assert {block: h for h, block in ledger.hash_to_block.items()} == ledger.block_to_hash
+    slots = [slot for _, request in engine._known.values() for slot in request.slots]
+    assert len(slots) == len(set(slots)) == engine.compressor.queries.used
+    for state, request in engine._known.values():
+        if state.request_id in engine.scheduler.active_requests:
+            assert request.stored == state.position_offset
+            assert len(full.block_table[request.key]) >= -(-request.stored // engine.page)
+            if engine.compressor.policy.needs_queries:
+                assert len(request.slots) == request.open
+
+
+def ended(engine: Engine) -> None:
+    """Nothing is held by any request."""
+    assert not engine.full.block_table and not engine._known
+    assert engine.compressor.queries.nbytes == engine.compressor.queries.used == 0
+    engine.cache.evict_cached_blocks()
+    assert engine._free_blocks() == engine.full.num_blocks
+
+
+# ---------------------------------------------------------------------------------------------------- exact when off
+ENGINES = {
+    "ample": {},
+    "admission": {"max_requests_per_batch": 3},
+    "preemption": {"blocks": 40},
+    "chunked prefill": {"batch": 8},
+    "chunks and preemption": {"batch": 8, "blocks": 40},
+    "no sharing": {"allow_block_sharing": False},
+    "prefill first, preemption": {"scheduler_type": "prefill_first", "blocks": 60},
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_off_is_the_engine_alone(model, name):
+    inputs = prompts(8) + [prompts(1, longest=12)[0] + [5, 6, 7]] * 2
+    alone = batch(model, inputs, config=pool(**ENGINES[name]))
+    with kara_continuous_batching(model, **KARA | {"retention": 1.0}, period=1) as serving:
+        ours = batch(model, inputs, config=pool(**ENGINES[name]))
+    assert ours == alone
+    assert serving.metrics.windows == serving.metrics.evicted_tokens == 0
+    assert (serving.metrics.preemptions > 0) == ("preemption" in name)
+
+
+def test_prefixes_and_children_are_shared_when_off(model):
+    shared = prompts(1, shortest=20, longest=20)[0]
+    inputs = [shared + extra for extra in prompts(5, longest=6)]
+    alone = batch(model, inputs, children=1)
+    with kara_continuous_batching(model, retention=1.0):
+        assert batch(model, inputs, children=1) == alone
+
+
+# ------------------------------------------------------------------------------------------------- KaraCache's answers
+@pytest.mark.parametrize("score", ["bidirectional", "causal", "key-norm", "recency", "random", "random-chunks"])
+def test_equals_kara_cache(model, score, monkeypatch):
+    kara, inputs = KARA | {"score": score}, prompts(6)
+    with audited(monkeypatch) as engines, kara_continuous_batching(model, **kara, period=1) as serving:
+        found = batch(model, inputs)
+        assert found == [single(model, prompt, **kara) for prompt in inputs]
+    assert serving.metrics.windows == sum((40 - 1 - 3) // 8 for _ in inputs)
+    ended(engines[-1])
+
+
+@pytest.mark.parametrize("name", ["admission", "chunked prefill", "no sharing"])
+def test_equals_kara_cache_whatever_the_engine_does(model, name, monkeypatch):
+    inputs = prompts(8)
+    with audited(monkeypatch) as engines, kara_continuous_batching(model, **KARA, period=1) as serving:
+        found = batch(model, inputs, config=pool(**ENGINES[name]))
+    assert serving.metrics.preemptions == 0
+    assert found == [single(model, prompt, **KARA) for prompt in inputs]
+    ended(engines[-1])
+
+
+def test_stored_blocks_shrink(model, monkeypatch):
+    """40 tokens behind a prompt of 4: 4 windows of 8 keep 4 each, then 7 or fewer are open."""
+    prompt = prompts(1, shortest=4, longest=4)
+    held, count = [], Engine._count
+
+    def counted(engine, running):
+        count(engine, running)
+        held.append(engine.metrics.used_blocks)
+
+    monkeypatch.setattr(Engine, "_count", counted)
+    for retention, blocks in ((1.0, 11), (0.5, 7)):
+        with kara_continuous_batching(model, **KARA | {"retention": retention}, period=1) as serving:
+            batch(model, prompt, config=pool(allow_block_sharing=False))
+        assert held[-1] == blocks and serving.metrics.used_blocks == 0
+
+
+@pytest.mark.parametrize("family", [Qwen3Config, MistralConfig, Gemma2Config])
+def test_sliding_layers_keep_their_rings(family):
+    changes = {
+        Qwen3Config: {},
+        MistralConfig: {"sliding_window": None},
+        Gemma2Config: {"sliding_window": 16, "attn_logit_softcapping": 20.0, "query_pre_attn_scalar": 8},
+    }[family]
+    model = make(family, num_hidden_layers=2, **changes)
+    if family is Gemma2Config:
+        model.set_attn_implementation("eager")
+    inputs = prompts(4, longest=20)
+    with kara_continuous_batching(model, **KARA, period=1) as serving:
+        found = batch(model, inputs, tokens=50)
+    assert serving.metrics.windows > 0
+    assert found == [single(model, prompt, tokens=50, **KARA) for prompt in inputs]
+
+
+def test_shared_blocks_are_left_alone(model, monkeypatch):
+    """Prompts with a common start, equal prompts, and children of one request: nobody sees another's compression."""
+    shared = prompts(1, shortest=22, longest=22)[0]
+    inputs = [shared + extra for extra in prompts(3, longest=6)] + [shared] * 3
+    with audited(monkeypatch), kara_continuous_batching(model, **KARA, period=1) as serving:
+        found = batch(model, inputs, children=1)
+    expected = {tuple(prompt): single(model, prompt, **KARA) for prompt in inputs}
+    assert found == [expected[tuple(prompt)] for prompt in inputs for _ in range(2)]
+    assert serving.metrics.windows == 12 * 4
+
+
+# ------------------------------------------------------------------------------------------------------------- policy
+def test_every_period_the_k_best_are_compressed(model, monkeypatch):
+    times = []
+    compress = Engine._compress
+
+    def seen(engine):
+        done = compress(engine)
+        times.append((engine.metrics.steps, done))
+        return done
+
+    monkeypatch.setattr(Engine, "_compress", seen)
+    with kara_continuous_batching(model, **KARA, period=10, requests=2):
+        batch(model, prompts(5))
+    assert {step % 10 for step, _ in times} == {0}
+    assert max(done for _, done in times) == 2
+
+
+def test_under_pressure_only(model):
+    inputs = prompts(6)
+    with kara_continuous_batching(model, **KARA, when="pressure") as serving:
+        batch(model, inputs)
+    assert serving.metrics.windows == 0
+    with kara_continuous_batching(model, **KARA, when="pressure") as serving:
+        batch(model, inputs, config=pool(blocks=50))
+    assert serving.metrics.windows > 0
+
+
+def test_late_windows_are_sealed_at_once(model, monkeypatch):
+    with audited(monkeypatch), kara_continuous_batching(model, **KARA, period=37) as serving:
+        batch(model, prompts(3, longest=8), tokens=60)
+    metrics = serving.metrics
+    assert metrics.compressions == 3 and metrics.windows == 12 and metrics.evicted_tokens == 48
+
+
+@pytest.mark.parametrize("score", ["recency", "key-norm"])
+def test_whole_traces(model, score, monkeypatch):
+    settings = {"scope": "trace", "window": 12, "recent": 3, "retention": 0.5, "score": score, "period": 1}
+    with audited(monkeypatch), kara_continuous_batching(model, **settings) as serving:
+        batch(model, prompts(3), tokens=60)
+    assert serving.metrics.evicted_tokens > 0
+    # 15 tokens at most behind the prompt, then 6 of 12 and the 3 recent ones
+    assert serving.metrics.windows == 3 * (1 + (59 - 15) // 6)
+
+
+def test_more_run_at_once_in_the_same_blocks(model):
+    inputs = prompts(12, longest=6)
+    steps = {}
+    for retention in (1.0, 0.25):
+        with kara_continuous_batching(model, **KARA | {"retention": retention}, period=4) as serving:
+            batch(model, inputs, tokens=150, config=pool(blocks=100))
+        steps[retention] = serving.metrics.steps
+        assert serving.metrics.failed == 0
+    assert steps[0.25] < 0.6 * steps[1.0]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    blocks=st.integers(10, 80),
+    page=st.sampled_from([4, 8]),
+    chunk=st.sampled_from([4, 16, 256]),
+    period=st.integers(1, 12),
+    requests=st.sampled_from([None, 1, 3]),
+    when=st.sampled_from(["periodic", "pressure"]),
+    score=st.sampled_from(["bidirectional", "key-norm"]),
+    window=st.sampled_from([4, 6, 8]),
+    sharing=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_nothing_is_lost(model, monkeypatch, blocks, page, chunk, period, requests, when, score, window, sharing, seed):
+    """Whatever the pool and the policy: every request ends, with all its tokens, and every block is accounted for."""
+    inputs = [prompt[: 2 * page] for prompt in prompts(6, seed=seed, longest=16)]
+    config = pool(blocks=blocks, page=page, batch=chunk, allow_block_sharing=sharing)
+    kara = {"retention": 0.25, "window": window, "recent": 2, "score": score}
+    with (
+        monkeypatch.context() as patched,
+        audited(patched) as engines,
+        kara_continuous_batching(model, **kara, period=period, requests=requests, when=when),
+    ):
+        out = model.generate_batch(inputs, generation_config=generation(30), continuous_batching_config=config)
+    assert len(out) == len(inputs)
+    for prompt, result in zip(inputs, out.values(), strict=True):
+        assert result.prompt_ids == prompt
+        if result.error is None:
+            assert len(result.generated_tokens) == 30
+        else:
+            assert blocks * page < len(prompt) + 31 and "give the engine more memory" in result.error
+    ended(engines[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+def test_a_prompt_longer_than_the_pool(model):
+    inputs = [*prompts(3), prompts(1, shortest=130, longest=130)[0]]
+    with kara_continuous_batching(model, **KARA, period=1) as serving:
+        out = model.generate_batch(inputs, generation_config=generation(), continuous_batching_config=pool(blocks=30))
+    results = list(out.values())
+    assert "needs room for 131 tokens and the pool holds 120" in results[3].error
+    assert [r.generated_tokens for r in results[:3]] == [single(model, prompt, **KARA) for prompt in inputs[:3]]
+    assert serving.metrics.failed == 1
+
+
+def test_a_trace_longer_than_the_pool(model):
+    inputs = prompts(2, shortest=4, longest=4)
+    with kara_continuous_batching(model, retention=1.0) as serving:
+        out = model.generate_batch(inputs, generation_config=generation(90), continuous_batching_config=pool(blocks=20))
+    for result in out.values():
+        assert "cannot go on" in result.error and "give the engine more memory" in result.error
+        assert 0 < len(result.generated_tokens) < 90
+    ended(serving.engines[-1])
+    with kara_continuous_batching(model, **KARA | {"retention": 0.25}, period=1):
+        found = batch(model, inputs, tokens=90, config=pool(blocks=20))
+    assert [len(tokens) for tokens in found] == [90, 90]
+
+
+def test_a_pool_too_small_for_a_window(model):
+    detach(model)
+    with kara_continuous_batching(model, retention=0.5, window=64, recent=8):
+        with pytest.raises(ValueError, match="a pool of 10 blocks of 4 tokens is too small for a window of 64 tokens"):
+            batch(model, prompts(1), config=pool(blocks=10))
+    assert decoder_config(model)._attn_implementation == "sdpa"
+    assert batch(model, prompts(1), config=pool(blocks=20))
+
+
+@pytest.fixture
+def failing_score():
+    """Fails for windows of a request whose 9th token has a certain key; NaN or an error of the user's."""
+    seen = {}
+
+    @register_score("failing")
+    def failing(window):
+        bad = torch.tensor([start in seen["starts"] for start in window.starts])
+        if bad.any() and seen["error"]:
+            raise ZeroDivisionError("a score of the user's")
+        scores = window.keys.norm(dim=-1)
+        return scores.masked_fill(bad[:, None, None], float("nan"))
+
+    yield seen
+    del SCORES["failing"]
+
+
+@pytest.mark.parametrize("error", [True, False])
+def test_an_exception_in_the_policy_ends_one_request(model, failing_score, error, monkeypatch):
+    inputs = [[1, 2, 3, 4, 5], [7] * 9, [8] * 13]
+    failing_score.update(starts={9}, error=error)
+    with audited(monkeypatch) as engines:
+        with kara_continuous_batching(model, **KARA | {"score": "failing"}, period=1):
+            out = model.generate_batch(inputs, generation_config=generation(), continuous_batching_config=pool())
+    results = list(out.values())
+    assert ("a score of the user's" if error else "scores of layer 0 are NaN") in results[1].error
+    assert 0 < len(results[1].generated_tokens) < 40
+    for place in (0, 2):
+        assert results[place].generated_tokens == single(
+            model, inputs[place], **KARA | {"score": "key-norm"} | {"anchor_share": 1.0}
+        )
+    ended(engines[-1])
+
+
+def test_cancelled_while_compressing(model, monkeypatch):
+    compress, cancelled = Engine._compress, []
+    inputs = prompts(4)
+    with kara_continuous_batching(model, **KARA, period=1) as serving:
+        manager = model.init_continuous_batching(generation(60), pool())
+
+        def cancel(engine):
+            done = compress(engine)
+            if done and not cancelled:
+                cancelled.append("second")
+                manager.cancel_request("second")
+            return done
+
+        monkeypatch.setattr(Engine, "_compress", cancel)
+        manager.start()
+        names = ["first", "second", "third", "fourth"]
+        for name, prompt in zip(names, inputs, strict=True):
+            manager.add_request(prompt, request_id=name)
+        found = {}
+        while len(found) < 3:
+            result = manager.get_result(timeout=5)
+            assert result is not None
+            found[result.request_id] = result.generated_tokens
+        manager.stop()
+    assert cancelled and set(found) == {"first", "third", "fourth"}
+    assert found == {
+        name: single(model, prompt, tokens=60, **KARA)
+        for name, prompt in zip(names, inputs, strict=True)
+        if name != "second"
+    }
+    ended(serving.engines[-1])
+
+
+def test_all_active_requests_cancelled_under_pressure(model):
+    """The engine admits nobody after a preemption until a request ends; cancelled ones end too."""
+    with kara_continuous_batching(model, retention=1.0) as serving:
+        manager = model.init_continuous_batching(generation(60), pool(blocks=30))
+        manager.start()
+        for number, prompt in enumerate(prompts(4, shortest=10)):
+            manager.add_request(prompt, request_id=str(number))
+        while not (serving.engines and serving.metrics.preemptions):
+            pass
+        scheduler = serving.engines[-1].scheduler
+        running = list(scheduler.active_requests)
+        for key in running:
+            manager.cancel_request(key)
+        result = manager.get_result(timeout=20)
+        assert result is not None and result.request_id not in running
+        manager.stop()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_managers_are_used_again(model, persistent):
+    inputs = prompts(3)
+    expected = [single(model, prompt, **KARA) for prompt in inputs]
+    with kara_continuous_batching(model, **KARA, period=1) as serving:
+        for _ in range(2):
+            out = model.generate_batch(
+                inputs,
+                generation_config=generation(),
+                continuous_batching_config=pool(),
+                persistent_manager=persistent,
+            )
+            assert [result.generated_tokens for result in out.values()] == expected
+    assert len(serving.engines) == (1 if persistent else 2)
+    assert not hasattr(model, "_cached_continuous_batching_manager")
+
+
+def test_soak(model):
+    """Thousands of short requests leave an empty pool."""
+    count, generator = 2000, torch.Generator().manual_seed(3)
+    inputs = [torch.randint(1, 97, (2,), generator=generator).tolist() for _ in range(count)]
+    kara = {"retention": 0.5, "window": 2, "recent": 1, "anchor_share": 1.0}
+    with kara_continuous_batching(model, **kara, period=1) as serving:
+        out = model.generate_batch(
+            inputs, generation_config=generation(6), continuous_batching_config=pool(blocks=400, batch=512)
+        )
+    assert len(out) == count and all(len(r.generated_tokens) == 6 and r.error is None for r in out.values())
+    assert serving.metrics.windows >= count
+    ended(serving.engines[-1])
+
+
+def test_streams(model):
+    prompt, found = prompts(1)[0], []
+
+    async def stream():
+        with kara_continuous_batching(model, **KARA, period=1):
+            manager = model.init_continuous_batching(generation(), pool())
+            manager.start()
+            over = asyncio.Event()
+
+            def got(result):
+                found.append(result.generated_tokens)
+                if result.is_finished():
+                    over.set()
+
+            manager.register_result_handler("one", got)
+            manager.add_request(prompt, request_id="one", streaming=True)
+            await asyncio.wait_for(over.wait(), 30)
+            manager.stop()
+
+    asyncio.run(stream())
+    assert [len(tokens) for tokens in found] == list(range(1, 41))
+    assert found[-1] == single(model, prompt, **KARA)
+
+
+# ------------------------------------------------------------------------------------------------- what is left behind
+def test_everything_is_as_before(model):
+    KaraCache(model)
+    before, own = dict(vars(model)), {name: ALL_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "paged|eager")}
+    attached, name = is_attached(decoder_config(model)), decoder_config(model)._attn_implementation
+    with pytest.raises(RuntimeError, match="somebody's"):
+        with kara_continuous_batching(model, **KARA):
+            batch(model, prompts(1))
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not own["sdpa"]
+            raise RuntimeError("somebody's")
+    assert dict(vars(model)) == before and own.items() <= dict(ALL_ATTENTION_FUNCTIONS).items()
+    assert (is_attached(decoder_config(model)), decoder_config(model)._attn_implementation) == (attached, name)
+    assert not any("query_recorder" in vars(module) for module in model.modules())
+
+
+def test_two_models_at_once(model):
+    other, inputs = make(seed=5), prompts(2)
+    with kara_continuous_batching(model, **KARA, period=1), kara_continuous_batching(other, **KARA, period=1):
+        found = batch(model, inputs), batch(other, inputs)
+    for network, tokens in zip((model, other), found, strict=True):
+        assert tokens == [single(network, prompt, **KARA) for prompt in inputs]
+
+
+def test_what_is_refused(model):
+    with kara_continuous_batching(model, **KARA):
+        for changes in ({"use_async_batching": True}, {"use_cuda_graph": True}):
+            with pytest.raises(ValueError, match="with Kara, which acts between steps"):
+                batch(model, prompts(1), config=pool(**changes))
+    detach(model)
+    assert model.generate_batch(
+        prompts(1), generation_config=generation(2), continuous_batching_config=pool(), persistent_manager=True
+    )
+    with kara_continuous_batching(model, **KARA), pytest.raises(ValueError, match="started without Kara"):
+        batch(model, prompts(1))
+    model.destroy_cached_continuous_batching_manager()
+    for setting, value in {
+        "period": 0,
+        "requests": 0,
+        "when": "never",
+        "scope": "all",
+        "retention": 1.5,
+        "compress_prompt": True,
+        "score": "mean-square",
+    }.items():
+        with pytest.raises(ValueError, match=f"{setting}={value!r}"):
+            ServingConfig.of(**{setting: value})
+    with pytest.raises(ValueError, match="score='bidirectional'"):
+        ServingConfig.of(scope="trace")
+    with pytest.raises(TypeError, match="windows"):
+        ServingConfig.of(windows=3)
+
+
+def test_old_versions_are_refused():
+    with pytest.raises(ImportError, match=f"needs Transformers {LEAST_TRANSFORMERS} or newer and found 5.17.0"):
+        check_version("5.17.0")
+    check_version("5.24.0.dev0")
+
+
+def test_the_seams_are_where_they_were(model):
+    """What this package uses of the engine. A test that fails here says what a new Transformers moved."""
+    with kara_continuous_batching(model, retention=1.0) as serving:
+        batch(model, prompts(1), tokens=2)  # an engine checks them itself
+    engine = serving.engines[-1]
+    parts = {
+        "processor": engine.processor,
+        "scheduler": engine.scheduler,
+        "batch": engine.batch,
+        "offloading": engine.processor.offloading_manager,
+        "cache": engine.cache,
+        "pool": engine.cache.pool,
+        "allocator": engine.full,
+        "ledger": engine.full.ledger,
+    }
+    assert set(parts) == set(SEAMS)
+
+    class Moved:
+        def release(self, block):
+            pass
+
+    with pytest.raises(
+        ImportError, match=r"Moved.release\(block\) was \(block_id, no_cache\); Moved.block_to_hash is gone"
+    ):
+        check_seams(parts | {"ledger": Moved()})
