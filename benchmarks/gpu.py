@@ -13,6 +13,7 @@ Sections, in this order, each with its share of the time:
 - decode: tokens/s and memory of a whole model with DynamicCache and KaraCache.
 - limit: the largest batch within a fixed amount of memory.
 - pod: decode steps of PoDCache with groups of layers that share keys, against the same cache without.
+- serve: continuous batching with Kara inside, where memory is short, against the engine alone.
 - more: other retentions, StaticCache with `torch.compile`, a whole `generate`, and a second model.
 
 Rows with provenance go to benchmarks/results/<gpu>.json after every section, in place of what that section had there.
@@ -31,6 +32,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import gpu_checks
 import gpu_kernels
 import gpu_models
+import gpu_serving
 import torch
 import typer
 from gpu_report import aims, markdown
@@ -48,9 +50,10 @@ SECTIONS: dict[str, tuple[Callable[[Run], list[Case]], float]] = {
     "checks": (gpu_checks.cases, 0.40),
     "attend": (gpu_kernels.attend_cases, 0.50),
     "windows": (gpu_kernels.window_cases, 0.53),
-    "decode": (gpu_models.decode_cases, 0.74),
-    "limit": (gpu_models.limit_cases, 0.82),
-    "pod": (gpu_models.pod_cases, 0.93),
+    "decode": (gpu_models.decode_cases, 0.70),
+    "limit": (gpu_models.limit_cases, 0.77),
+    "pod": (gpu_models.pod_cases, 0.86),
+    "serve": (gpu_serving.serve_cases, 0.95),
     "more": (gpu_models.more_cases, 1.0),
 }
 console = Console()

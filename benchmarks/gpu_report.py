@@ -66,6 +66,18 @@ TABLES: dict[str, tuple[str, list[tuple[str, str]]]] = {
         "Decoding with keys of distant tokens shared by groups of layers, random weights",
         [*DECODE[:4], ("followers", "{followers:.0%}"), *DECODE[4:7], ("GiB held", "{resident_gib:.2f}"), *MEMORY],
     ),
+    "serve": (
+        "Continuous batching with blocks for few sequences, random weights",
+        [
+            ("engine", "{what}"),
+            ("requests", "{batch}"),
+            ("tokens", "{new:,}"),
+            ("steps", "{steps:,}"),
+            ("running", "{running:.1f}"),
+            ("preempted", "{preemptions}"),
+            ("tokens/s", "{tokens_per_s:,.0f}"),
+        ],
+    ),
     "more": ("Other retentions, StaticCache, a second model and a whole `generate`", DECODE),
 }
 
@@ -179,6 +191,11 @@ def aims(rows: list[Row]) -> list[tuple[str, str, str]]:
             shared_steps([row for row in long if row.get("followers") is not None]),
             most=1.0,
         ),
+        judge(
+            "serving with Kara 0.25 in half the steps of the engine alone or fewer",
+            fewer_steps([row for row in measured if row["section"] == "serve"]),
+            least=2.0,
+        ),
     ]
 
 
@@ -237,6 +254,13 @@ def shared_steps(rows: list[Row]) -> list[tuple[float, str]]:
             ratio = row["step_ms"] / base["step_ms"]
             found.append((ratio, f"{ratio:.2f}x the time, {case(row)}"))
     return found
+
+
+def fewer_steps(rows: list[Row]) -> list[tuple[float, str]]:
+    """Steps of the engine alone as a multiple of those with Kara."""
+    alone = next((row["steps"] for row in rows if row["what"] == "engine alone"), None)
+    ratios = [(alone / row["steps"], row["what"]) for row in rows if alone and row["what"] != "engine alone"]
+    return [(ratio, f"{ratio:.2f}x, {what}") for ratio, what in ratios]
 
 
 def over_nominal(row: Row) -> tuple[float, str]:

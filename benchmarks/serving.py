@@ -3,10 +3,13 @@
     python benchmarks/serving.py measure
     python benchmarks/serving.py table
 
-64 requests, each a problem whose solution is a long trace, and a pool with blocks for about 8 whole sequences. The
-engine without this package, with Kara sealing windows at several settings, and with compression of the whole trace
-whenever it passes a threshold. Steps of the engine, running requests and preemptions do not depend on the machine;
-seconds do, so measure them with nothing else running. Answers are graded in the same runs.
+64 requests and a pool with blocks for about 8 whole sequences: the engine without this package, with Kara sealing
+windows at several settings, and with compression of the whole trace whenever it passes a threshold. Steps of the
+engine, running requests and preemptions do not depend on the machine; seconds do, so measure them with nothing else
+running. Two kinds of requests:
+
+- traces: problems whose solutions are long, graded. The problem is a third of a sequence, and prompts are kept whole.
+- short prompts: 32 tokens and 1,600 that the model must go on with; there is nothing to grade.
 """
 
 import gc
@@ -31,49 +34,25 @@ RESULTS = ROOT / "results" / "serving.json"
 
 PAGE = 16
 WINDOW: dict[str, Any] = {"window": 64, "recent": 32, "anchor_share": 1.0}
-# Names and settings; None is the engine alone. The trace of a threshold is as long as what windows would leave at 25 %.
+# Names and settings; None is the engine alone.
+KEY_NORM: dict[str, Any] = {"score": "key-norm", "anchor_share": 1.0, "period": 16}
+TRACE: dict[str, Any] = {"scope": "trace", "window": 256, "recent": 32, "retention": 0.5, "period": 16}
 METHODS: dict[str, dict[str, Any] | None] = {
     "engine alone": None,
-    "off (retention 1)": {**WINDOW, "retention": 1.0},
-    "key-norm, 25 %": {**WINDOW, "retention": 0.25, "score": "key-norm", "period": 16},
-    "key-norm, 25 %, under pressure": {**WINDOW, "retention": 0.25, "score": "key-norm", "when": "pressure"},
-    "key-norm, 25 %, at most 4 of them": {
-        **WINDOW,
-        "retention": 0.25,
-        "score": "key-norm",
-        "period": 16,
-        "requests": 4,
-    },
-    "key-norm, 50 %": {**WINDOW, "retention": 0.5, "score": "key-norm", "period": 16},
-    "bidirectional, 25 %": {**WINDOW, "retention": 0.25, "period": 16},
-    "Kara, 25 %": {**WINDOW, "retention": 0.25, "anchor_share": 0.5, "period": 16},
-    "random, 25 %": {**WINDOW, "retention": 0.25, "score": "random", "period": 16},
-    "whole trace, key-norm": {
-        "scope": "trace",
-        "window": 256,
-        "recent": 32,
-        "retention": 0.5,
-        "score": "key-norm",
-        "period": 16,
-    },
-    "whole trace, recency": {
-        "scope": "trace",
-        "window": 256,
-        "recent": 32,
-        "retention": 0.5,
-        "score": "recency",
-        "period": 16,
-    },
-    "whole trace, random": {
-        "scope": "trace",
-        "window": 256,
-        "recent": 32,
-        "retention": 0.5,
-        "score": "random",
-        "period": 16,
-    },
+    "off (retention 1)": WINDOW | {"retention": 1.0},
+    "key-norm, 25 %": WINDOW | KEY_NORM | {"retention": 0.25},
+    "key-norm, 25 %, windows of 32": WINDOW | KEY_NORM | {"retention": 0.25, "window": 32, "recent": 16},
+    "key-norm, 25 %, under pressure": WINDOW | KEY_NORM | {"retention": 0.25, "when": "pressure"},
+    "key-norm, 25 %, at most 4 at once": WINDOW | KEY_NORM | {"retention": 0.25, "requests": 4},
+    "key-norm, 50 %": WINDOW | KEY_NORM | {"retention": 0.5},
+    "bidirectional, 25 %": WINDOW | {"retention": 0.25, "period": 16},
+    "Kara as published, 25 %": WINDOW | {"retention": 0.25, "anchor_share": 0.5, "period": 16},
+    "random, 25 %": WINDOW | {"retention": 0.25, "score": "random", "period": 16},
+    "whole trace over 288 tokens to 160, key-norm": TRACE | {"score": "key-norm"},
+    "whole trace over 288 tokens to 160, recency": TRACE | {"score": "recency"},
+    "whole trace over 288 tokens to 160, random": TRACE | {"score": "random"},
 }
-KEY = ("method", "n", "generated", "blocks", "weights")
+KEY = ("method", "requests", "n", "generated", "blocks", "weights")
 
 app = typer.Typer(help=__doc__, add_completion=False)
 
@@ -126,7 +105,12 @@ class Counted:
 @app.command()
 def measure(
     n: Annotated[int, typer.Option(help="Requests.")] = 64,
-    generated: Annotated[int, typer.Option(help="Tokens of a trace.")] = 900,
+    short: Annotated[
+        bool, typer.Option("--short", help="Short prompts, 1,600 tokens each, instead of traces.")
+    ] = False,
+    generated: Annotated[
+        int | None, typer.Option(help="Tokens of a trace [default: 900; 1,600 behind short prompts].")
+    ] = None,
     sequences: Annotated[int, typer.Option(help="Whole sequences that the pool holds.")] = 8,
     repeat: Annotated[
         int, typer.Option(help="Runs of each method, one after the other; the median of seconds counts.")
@@ -139,13 +123,19 @@ def measure(
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    problems = [make_problem("trace", generated=generated, seed=first_seed + i) for i in range(n)]
+    generated = generated or (1600 if short else 900)
+    problems = [make_problem("trace", generated=900 if short else generated, seed=first_seed + i) for i in range(n)]
     prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
     longest = [len(tokenizer(problem.completion)["input_ids"]) + 1 for problem in problems]
+    if short:
+        prompts, longest = [prompt[:32] for prompt in prompts], [generated] * n
     whole = max(len(prompt) + length for prompt, length in zip(prompts, longest, strict=True))
     blocks = sequences * -(-whole // PAGE)
     settings = GenerationConfig(
-        max_new_tokens=max(longest) + 16, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+        max_new_tokens=generated if short else max(longest) + 16,
+        do_sample=False,
+        eos_token_id=-1 if short else tokenizer.eos_token_id,
+        pad_token_id=0,
     )
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeat):
@@ -170,7 +160,7 @@ def measure(
             row = {
                 "method": name,
                 "settings": method,
-                "right": sum(graded),
+                "right": None if short else sum(graded),
                 "seconds": seconds,
                 "tokens": sum(len(result.generated_tokens) for result in results.values()),
                 "errors": sum(result.error is not None for result in results.values()),
@@ -184,6 +174,7 @@ def measure(
             print({key: value for key, value in row.items() if key != "settings"})
     origin, weights = provenance("cpu"), digest(MODEL)
     cell = {
+        "requests": "short prompts" if short else "traces",
         "n": n,
         "generated": generated,
         "first_seed": first_seed,
@@ -201,35 +192,41 @@ def measure(
     update_rows(out, rows, KEY)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], requests: str) -> str:
     """One line per method, beside the engine alone."""
+    rows = [row for row in rows if row["requests"] == requests]
     alone = next((row for row in rows if row["settings"] is None), None)
     if alone is None:
         return "Not measured."
     rows = [row for row in rows if all(row[name] == alone[name] for name in KEY[1:])]
+    graded = alone["right"] is not None
     lines = []
     for row in rows:
-        rate, base = row["right"] / row["seconds"], alone["right"] / alone["seconds"]
+        done, base = (row["right"], alone["right"]) if graded else (row["n"], alone["n"])
+        rate, base = done / row["seconds"], base / alone["seconds"]
         lines.append(
             [
                 row["method"],
-                f"{row['steps']:,} ({alone['steps'] / row['steps']:.2f} x fewer)",
+                f"{row['steps']:,} ({alone['steps'] / row['steps']:.2f})",
                 f"{row['mean_running']:.1f}",
                 str(row["preemptions"]),
-                f"{row['right']} of {row['n']}",
+                *([f"{row['right']}"] if graded else []),
                 f"{row['seconds']:.1f} s",
-                f"{rate:.2f} ({rate / base:.2f} x)",
+                f"{rate:.2f} ({rate / base:.2f})",
                 f"{100 * row['peak_query_bytes'] / row['pool_bytes']:.0f} %",
             ]
         )
-    head = ["method", "steps", "running", "preempted", "right", "time", "right per second", "queries / pool"]
+    what = "right" if graded else "done"
+    head = ["method", "steps (times fewer)", "running", "preempted", *(["right"] if graded else []), "time"]
+    head += [f"{what} per second (times)", "queries / pool"]
+    first = f"{alone['n']} requests with traces of about {alone['generated']:,} tokens behind their problems"
+    if not graded:
+        first = f"{alone['n']} requests of {alone['generated']:,} tokens behind 32"
     return "\n\n".join(
         [
-            f"{alone['n']} requests with traces of about {alone['generated']} tokens; {alone['blocks']} blocks of "
-            f"{alone['page']} tokens ({alone['pool_bytes'] / 2**20:.1f} MiB); {alone['device']}, "
-            f"{alone['threads']} thread, torch {alone['versions']['torch']}, "
-            f"transformers {alone['versions']['transformers']}, float32, "
-            f"{alone['date']}.",
+            f"{first}; {alone['blocks']} blocks of {alone['page']} tokens ({alone['pool_bytes'] / 2**20:.1f} MiB); "
+            f"{alone['device']}, {alone['threads']} thread, torch {alone['versions']['torch']}, transformers "
+            f"{alone['versions']['transformers']}, float32, {alone['date']}.",
             table(head, lines),
         ]
     )
@@ -237,8 +234,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 @app.command("table")
 def show(rows: Annotated[Path, typer.Option(help="JSON file of rows.")] = RESULTS) -> None:
-    """Prints the table."""
-    print(markdown(load_rows(rows)))
+    """Prints the tables."""
+    for requests in ("traces", "short prompts"):
+        print(markdown(load_rows(rows), requests), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,11 @@ def attend_row(**numbers):
     return row("attend", "attend", **labels | times | {"sdpa_ms": 2.5, "flash_ms": 2.4} | numbers)
 
 
+def serve_row(what, steps):
+    rates = {"running": 6.0, "preemptions": 3, "tokens_per_s": 150.0}
+    return row("serve", what, model="M", batch=24, new=384, steps=steps, **rates)
+
+
 ROWS = [
     row("checks", "sinks", "passed", op="attend", error=1e-3, plain_error=2e-3),
     row("checks", "causal", "failed", op="window_scores", error=0.5, plain_error=0.25),
@@ -68,6 +73,8 @@ ROWS = [
     decode_row("DynamicCache", None, 300.0),
     decode_row("PoDCache, groups of 4 layers", None, 800.0, followers=0.75, step_ms=9.0, batch=8) | {"section": "pod"},
     decode_row("PoDCache, nothing shared", None, 700.0, followers=0.0, batch=8) | {"section": "pod"},
+    serve_row("engine alone", 2100),
+    serve_row("Kara 0.25", 1000),
     row("limit", "DynamicCache", model="M", length=32768, limit_bytes=24 * 2**30, batch=5, used_bytes=20 * 2**30)
     | {"used_by_one_more_bytes": 25 * 2**30},
 ]
@@ -86,6 +93,7 @@ def test_a_smoke_run_goes_through_every_section(tmp_path):
         "decode",
         "limit",
         "pod",
+        "serve",
         "more",
     ]
     for each in rows:
@@ -179,7 +187,8 @@ def test_markdown(modules):
     assert "| M | 32,768 | DynamicCache | 24 | 5 | 20.0 | 25.0 |" in text
     assert "| 32,775 | 8 | PoDCache, groups of 4 layers | 75% | 9.00 | 9.50 to 11.25 | 800 | 0.00 | 103.0% |" in text
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
-    assert all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables) and len(tables) == 5
+    assert all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables) and len(tables) == 6
+    assert "| Kara 0.25 | 24 | 384 | 1,000 | 6.0 | 3 | 150 |" in text
 
 
 def verdicts(report, rows):
@@ -188,16 +197,18 @@ def verdicts(report, rows):
 
 def test_aims_are_met_missed_or_not_measured(modules):
     report = modules[1]
-    assert verdicts(report, ROWS) == ["met"] * 6
-    assert verdicts(report, []) == ["not measured"] * 6
+    assert verdicts(report, ROWS) == ["met"] * 7
+    assert verdicts(report, []) == ["not measured"] * 7
     bad = [
         attend_row(share_of_copy=0.84, ms=2.41),
         decode_row("KaraCache 0.2", 0.2, 899.0, compression_share=0.02, allocated_bytes=1051),
         decode_row("DynamicCache", None, 300.0),
         decode_row("PoDCache, groups of 4 layers", None, 800.0, followers=0.75, step_ms=10.1),
         decode_row("PoDCache, nothing shared", None, 800.0, followers=0.0),
+        serve_row("engine alone", 1999),
+        serve_row("Kara 0.25", 1000),
     ]
-    assert verdicts(report, bad) == ["missed"] * 6
+    assert verdicts(report, bad) == ["missed"] * 7
 
 
 def test_an_aim_is_judged_by_the_worst_case_and_says_which(modules):
@@ -218,7 +229,7 @@ def test_an_aim_without_a_number_says_why(modules):
 
 def test_short_shapes_are_no_aim(modules):
     """Those of a smoke run, for one."""
-    assert verdicts(modules[1], [attend_row(tokens=64, ms=9.0)]) == ["not measured"] * 6
+    assert verdicts(modules[1], [attend_row(tokens=64, ms=9.0)]) == ["not measured"] * 7
 
 
 def test_times_of_steps_become_the_numbers_of_a_row(modules):

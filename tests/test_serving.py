@@ -2,6 +2,13 @@
 
 import asyncio
 import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 
@@ -19,12 +26,17 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typer.testing import CliRunner
 
 from kara_hf import KaraCache, detach
 from kara_hf.attention import decoder_config, is_attached
+from kara_hf.cli import app
+from kara_hf.command import BUNDLED_MODEL
+from kara_hf.evaluation import make_problem
 from kara_hf.policy import register_score
 from kara_hf.policy.scores import SCORES
 from kara_hf.serving import ServingConfig, kara_continuous_batching
+from kara_hf.serving.commands import parse_bytes
 from kara_hf.serving.engine import LEAST_TRANSFORMERS, SEAMS, Engine, check_seams, check_version
 
 SIZES = {
@@ -567,3 +579,154 @@ def test_the_seams_are_where_they_were(model):
         ImportError, match=r"Moved.release\(block\) was \(block_id, no_cache\); Moved.block_to_hash is gone"
     ):
         check_seams(parts | {"ledger": Moved()})
+
+
+# ---------------------------------------------------------------------------------------- several processes, the server
+TENSOR_PARALLEL = """
+import json, os, sys
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from kara_hf.serving import kara_continuous_batching
+
+folder, out, inputs, kara = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+with kara_continuous_batching(model, **kara) as serving:
+    results = model.generate_batch(
+        inputs,
+        generation_config=GenerationConfig(max_new_tokens=40, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(page_size=4, num_blocks=120, max_batch_tokens=64),
+    )
+heads = serving.engines[-1].full.num_key_value_heads
+report = {"tokens": [r.generated_tokens for r in results.values()], "windows": serving.metrics.windows, "heads": heads}
+open(f"{out}-{os.environ['RANK']}.json", "w").write(json.dumps(report))
+"""
+
+
+def test_tensor_parallel_equals_one_process(model, tmp_path):
+    inputs = prompts(4)
+    model.save_pretrained(tmp_path / "model")
+    script = tmp_path / "serve.py"
+    script.write_text(TENSOR_PARALLEL)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), json.dumps(inputs), json.dumps(KARA | {"period": 1})]
+    done = subprocess.run(
+        [*launch, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["heads"] == second["heads"] == 1 and first["windows"] == second["windows"] > 0
+    assert first["tokens"] == [single(model, prompt, **KARA) for prompt in inputs]
+
+
+class Server:
+    """`kara-hf serve` in a process of its own, up when the block is entered."""
+
+    def __init__(self, port: int, *options: str):
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "kara_hf", "serve", "--port", str(port), "--device", "cpu", *options]
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=5) as answer:
+            return answer.read().decode()
+
+    def __enter__(self) -> "Server":
+        while True:
+            assert self.process.poll() is None, self.process.stdout.read()
+            with contextlib.suppress(OSError):
+                self.get("/health")
+                return self
+            time.sleep(0.1)
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.communicate(timeout=30)
+
+    def metrics(self) -> dict[str, float]:
+        lines = [line.split() for line in self.get("/metrics").splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+
+def test_the_server(tmp_path):
+    """The bundled model answers over the OpenAI API, streaming too; killed in the middle, the server starts again."""
+    openai = pytest.importorskip("openai")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    problem = make_problem("trace", generated=200, seed=60_000)
+    options = ["--retention", "0.5", "--window", "64", "--score", "key-norm", "--period", "1", "--memory", "4 MiB"]
+    ask = {"model": str(BUNDLED_MODEL), "prompt": problem.prompt, "temperature": 0, "max_tokens": 260}
+    with Server(port, *options) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        answer = client.completions.create(**ask)
+        assert problem.grade(answer.choices[0].text)
+        pieces = [chunk.choices[0].text for chunk in client.completions.create(**ask, stream=True) if chunk.choices]
+        assert len(pieces) > 100 and "".join(pieces) == answer.choices[0].text
+        metrics = server.metrics()
+        assert metrics["kara_blocks"] == 4 * 2**20 // (16 * 4 * 2 * 2 * 32 * 4)
+        assert metrics["kara_windows"] == 4 and metrics["kara_steps"] > 2 * 200
+        assert metrics["kara_waiting"] == metrics["kara_failed"] == 0
+        with pytest.raises(openai.InternalServerError, match="needs room for 4762 tokens and the pool holds 2048"):
+            client.completions.create(**ask | {"prompt": problem.prompt * 40})
+        assert client.completions.create(**ask).choices[0].text == answer.choices[0].text
+        stream = client.completions.create(**ask, stream=True)
+        next(iter(stream))
+        server.process.kill()
+        with pytest.raises(Exception):  # noqa: B017  whatever the client makes of a connection that breaks
+            list(stream)
+    with Server(port, *options) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+        assert client.completions.create(**ask).choices[0].text == answer.choices[0].text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--memory", "8 apples"], "memory='8 apples' is not possible"),
+        (["--memory", "1 KiB"], "memory=1024 is not possible: memory must be at least 32768 bytes"),
+        (["--retention", "2"], "retention=2.0 is not possible"),
+        (["--score", "nothing"], "score='nothing' is not possible"),
+        (["--dtype", "int8"], "dtype='int8' is not possible"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments, message):
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("text, nbytes", [("8GiB", 2**33), ("1.5 mb", 1_500_000), (" 77 ", 77)])
+def test_bytes(text, nbytes):
+    assert parse_bytes(text) == nbytes
+
+
+class _Unpinned:
+    """Torch for a machine whose host memory cannot be pinned."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *args, pin_memory=False, **kwargs):
+        return torch.empty(*args, **kwargs)
+
+
+@pytest.mark.parametrize("score", ["bidirectional", "key-norm"])
+def test_offloaded_requests_come_back_compressed(model, score, monkeypatch):
+    """With the engine's swap space a preempted request keeps what it had: its answer is as if nothing had happened."""
+    from transformers.generation.continuous_batching import offloading_manager
+
+    monkeypatch.setattr(offloading_manager, "torch", _Unpinned())
+    kara, inputs = KARA | {"score": score}, prompts(8)
+    with audited(monkeypatch) as engines, kara_continuous_batching(model, **kara, period=1) as serving:
+        found = batch(model, inputs, tokens=60, config=pool(blocks=45, cpu_offload_space=0.01))
+    assert serving.metrics.preemptions > 0
+    assert found == [single(model, prompt, tokens=60, **kara) for prompt in inputs]
+    ended(engines[-1])

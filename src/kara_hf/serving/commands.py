@@ -103,14 +103,19 @@ def run_server(config: Any, *, page: int, num_blocks: int | None, max_batch_toke
     build = server.build_server
     with serving_models(config) as serving:
 
-        def with_metrics(*args: Any, **kwargs: Any) -> Any:
-            from fastapi.responses import PlainTextResponse
+        def extended(*args: Any, **kwargs: Any) -> Any:
+            """The app with metrics, which tells a client why its request failed."""
+            from fastapi.responses import JSONResponse, PlainTextResponse
+
+            async def failed(_: Any, error: Exception) -> Any:
+                return JSONResponse({"error": {"message": str(error), "type": "server_error"}}, status_code=500)
 
             app = build(*args, **kwargs)
+            app.add_exception_handler(RuntimeError, failed)
             app.get("/metrics")(lambda: PlainTextResponse(serving.metrics.to_prometheus()))
             return app
 
-        server.build_server = with_metrics
+        server.build_server = extended
         try:
             Serve(
                 continuous_batching=True,
