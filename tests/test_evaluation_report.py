@@ -66,6 +66,7 @@ def cell(scores, **changes) -> pd.DataFrame:
         "mean_bytes": 200.0,
         "resident_bytes": 250,
         "peak_bytes": 400,
+        "allocated_bytes": math.nan,
         "full_bytes": 1000,
         "seconds": 0.5,
     }

@@ -27,6 +27,7 @@ def example(number: int, **changes) -> dict:
         "mean_bytes": 1000.5,
         "resident_bytes": 2000,
         "peak_bytes": 3000,
+        "allocated_bytes": None,
         "full_bytes": 8000,
         "seconds": 0.25,
         "text": "ans \u2028 x",
@@ -173,10 +174,25 @@ def test_packed_files_that_are_none(tmp_path, text, message):
         load(path)
 
 
+def test_results_without_what_the_allocator_gave_out(tmp_path):
+    """As they were written before it was noted."""
+    file = opened(tmp_path)
+    file.append([example(0), example(1)])
+    file.path.write_text(file.path.read_text().replace('"allocated_bytes": null, ', ""))
+    frame = load(tmp_path)
+    assert frame["allocated_bytes"].isna().all() and len(frame) == 2
+    save_packed(frame, tmp_path / "packed.json")
+    rows = json.loads((tmp_path / "packed.json").read_text())
+    del rows[0]["examples"]["allocated_bytes"]
+    (tmp_path / "packed.json").write_text(json.dumps(rows))
+    pd.testing.assert_frame_equal(load(tmp_path / "packed.json"), frame.drop(columns="text"))
+
+
 values = {int: st.integers(0, 10**12), bool: st.booleans(), float: st.floats(0, 1e9)}
 examples = st.fixed_dictionaries(
     {name: values[kind] for name, kind in EXAMPLE.items()}
-    | {"distance": st.none() | st.floats(0, 1e6), "text": st.text(), "seconds": st.floats(0.001, 1000)}
+    | {name: st.none() | st.floats(0, 1e6) for name in ("distance", "allocated_bytes")}
+    | {"text": st.text(), "seconds": st.floats(0.001, 1000)}
 )
 cells = st.builds(
     Cell,

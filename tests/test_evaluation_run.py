@@ -1,6 +1,7 @@
 """Runs of the evaluation kit: every method at equal bytes, nothing lost or done twice, and what the oracle knows."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from kara_hf.evaluation import results
 from kara_hf.evaluation import tasks as _tasks  # noqa: F401  registers the tasks of the bundled model
 from kara_hf.evaluation.example import Example, make_task
 from kara_hf.evaluation.float8 import Float8Cache
-from kara_hf.evaluation.memory import held_bytes, peak_bytes
+from kara_hf.evaluation.memory import AllocatorPeak, held_bytes, peak_bytes
 from kara_hf.evaluation.methods import METHODS, RULES, Plan, Skeleton, make_method
 from kara_hf.evaluation.oracle import OracleCache, future_attention
 from kara_hf.evaluation.peers import ALIKE, BALANCE, NEWEST, POOL
@@ -464,3 +465,17 @@ def test_the_command_measures_and_reports(tmp_path):
     assert len(results.load(packed)) == 4
     done = CliRunner().invoke(cli.app, ["report", str(Path(tmp_path, "none"))])
     assert done.exit_code != 0 and "Error:" in done.stderr
+
+
+def test_what_the_allocator_gives_out_is_noted_on_a_gpu(monkeypatch):
+    """The counters of torch.cuda, simulated."""
+    with AllocatorPeak(torch.device("cpu")) as nothing:
+        pass
+    assert math.isnan(nothing.bytes)
+    out, calls = iter([1000]), []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(out))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(device))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1750)
+    with AllocatorPeak(torch.device("cuda", 0)) as peak:
+        assert calls == [torch.device("cuda", 0)]
+    assert peak.bytes == 750.0

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +41,7 @@ from kara_hf.serving import ServingConfig, kara_continuous_batching
 from kara_hf.serving.commands import parse_bytes
 from kara_hf.serving.engine import LEAST_TRANSFORMERS, SEAMS, Engine, check_seams, check_version
 
+ROOT = Path(__file__).parents[1]
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -619,6 +622,19 @@ def test_tensor_parallel_equals_one_process(model, tmp_path):
     first, second = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in (0, 1))
     assert first["heads"] == second["heads"] == 1 and first["windows"] == second["windows"] > 0
     assert first["tokens"] == [single(model, prompt, **KARA) for prompt in inputs]
+
+
+def test_the_example_answers_in_fewer_steps():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "serve.py"), "--blocks", "100", "--max-new-tokens", "200"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"retention (\S+): 16 answers in (\d+) steps", done.stdout)
+    assert [retention for retention, _ in found] == ["1.0", "0.25"] and int(found[1][1]) < int(found[0][1])
 
 
 class Server:

@@ -1,5 +1,6 @@
 """What a cache holds, of whatever kind it is, and what it held at most and on average while `generate` ran."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,27 @@ class MemoryWatch(StoppingCriteria):
             held = held_bytes(self.cache)
             self.most, self._sum = max(self.most, held), self._sum + held
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class AllocatorPeak:
+    """What torch's allocator gave out at most within a block, beyond what was out before it.
+
+    Attributes:
+        bytes: of a CUDA device, activations and copies included; NaN for any other.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.bytes = device, math.nan
+
+    def __enter__(self) -> "AllocatorPeak":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = float(torch.cuda.max_memory_allocated(self.device) - self._before)
 
 
 def _stored(layers: list[Any]) -> int:

@@ -59,9 +59,11 @@ EXAMPLE: dict[str, type] = {
     "mean_bytes": float,
     "resident_bytes": int,
     "peak_bytes": int,
+    "allocated_bytes": float,  # NaN: not on a GPU, or measured before it was noted
     "full_bytes": int,
     "seconds": float,
 }
+UNKNOWN = ("distance", "allocated_bytes")  # of which there may be none
 TEXT = "text"  # kept in the files of a run, not in packed ones
 SOURCE = ["settings", "provenance"]
 
@@ -220,12 +222,14 @@ def _check_header(line: Any) -> dict[str, Any]:
 
 
 def _check_example(line: Any) -> dict[str, Any]:
+    if isinstance(line, dict):
+        line = {"allocated_bytes": None} | line
     if not isinstance(line, dict) or line.keys() != {*EXAMPLE, TEXT}:
         raise ValueError(f"its fields are not those of an example, {', '.join([*EXAMPLE, TEXT])}")
     for name, kind in EXAMPLE.items():
         value = line[name]
         known = {int, float} if kind is float else {kind}
-        if type(value) not in known and not (name == "distance" and value is None):
+        if type(value) not in known and not (name in UNKNOWN and value is None):
             raise ValueError(f"{name}={value!r} is of the wrong kind: it must be {kind.__name__}")
     return line
 
@@ -263,7 +267,9 @@ def _table(path: Path, lines: list[dict[str, Any]]) -> pd.DataFrame:
 def _unpack(row: Any, place: str) -> pd.DataFrame:
     if not isinstance(row, dict) or row.keys() != {"cell", *SOURCE, "examples"}:
         raise ValueError(f"{place} is no row of packed results")
-    examples = {name: row["examples"][name].split() for name in EXAMPLE}
+    found = {name: text.split() for name, text in row["examples"].items()}
+    found.setdefault("allocated_bytes", ["nan"] * len(found["number"]))
+    examples: dict[str, Any] = {name: found[name] for name in EXAMPLE}
     if len({len(values) for values in examples.values()}) != 1:
         raise ValueError(f"{place} has not the same number of values in every field of its examples")
     for name in ("truncated", "looped"):

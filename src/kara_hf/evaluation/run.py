@@ -1,5 +1,6 @@
 """Runs of the kit: every method answers the same examples, and every answer is on the disk before the next batch."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +15,7 @@ from ..config import KaraConfig, require
 from ..runner import any_name_of_the_cache
 from ..sharing import PoDSharing
 from .example import Example, Task
-from .memory import MemoryWatch, held_bytes, peak_bytes
+from .memory import AllocatorPeak, MemoryWatch, held_bytes, peak_bytes
 from .methods import METHODS, RULES, Method, Plan, Skeleton, window_settings
 from .oracle import future_attention
 from .provenance import provenance
@@ -106,6 +107,7 @@ class Answers:
     Attributes:
         tokens: ids of each answer, end of sequence included.
         mean_bytes, resident_bytes, peak_bytes: of the cache, for the whole batch.
+        allocated_bytes: what a GPU's allocator gave out at most for all of it; NaN elsewhere.
         steps: decode steps.
         seconds: wall time.
     """
@@ -114,6 +116,7 @@ class Answers:
     mean_bytes: float
     resident_bytes: int
     peak_bytes: int
+    allocated_bytes: float
     steps: int
     seconds: float
 
@@ -186,24 +189,35 @@ class Evaluator:
         """Greedy answers of at most `room` tokens; exactly so many if `forced`."""
         if method.oracle and not forced:
             plan = replace(plan, future=self._future(prompts, plan, room))
-        cache = method.make(self.model, plan)
         start = time.perf_counter()
-        if plan.rule == "after":
-            inputs = self.batch([prompt.context for prompt in prompts])
-            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            self.model(**inputs, position_ids=positions, past_key_values=cache, logits_to_keep=1)
-            if isinstance(cache, CompressedCache):
-                cache.compress()
-            question = self.batch([prompt.question for prompt in prompts])
-            inputs = {name: torch.cat([inputs[name], question[name]], dim=1) for name in inputs}
-        else:
-            inputs = self.batch([prompt.ids for prompt in prompts])
-        watch = MemoryWatch(cache)
-        new = self._generate(inputs, cache, room, forced, watch)
+        with AllocatorPeak(self.model.device) as allocator:
+            cache = method.make(self.model, plan)
+            inputs = (
+                self._read_contexts(prompts, cache) if plan.rule == "after" else self.batch([p.ids for p in prompts])
+            )
+            watch = MemoryWatch(cache)
+            new = self._generate(inputs, cache, room, forced, watch)
         seconds = time.perf_counter() - start
-        tokens = [self._until_end(row) for row in new.tolist()]
         most = watch.most or held_bytes(cache)
-        return Answers(tokens, watch.mean, most, max(most, peak_bytes(cache)), new.shape[1], seconds)
+        return Answers(
+            tokens=[self._until_end(row) for row in new.tolist()],
+            mean_bytes=watch.mean,
+            resident_bytes=most,
+            peak_bytes=max(most, peak_bytes(cache)),
+            allocated_bytes=allocator.bytes,
+            steps=new.shape[1],
+            seconds=seconds,
+        )
+
+    def _read_contexts(self, prompts: Sequence[Prompt], cache: Any) -> dict[str, torch.Tensor]:
+        """Puts the contexts into `cache` and compresses them; the inputs with which their questions follow."""
+        inputs = self.batch([prompt.context for prompt in prompts])
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        self.model(**inputs, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        if isinstance(cache, CompressedCache):
+            cache.compress()
+        question = self.batch([prompt.question for prompt in prompts])
+        return {name: torch.cat([inputs[name], question[name]], dim=1) for name in inputs}
 
     def _generate(
         self, inputs: dict[str, torch.Tensor], cache: Any, room: int, forced: bool, watch: MemoryWatch
@@ -325,6 +339,7 @@ class Evaluator:
                     "mean_bytes": answers.mean_bytes / size,
                     "resident_bytes": answers.resident_bytes // size,
                     "peak_bytes": answers.peak_bytes // size,
+                    "allocated_bytes": None if math.isnan(answers.allocated_bytes) else answers.allocated_bytes / size,
                     "full_bytes": round((len(prompt.ids) + answers.steps - 1) * self.token_bytes()),
                     "seconds": answers.seconds / size,
                     "text": text if keep_text else "",

@@ -90,8 +90,8 @@ def summarise(
     reference with low, high, common (problems), wins, losses, ties; bytes_apart, by which it holds more than the
     reference; gap with low and high, the share of what lies between `floor` and `ceiling` that is closed; of what the
     full cache holds in the end: resident (most while decoding), held (mean over decode steps), peak (most at any
-    moment), and each of these in bytes; generated (tokens), truncated, looped; tokens_per_second; solved_per_minute.
-    What is not known is NaN.
+    moment), and each of these in bytes; allocated_bytes, what a GPU's allocator gave out at most; generated (tokens),
+    truncated, looped; tokens_per_second; solved_per_minute. What is not known is NaN.
 
     A cell is compared with the cells of the same model, task, rule, budget and kind of equality, or with a method
     to which no rule applies.
@@ -173,7 +173,7 @@ def _measures(cell: pd.DataFrame) -> dict[str, Any]:
     return {
         "seeds": " ".join(map(str, sorted(cell["seed"].unique()))),
         **{name: float((cell[column] / cell["full_bytes"]).mean()) for name, column in sizes.items()},
-        **{column: float(cell[column].mean()) for column in (*sizes.values(), "full_bytes")},
+        **{column: float(cell[column].mean()) for column in (*sizes.values(), "full_bytes", "allocated_bytes")},
         **{name: float(cell[name].mean()) for name in ("generated", "truncated", "looped")},
         "tokens_per_second": cell["generated"].sum() / seconds if seconds else math.nan,
         "solved_per_minute": 60 * cell["score"].sum() / seconds if seconds else math.nan,

@@ -155,10 +155,14 @@ def held_by(row: Row) -> str:
     return percent(row["resident"]) + (f" ({apart:+.1%})" if abs(apart) > UNEQUAL else "")
 
 
+def _allocated(row: Row) -> str:
+    return f" ({size_in_words(row['allocated_bytes'])})" if is_known(row["allocated_bytes"]) else ""
+
+
 COSTS: dict[str, Callable[[Row], str]] = {
     "holds": held_by,
     "mean": lambda row: percent(row["held"]),
-    "peak": lambda row: f"{percent(row['peak'])}, {size_in_words(row['peak_bytes'])}",
+    "peak": lambda row: f"{percent(row['peak'])}, {size_in_words(row['peak_bytes'])}" + _allocated(row),
     "tokens": lambda row: rounded(row["generated"]),
     "cut off, loops": lambda row: f"{percent(row['truncated'], 0)}, {percent(row['looped'], 0)}",
     "tokens/s": lambda row: rounded(row["tokens_per_second"]),
@@ -182,7 +186,8 @@ def guide_lines(results: Results, mark: Mark) -> list[str]:
         "**Budget**: nominal. Methods are set to hold equal bytes there or, where it says so, equal shares of tokens.",
         "**Holds**: most resident bytes while decoding, measured, as a share of what the full cache holds for the same "
         f"tokens; behind it, how many bytes more or less than {reference}, where that is over "
-        f"{100 * UNEQUAL:g} %. **Mean**: over decode steps. **Peak**: most at any moment, prefill and copies included.",
+        f"{100 * UNEQUAL:g} %. **Mean**: over decode steps. **Peak**: most at any moment, prefill and copies included; "
+        "in brackets what a GPU's allocator gave out at most for one sequence, activations included.",
         "**Tokens**: generated, on average. **Cut off**: answers that reached the limit. **Loops**: answers that ended "
         "in repetition. **Tokens/s** and **solved/min** are of the same runs, for one sequence of a batch.",
     ]
