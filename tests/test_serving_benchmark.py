@@ -4,7 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 from typer.testing import CliRunner
+
+from kara_hf.serving.engine import LEAST_TRANSFORMERS
+
+if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
+    pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)
 
 ROOT = Path(__file__).parents[1]
 
