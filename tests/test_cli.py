@@ -456,5 +456,7 @@ def test_a_wheel_holds_the_model_and_the_licence(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     for file in cli.BUNDLED_MODEL.iterdir():
         assert f"kara_hf/assets/tiny_reasoner/{file.name}" in names
+    for file in ("demo/player.js", "demo/player.css", "assets/deep_reasoner/pod_sharing.json"):
+        assert f"kara_hf/{file}" in names
     assert "kara_hf/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

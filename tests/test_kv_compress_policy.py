@@ -620,6 +620,17 @@ def test_the_policy_evicts_by_its_settings():
     assert got.lengths.tolist() == [[16, 16, 16], [12, 12, 12]]  # 5 of 18 blocks, evened out to 6; the least
 
 
+@pytest.mark.parametrize("kind", ["l2", "recency"])
+def test_a_watcher_is_told_what_a_pass_ranks_by(kind):
+    policy, told = KVCompressPolicy(make_config(sinks=1, protected=2, block_size=4, metric=kind)), []
+    given = torch.rand(1, 3, 24), torch.arange(24, dtype=torch.int32).expand(1, 3, 24), torch.full((1, 3), 22)
+    unwatched = policy.evict(*given, np.array([22]), np.array([5]))
+    policy.watch = lambda *seen: told.append(seen)
+    assert torch.equal(policy.evict(*given, np.array([22]), np.array([5])).dropped, unwatched.dropped)
+    ((ranking, positions, lengths),) = told
+    assert torch.equal(ranking, policy.ranking(*given[:2])) and positions is given[1] and lengths is given[2]
+
+
 @settings(max_examples=20)
 @given(st.data())
 def test_the_budget_holds_over_many_passes(data):

@@ -246,6 +246,16 @@ def rank(name, window):
     return SCORES[name].rank(window)
 
 
+def test_a_watcher_is_told_what_windows_are_judged_by():
+    policy, told = KaraPolicy(KaraConfig(window=32, score="causal")), []
+    window = make_window()
+    unwatched = policy.select(window)
+    policy.watch = lambda *seen: told.append(seen)
+    assert torch.equal(policy.select(window), unwatched)
+    ((given, scores),) = told
+    assert given is window and torch.equal(scores, rank("causal", window))
+
+
 def attention_as_written(window, causal):
     """s[j]: mean over query heads of a row and queries i of softmax_j(q_i . k_j * scaling), in float64."""
     batch, query_heads, width, _ = window.queries.shape

@@ -11,6 +11,7 @@ from rich.console import Console
 from . import __version__
 from .command import BUNDLED_MODEL, DTYPES, readable_errors
 from .config import require
+from .demo.commands import demo
 from .display import show_runs
 from .evaluation.commands import evaluate, report
 from .pod.commands import app as pod
@@ -36,6 +37,7 @@ app.add_typer(pod, name="pod")
 app.command()(evaluate)
 app.command()(report)
 app.command()(serve)
+app.command()(demo)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,5 +1,7 @@
 """Kara: when a window closes and which of its tokens survive (arXiv 2607.01237)."""
 
+from collections.abc import Callable
+
 import torch
 
 from ..config import KaraConfig, require
@@ -13,9 +15,14 @@ class KaraPolicy:
     Args:
         config: the settings.
 
+    Attributes:
+        watch: told of every window that is scored, with its scores ``[b, H, W]``, if there is somebody to tell.
+
     Raises:
         ValueError: `config.score` is not registered.
     """
+
+    watch: Callable[[Window, torch.Tensor], None] | None = None
 
     def __init__(self, config: KaraConfig):
         known = isinstance(config.score, str) and config.score in SCORES
@@ -60,6 +67,8 @@ class KaraPolicy:
                 f"the {self.config.score} scores of layer {window.layer} are NaN: the model's queries or keys are "
                 "not finite; load it in bfloat16 or float32"
             )
+        if self.watch is not None:
+            self.watch(window, scores)
         if self.score.chunks:
             return token2chunk(scores, window.keep, window.anchors)
         return top_tokens(scores, window.keep)

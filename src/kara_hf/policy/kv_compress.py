@@ -1,5 +1,7 @@
 """KV-Compress: how many blocks a sequence may hold, and which tokens it gives up for that (arXiv 2410.00161)."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -18,7 +20,13 @@ class KVCompressPolicy:
 
     Args:
         config: the settings.
+
+    Attributes:
+        watch: told of every pass, if there is somebody to tell: what it ranks tokens by and their true positions, both
+            ``[B, R, N]``, and lengths ``[B, R]`` of the rows, as `evict` gets them.
     """
+
+    watch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
 
     def __init__(self, config: KVCompressConfig):
         self.config = config
@@ -149,8 +157,11 @@ class KVCompressPolicy:
             See `kara_hf.policy.evict`.
         """
         device = metric.device
+        ranking = self.ranking(metric, positions)
+        if self.watch is not None:
+            self.watch(ranking, positions, lengths)
         return evict(
-            self.ranking(metric, positions),
+            ranking,
             self.evictable(positions, torch.as_tensor(tokens, device=device)),
             lengths,
             torch.as_tensor(quota, device=device),

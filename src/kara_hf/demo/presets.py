@@ -1,0 +1,174 @@
+"""What visitors choose from: tasks, methods and their settings, in the words that the page shows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..evaluation import tasks as bundled  # noqa: F401  they register their tasks
+from ..evaluation import text  # noqa: F401
+from ..evaluation.example import Example, make_task
+from ..methods import Method, make_methods
+from .models import Loaded
+
+TRACE, NEEDLE, OWN = "Long trace", "Needle", "Own text"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task preset.
+
+    Attributes:
+        about: what it asks for.
+        bundled: name of the task for the bundled models, with ``{}`` for its length; None: the visitor's own text.
+        english: the same for other models.
+        length: of the task at first.
+        method: that shows most of it, a key of `CHOICES`; None: any.
+    """
+
+    about: str
+    bundled: str | None
+    english: str | None
+    length: int
+    method: str | None
+
+
+TASKS = {
+    TRACE: Task(
+        "A chain of sums, solved line by line: every line needs values from lines far back. What a method drops there, "
+        "it cannot look up again.",
+        "trace:generated={}",
+        "program-trace:generated={}",
+        600,
+        "Kara",
+    ),
+    NEEDLE: Task(
+        "Facts hidden in a long text, some of them asked for at its end. Here the prompt is what has to be compressed.",
+        "recall:length={}",
+        "niah:length={}",
+        1024,
+        "KV-Compress",
+    ),
+    OWN: Task(
+        "Any text, to be continued. The bundled models know only the words of their own problems; for English choose "
+        "another model.",
+        None,
+        None,
+        400,
+        None,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method preset.
+
+    Attributes:
+        about: what it does.
+        name: key of `kara_hf.methods.METHODS`.
+        settings: which settings are shown for it.
+        retention: with which it is shown at first.
+        fixed: settings that it always has.
+        shares: whether it needs a map for PoD.
+    """
+
+    about: str
+    name: str
+    settings: tuple[str, ...] = ()
+    retention: float = 0.4
+    fixed: tuple[tuple[str, Any], ...] = ()
+    shares: bool = False
+
+
+_KARA = ("retention", "window", "recent", "score", "anchor_share", "compress_prompt")
+_KV = ("retention", "protected", "sinks", "observation", "metric", "block_size")
+FULL, KARA, RANDOM = "Full cache", "Kara", "Random control"
+CHOICES = {
+    KARA: Choice(
+        "Cuts what is generated into windows. Once a window is complete, every head keeps its share of it, for good.",
+        "kara",
+        _KARA,
+    ),
+    "KV-Compress": Choice(
+        "One budget for all heads of all layers: a head that needs more keeps more. The prompt is cut too.",
+        "kv-compress",
+        _KV,
+        retention=0.25,
+    ),
+    "PoD": Choice(
+        "Drops no token: layers that attend alike keep keys of far tokens once. The bundled map is used without the "
+        "adaptation that it needs, so that answers may be lost.",
+        "pod",
+        shares=True,
+    ),
+    "Kara + PoD": Choice("Kara, on shared keys: one choice for all layers of a group.", "kara", _KARA, shares=True),
+    "KV-Compress + PoD": Choice(
+        "KV-Compress, on shared keys: the heads of leads compete.", "kv-compress", _KV, retention=0.5, shares=True
+    ),
+    RANDOM: Choice(
+        "The control: as Kara, with as many tokens, chosen at random. What it loses is what the choice is worth.",
+        "kara",
+        ("retention", "window", "recent", "compress_prompt"),
+        fixed=(("score", "random"),),
+    ),
+    FULL: Choice("Transformers' own cache, which keeps everything.", "full"),
+}
+# Tokens that the deep bundled model can follow; see its card.
+DEEP_LENGTHS = {TRACE: 300, NEEDLE: 512}
+# What settings begin with: those of `kara-hf generate` with the bundled model, and blocks that fit its short texts.
+DEFAULTS: dict[str, Any] = {
+    "retention": 0.4,
+    "window": 64,
+    "recent": 32,
+    "score": "bidirectional",
+    "anchor_share": 1.0,
+    "compress_prompt": False,
+    "protected": 8,
+    "sinks": 4,
+    "observation": 8,
+    "metric": "l2",
+    "block_size": 4,
+}
+
+
+def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int) -> Method:
+    """The method of that name in `CHOICES`, with those of `settings` that it has.
+
+    Raises:
+        ValueError: a setting is not possible, or the model has no map for PoD.
+    """
+    chosen = CHOICES[choice]
+    given = {name: settings[name] for name in chosen.settings} | dict(chosen.fixed)
+    if chosen.name != "full" and chosen.settings:
+        given["seed"] = seed
+    if "block_size" not in given and chosen.name != "full":
+        given["block_size"] = _block_size(given.get("window", 16))
+    if chosen.shares:
+        if loaded.sharing is None:
+            raise ValueError(
+                f"{choice} needs a map of layers that share keys, and {loaded.name} has none: choose deep_reasoner, or "
+                "start the demo with --model and --sharing of a map that `kara-hf pod explore` made"
+            )
+        given["sharing"] = loaded.sharing
+    return make_methods([chosen.name], given, {})[chosen.name]
+
+
+def _block_size(window: Any) -> int:
+    """The largest usual block that a window is a multiple of."""
+    return next((size for size in (16, 8, 4, 2) if isinstance(window, int) and window % size == 0), 1)
+
+
+def make_example(task: str, length: int, number: int, loaded: Loaded) -> Example:
+    """Example `number` of a preset that has problems.
+
+    Raises:
+        ValueError: the task cannot be so long.
+    """
+    preset = TASKS[task]
+    name = preset.bundled if loaded.bundled else preset.english
+    assert name is not None
+    return make_task(name.format(length), loaded.tokenizer).example(number)
+
+
+def prompt_of(example: Example) -> str:
+    """What the model reads."""
+    return example.context + example.question
