@@ -1,6 +1,7 @@
 """What every test runs under: one thread, fixed seeds, quiet libraries and uninitialised memory that shows."""
 
 import os
+import shutil
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -36,3 +37,16 @@ def poisoned_memory():
 def seeds():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(scope="module")  # while it is open, its thread has an event loop
+def browser():
+    """A headless Chromium, driven by playwright."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'kara_hf[test]'")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("there is no Chromium here; on Debian: apt install chromium")
+    with api.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

@@ -3,7 +3,6 @@
 import gc
 import itertools
 import json
-import shutil
 import socket
 import time
 import urllib.error
@@ -15,9 +14,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'kara_hf[demo]'")
-pytest.importorskip("playwright", reason="needs playwright: pip install 'kara_hf[test]'")
 
-from playwright.sync_api import sync_playwright
 
 from kara_hf.demo.app import launch
 from kara_hf.demo.models import BUNDLED, Models
@@ -26,8 +23,6 @@ from kara_hf.demo.recording import Recording
 from kara_hf.demo.shows import Shows
 from kara_hf.demo.wish import Limits
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; on Debian: apt install chromium")
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 TINY, DEEP = BUNDLED
 ENDED = "() => player.runs.length && player.done && player.runs.every(run => run.head.end) && player.at === null"
@@ -56,14 +51,6 @@ def address(shows):
     )
     yield app.local_url
     app.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(autouse=True)

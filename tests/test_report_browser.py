@@ -1,23 +1,10 @@
 """The report of the evaluation kit in a real browser: everything is drawn, without a network, on any screen."""
 
-import shutil
-
 import pytest
 from test_evaluation_report import METHODS, measured, page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'kara_hf[test]'")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; on Debian: apt install chromium")
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 DRAWN = "() => [...document.querySelectorAll('.plot')].every(plot => plot.querySelector('svg.main-svg'))"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
