@@ -22,6 +22,7 @@ Bytes are those really held: AdaKV frees none, and Decoding(...) holds the promp
 import contextlib
 import copy
 import json
+import math
 import os
 import random
 import statistics
@@ -525,7 +526,7 @@ def measure_tasks(python: Path, tasks: str, cells: list[Row], model: str | None,
             next(rows)  # where they come from, which is known
             for row in track(rows, description=task.name, total=total, console=console, transient=True):
                 place, prompt = row.pop("cell"), prompts[row.pop("number")]
-                answer = Answers(**row | {"tokens": [row["tokens"]]})
+                answer = Answers(**row | {"tokens": [row["tokens"]], "allocated_bytes": math.nan})
                 files[place].append(evaluator.lines([prompt], answer, prompt.example.max_new_tokens, True))
 
 
