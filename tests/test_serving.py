@@ -762,3 +762,31 @@ def test_offloaded_requests_come_back_compressed(model, score, monkeypatch):
     assert serving.metrics.preemptions > 0
     assert found == [single(model, prompt, tokens=60, **kara) for prompt in inputs]
     ended(engines[-1])
+
+
+@pytest.mark.parametrize("retention", [1.0, 0.5])
+def test_others_do_not_notice_a_cancellation(model, retention):
+    """Off, they get what the engine alone gives them; on, what KaraCache does."""
+    detach(model)
+    inputs = dict(zip("abcd", prompts(4), strict=True))
+
+    def answers() -> dict[str, list[int]]:
+        manager, found = model.init_continuous_batching(generation(), pool(blocks=60)), {}
+        manager.start()
+        for name, prompt in inputs.items():
+            manager.add_request(prompt, request_id=name)
+        manager.cancel_request("b")
+        while len(found) < 3:
+            result = manager.get_result(timeout=20)
+            assert result is not None
+            found[result.request_id] = result.generated_tokens
+        manager.stop()
+        return found
+
+    if retention == 1:
+        expected = answers()
+    else:
+        expected = {name: single(model, prompt, **KARA) for name, prompt in inputs.items() if name != "b"}
+    with kara_continuous_batching(model, **KARA | {"retention": retention}, period=1) as serving:
+        assert answers() == expected
+    ended(serving.engines[-1])
