@@ -20,7 +20,9 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kara_hf import KVCompressCache, attach, detach
+from kara_hf.evaluation.commands import extra
 from kara_hf.evaluation.kvpress import PressCache, import_kvpress
+from kara_hf.evaluation.methods import make_method
 
 CUT = {"max_cache_tokens": 32, "block_size": 4}
 LONG = {"max_new_tokens": 40, "do_sample": False}
@@ -533,6 +535,18 @@ def test_what_is_missing_is_named(missing, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError, match=f"{missing} is not installed.*pip install --no-deps kvpress"):
         import_kvpress()
+    with pytest.raises(ImportError, match=f"{missing} is not installed.*pip install --no-deps kvpress"), extra():
+        make_method("press:SnapKVPress")
+
+
+def test_a_press_that_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "kvpress.py").write_text("class Press: ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kvpress", raising=False)
+    assert make_method("press:Press").name == "press:Press"
+    with pytest.raises(ValueError, match="method='press:Pres' .*the name of a scorer press of kvpress"):
+        make_method("press:Pres")
+    monkeypatch.delitem(sys.modules, "kvpress")
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

@@ -14,6 +14,7 @@ SOURCE = Path(kara_hf.__file__).parent
 # Arrows only point down; a name stands for the module or the folder.
 MAY_IMPORT = {
     "config": set(),
+    "files": set(),
     "kernels": set(),
     "evaluation": {
         "attention",
@@ -31,19 +32,20 @@ MAY_IMPORT = {
         "storage",
     },
     "report": set(),
-    "serving": {"attention", "command", "config", "policy"},
+    "serving": {"attention", "binding", "command", "config", "policy"},
     "attention": set(),
-    "sharing": {"config"},
+    "sharing": {"config", "files"},
     "pod": {"attention", "binding", "cache", "command", "config", "evaluation", "kernels", "runner", "sharing"},
     "storage": {"kernels"},
-    "policy": {"kernels", "config"},
+    "policy": {"kernels", "config", "files"},
     "sequence": {"policy"},
     "compression": {"sequence", "storage"},
     "layer": {"attention", "kernels", "sequence", "sharing", "storage"},
     "sealing": {"layer", "policy", "sequence", "storage"},
     "evicting": {"layer", "policy", "sequence", "storage"},
     "graph": {"storage"},
-    "binding": {"attention", "config", "sharing"},
+    "binding": {"attention", "config", "policy", "sharing"},
+    "calibration": {"attention", "binding", "command", "config", "pod", "policy", "sharing"},
     "cache": {
         "attention",
         "binding",
@@ -75,7 +77,7 @@ MAY_IMPORT = {
     "methods": {"attention", "cache", "config", "sharing"},
     "runner": {"display", "evaluation", "methods"},
     "command": {"storage"},
-    "cli": {"command", "config", "demo", "display", "evaluation", "methods", "pod", "runner", "serving"},
+    "cli": {"calibration", "command", "config", "demo", "display", "evaluation", "methods", "pod", "runner", "serving"},
     "__main__": {"cli"},
 }
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import attach, detach
     from .cache import CompressedCache, KaraCache, KVCompressCache, PoDCache
+    from .calibration.fit import calibrate
     from .config import KaraConfig, KVCompressConfig
-    from .policy import KaraPolicy, KVCompressPolicy, register_score
+    from .policy import KaraPolicy, KeyCalibration, KVCompressPolicy, register_score
     from .report import CacheReport
     from .sharing import PoDSharing
     from .storage import PoolExhausted
@@ -30,10 +31,12 @@ _HOMES = {
     "KaraCache": "cache",
     "KaraConfig": "config",
     "KaraPolicy": "policy",
+    "KeyCalibration": "policy",
     "PoDCache": "cache",
     "PoDSharing": "sharing",
     "PoolExhausted": "storage",
     "attach": "attention",
+    "calibrate": "calibration.fit",
     "detach": "attention",
     "register_score": "policy",
 }
@@ -47,10 +50,12 @@ __all__ = [
     "KaraCache",
     "KaraConfig",
     "KaraPolicy",
+    "KeyCalibration",
     "PoDCache",
     "PoDSharing",
     "PoolExhausted",
     "attach",
+    "calibrate",
     "detach",
     "register_score",
 ]

@@ -10,7 +10,8 @@ from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAt
 
 from .attention import calls_sdpa, check_supported, decoder_config, is_attached
 from .config import is_int, require
-from .sharing import PoDSharing
+from .policy import KeyCalibration
+from .sharing import PoDSharing, model_shape
 
 # Layers that hold full attention together with something else.
 _UNSUPPORTED_LAYERS = (LinearAttentionAndFullAttentionLayer, DynamicIndexedLayer)
@@ -82,6 +83,11 @@ class Binding:
                 f"positions for {limit}; lower `recent`",
                 stacklevel=4,
             )
+
+    def check_calibration(self, calibration: KeyCalibration) -> None:
+        """Raises ValueError if `calibration` is of another model."""
+        full = {layer for layer, own in enumerate(self.layers()) if type(own) is DynamicLayer}
+        calibration.check(model_shape(self.config), full)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
         return self

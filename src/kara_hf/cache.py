@@ -6,6 +6,7 @@ committed. What is compressed, and when, is the policy's `Compression`. A step t
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -533,8 +534,9 @@ class KaraCache(CompressedCache):
         recent: newest tokens that are always kept whole.
         score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens; "mean-square", which
             holds their second moments instead, or "key-norm", which holds nothing (both ours); or a control: "causal",
-            "random", "random-chunks", "recency"; see `kara_hf.policy.register_score`. Drafts of assisted decoding do
-            not count in moments, so that windows may be judged otherwise than without drafts.
+            "random", "random-chunks", "recency"; see `kara_hf.policy.register_score`. Or the folder or hub id of a
+            `KeyCalibration`, which holds nothing either (ours; `kara-hf calibrate` makes one). Drafts of assisted
+            decoding do not count in moments, so that windows may be judged otherwise than without drafts.
         anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.
         compress_prompt: walk the prompt in windows too. Otherwise the prompt and every later turn (a step of several
             tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.
@@ -547,6 +549,7 @@ class KaraCache(CompressedCache):
     Raises:
         TypeError: `model` is no Transformers model.
         ValueError: the model or a setting is not supported; the message names it, its value and the remedy.
+        OSError: `score` is a path or a hub id, and there is no key calibration.
     """
 
     def __init__(
@@ -556,7 +559,7 @@ class KaraCache(CompressedCache):
         retention: float = KaraConfig.retention,
         window: int = KaraConfig.window,
         recent: int = KaraConfig.recent,
-        score: str = KaraConfig.score,
+        score: str | Path = KaraConfig.score,
         anchor_share: float = KaraConfig.anchor_share,
         compress_prompt: bool = KaraConfig.compress_prompt,
         block_size: int = KaraConfig.block_size,
@@ -569,7 +572,7 @@ class KaraCache(CompressedCache):
             retention=retention,
             window=window,
             recent=recent,
-            score=score,
+            score=str(score) if isinstance(score, Path) else score,
             anchor_share=anchor_share,
             compress_prompt=compress_prompt,
             block_size=block_size,

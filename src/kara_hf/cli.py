@@ -1,4 +1,5 @@
-"""The `kara-hf` command: generate with one cache or several, compared; evaluate methods and report; and `pod`.
+"""The `kara-hf` command: generate with one cache or several, compared; evaluate methods and report; calibrate a
+score; serve; show; and `pod`.
 
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 
 from . import __version__
+from .calibration.commands import calibrate
 from .command import BUNDLED_MODEL, DTYPES, readable_errors
 from .config import require
 from .demo.commands import demo
@@ -34,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(pod, name="pod")
+app.command()(calibrate)
 app.command()(evaluate)
 app.command()(report)
 app.command()(serve)
@@ -85,8 +88,8 @@ def generate(
     score: Annotated[
         str | None,
         typer.Option(
-            help="kara: what ranks the tokens of a window: bidirectional, mean-square, key-norm, ... [default: "
-            "bidirectional]."
+            help="kara: what ranks the tokens of a window: bidirectional, mean-square, key-norm, ..., or the folder or "
+            "hub id of a key calibration [default: bidirectional]."
         ),
     ] = None,
     anchor_share: Annotated[

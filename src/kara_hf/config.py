@@ -41,7 +41,8 @@ class KaraConfig(Settings):
         retention: share of a window's tokens that each KV head keeps, in (0, 1].
         window: tokens in a window; a multiple of `block_size`.
         recent: newest tokens that are always kept whole.
-        score: name of the score that ranks a window's tokens; `KaraPolicy` refuses one that is not registered.
+        score: what ranks a window's tokens: the name of a score, or the folder or hub id of a `KeyCalibration`;
+            `KaraPolicy` refuses one that is neither.
         anchor_share: share of the kept tokens that are picked singly, by score, before Token2Chunk fills gaps between
             them, in (0, 1]; 1 is plain top-k.
         compress_prompt: whether the prompt is walked in windows too; otherwise it is kept whole.

@@ -62,6 +62,8 @@ class Sealing:
     """
 
     def __init__(self, cache: "CompressedCache", policy: KaraPolicy):
+        if policy.calibration is not None:
+            cache.binding.check_calibration(policy.calibration)
         self.cache, self.policy, self.config = cache, policy, policy.config
         self.block_size = policy.config.block_size
         self.open = np.zeros(0, np.int64)  # open tokens of each sequence before the step

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from .config import Settings, is_int, is_number, require
+from .files import find_file, push_file
 
 FILE = "pod_sharing.json"
 FORMAT = 1
@@ -168,24 +169,8 @@ class PoDSharing(Settings):
             OSError: no such repository can be reached.
             ValueError: the file is of a newer format, or what it says is not possible.
         """
-        path = Path(name_or_path)
-        if path.is_dir():
-            path = path / FILE
-        local = path.name == FILE or path.is_absolute() or str(name_or_path).startswith(".") or len(path.parts) > 2
-        if local and not path.exists():
-            raise FileNotFoundError(
-                f"there is no {path}; make one with `kara-hf pod explore` or `kara-hf pod adapt`, or give the id of a "
-                "repository that has one"
-            )
-        if not path.exists():
-            from huggingface_hub import hf_hub_download
-
-            try:
-                path = Path(hf_hub_download(str(name_or_path), FILE, **hub))
-            except OSError as error:
-                raise OSError(
-                    f"sharing {str(name_or_path)!r} is no folder, and no repository with {FILE} that can be reached"
-                ) from error
+        remedy = "make one with `kara-hf pod explore` or `kara-hf pod adapt`"
+        path = find_file(name_or_path, FILE, "sharing", remedy, **hub)
         return cls.from_json(path.read_text())
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> None:
@@ -194,11 +179,7 @@ class PoDSharing(Settings):
         Args:
             hub: `token`, `private` (of a new repository), `revision` and `commit_message`.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=hub.pop("token", None))
-        api.create_repo(repo_id, private=hub.pop("private", None), exist_ok=True)
-        api.upload_file(path_or_fileobj=self.to_json().encode(), path_in_repo=FILE, repo_id=repo_id, **hub)
+        push_file(self.to_json().encode(), FILE, repo_id, **hub)
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **json.loads(super().to_json())}, indent=2)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..command import BUNDLED_MODEL, DTYPES, readable_errors
+from ..command import BUNDLED_CALIBRATION, BUNDLED_MODEL, DTYPES, readable_errors
 from ..config import require
 
 # What runs without a model and tasks: the bundled model has a language of its own and short windows.
@@ -64,6 +64,12 @@ def evaluate(
         int | None, typer.Option(help="First tokens that eviction methods always keep [default: 4].")
     ] = None,
     sharing: Annotated[str | None, typer.Option(metavar="DIR", help="Sharing map for the methods with PoD.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Key calibration for the method `calibrated` [default for the bundled model: its own]."
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...; under `accelerate launch` each process has its own.")
     ] = None,
@@ -106,6 +112,7 @@ def evaluate(
             reference=make_method(reference),
             skeleton=Skeleton(**skeleton),
             sharing=None if sharing is None else PoDSharing.from_pretrained(sharing),
+            calibration=calibration or (None if model else str(BUNDLED_CALIBRATION)),
             keep_text=not no_text,
         )
         share = Share(device)

@@ -59,8 +59,7 @@ def import_kvpress() -> ModuleType:
         raise ModuleNotFoundError(
             f"kvpress cannot be imported, because {error.name} is not installed. Its requirements exclude this version "
             "of Transformers, so install it without them, and what it imports beside it: `pip install --no-deps "
-            "kvpress` and `pip install cachetools datasets fire requests`",
-            name=error.name,
+            "kvpress` and `pip install cachetools datasets fire requests`"
         ) from error
     finally:
         for mapping, old in zip(changed, before, strict=True):

@@ -59,6 +59,7 @@ class Plan:
         prompts: tokens of each prompt of the batch.
         seed: of what is random.
         sharing: of PoD, or None.
+        calibration: folder or hub id of a key calibration, or None.
         future: for the oracle; empty where only its bytes matter.
     """
 
@@ -68,6 +69,7 @@ class Plan:
     prompts: list[int]
     seed: int = 0
     sharing: PoDSharing | None = None
+    calibration: str | None = None
     future: Future = field(default_factory=dict)
 
 
@@ -82,6 +84,7 @@ class Method:
         random: whether `Plan.seed` changes what it keeps.
         oracle: whether it needs `Plan.future`.
         shares: whether it needs `Plan.sharing`.
+        calibrated: whether it needs `Plan.calibration`.
         about: in words.
     """
 
@@ -92,6 +95,7 @@ class Method:
     random: bool = False
     oracle: bool = False
     shares: bool = False
+    calibrated: bool = False
 
 
 def window_settings(plan: Plan) -> dict[str, Any]:
@@ -155,13 +159,21 @@ def _pod(model: Any, plan: Plan) -> Cache:
     return PoDCache(model, plan.sharing, block_size=plan.skeleton.block_size)
 
 
+def _calibrated(model: Any, plan: Plan) -> Cache:
+    assert plan.calibration is not None, "the method is marked as one that needs a calibration"
+    return windows(plan.calibration)(model, plan)
+
+
 def _oracle(model: Any, plan: Plan) -> Cache:
     return OracleCache(model, plan.future, **window_settings(plan))
 
 
 def _press(name: str) -> Callable[[Any, Plan], Cache]:
+    kind: Any = getattr(import_kvpress(), name, None)
+    require(isinstance(kind, type), "method", PRESS + name, "the name of a scorer press of kvpress, like SnapKVPress")
+
     def make(model: Any, plan: Plan) -> Cache:
-        press = getattr(import_kvpress(), name)()
+        press = kind()
         if hasattr(press, "window_size"):
             press.window_size = plan.skeleton.observation
         settings = eviction_settings(plan)
@@ -179,6 +191,12 @@ METHODS: dict[str, Method] = {
         Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),
         Method("causal", windows("causal"), "causal attention within the window"),
         Method("key-norm", windows("key-norm"), "largest norms of keys; holds nothing but keys and values"),
+        Method(
+            "calibrated",
+            _calibrated,
+            "the attention to come, told from keys by what was fitted to the model; holds nothing else",
+            calibrated=True,
+        ),
         Method("mean-square", windows("mean-square"), "mean squared logits from all queries so far; holds no query"),
         Method(
             "random-chunks",
@@ -216,6 +234,7 @@ def make_method(name: str) -> Method:
 
     Raises:
         ValueError: there is none.
+        ModuleNotFoundError: kvpress, or what it imports, is not installed.
     """
     if name.startswith(PRESS) and len(name) > len(PRESS):
         kind = name.removeprefix(PRESS)

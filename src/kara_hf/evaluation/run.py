@@ -44,6 +44,7 @@ class Request:
         reference: the method whose bytes count.
         skeleton: what is the same for all methods.
         sharing: for methods with shared keys.
+        calibration: for the method with a key calibration: its folder or hub id.
         keep_text: whether answers are kept.
     """
 
@@ -57,6 +58,7 @@ class Request:
     reference: Method | None = None
     skeleton: Skeleton = field(default_factory=Skeleton)
     sharing: PoDSharing | None = None
+    calibration: str | None = None
     keep_text: bool = True
 
     def __post_init__(self) -> None:
@@ -73,6 +75,10 @@ class Request:
         for method in self.methods:
             if method.shares and self.sharing is None:
                 raise ValueError(f"method {method.name!r} needs a sharing map; pass --sharing DIR, or leave it out")
+            if method.calibrated and self.calibration is None:
+                raise ValueError(
+                    f"method {method.name!r} needs a key calibration; pass --calibration DIR, or leave it out"
+                )
 
     def cells(self) -> Iterator[tuple[str, Method, float, int]]:
         """Rule, method, budget and seed of everything that is measured of a task; what has no budget comes first."""
@@ -302,7 +308,7 @@ class Evaluator:
         rehearsed = [of(number) for number in list(numbers)[:REHEARSED]]
         for rule, method, budget, seed in request.cells():
             cell = Cell(self.name, self.weights, task.name, rule, method.name, budget, request.equal, seed)
-            plan = Plan(request.skeleton, rule, budget, [], seed, request.sharing)
+            plan = Plan(request.skeleton, rule, budget, [], seed, request.sharing, request.calibration)
             share = self._share(rehearsed, method, plan, request) if method.budgeted else 1.0
             settings = {"share": share, "batch": request.batch, "skeleton": asdict(request.skeleton)}
             origin = provenance(str(self.model.device)) | {"dtype": str(self.model.dtype).removeprefix("torch.")}

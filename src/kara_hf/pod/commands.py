@@ -3,6 +3,8 @@
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,6 +20,9 @@ from ..sharing import PoDSharing
 from .config import AdaptConfig
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..runner import Runner
     from .similarity import LayerSimilarity
 
 THRESHOLD = 0.5
@@ -331,30 +336,24 @@ def measure(
     Raises:
         ValueError, OSError, ImportError: something asked is not possible; the message says what.
     """
-    require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     require(region in ("all", "distant"), "region", region, "'all' or 'distant'")
-    require(samples >= 1, "samples", samples, "1 or more")
-    require(model is None or data is not None, "data", None, f"given with --model: --model {model} --data TEXT")
     defaults = BUNDLED if model is None else REAL
-    data = defaults["data"] if data is None else data
-    own = "problems:..., since the bundled model knows only the words of its own problems; pass --model for other text"
-    require(model is not None or data.startswith("problems:"), "data", data, own)
-    length = defaults["length"] if length is None else length
     recent = defaults["recent"] if recent is None else recent
-
-    from ..runner import Runner
-    from .data import token_samples
+    runner, text, origin = open_samples(
+        model,
+        defaults["data"] if data is None else data,
+        samples=samples,
+        length=defaults["length"] if length is None else length,
+        split=split,
+        text_column=text_column,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     from .explore import explore as explore_model
 
-    runner = Runner(model or str(BUNDLED_MODEL), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    require(length <= runner.limit, "length", length, f"at most the {runner.limit} positions of the model")
-    text = token_samples(
-        data, runner.tokenizer, length=length, count=samples, split=split, text_column=text_column, seed=seed
-    )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("samples", total=samples)
+    with counting(samples) as done:
         similarity = explore_model(
             runner.model,
             text,
@@ -362,8 +361,52 @@ def measure(
             region=region,  # type: ignore[arg-type]
             sinks=sinks,
             recent=recent,
-            progress=lambda done: bar.update(task, completed=done),
+            progress=done,
         )
-    path = Path(data).expanduser()
-    name = path.name if path.exists() else data
-    return replace(similarity, origin={**similarity.origin, "data": name, "split": split, "seed": seed})
+    return replace(similarity, origin={**similarity.origin, **origin})
+
+
+def open_samples(
+    model: str | None,
+    data: str | None,
+    *,
+    samples: int,
+    length: int,
+    split: str,
+    text_column: str,
+    seed: int,
+    device: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+) -> tuple["Runner", Iterator["torch.Tensor"], dict[str, Any]]:
+    """A loaded model, samples of text in its tokens, and where they are from.
+
+    Raises:
+        ValueError, OSError, ImportError: something asked is not possible; the message says what.
+    """
+    require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+    require(samples >= 1, "samples", samples, "1 or more")
+    require(data is not None, "data", None, f"given with --model: --model {model} --data TEXT")
+    own = "problems:..., since the bundled model knows only the words of its own problems; pass --model for other text"
+    require(model is not None or str(data).startswith("problems:"), "data", data, own)
+
+    from ..runner import Runner
+    from .data import token_samples
+
+    runner = Runner(model or str(BUNDLED_MODEL), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    require(length <= runner.limit, "length", length, f"at most the {runner.limit} positions of the model")
+    text = token_samples(
+        str(data), runner.tokenizer, length=length, count=samples, split=split, text_column=text_column, seed=seed
+    )
+    path = Path(str(data)).expanduser()
+    return runner, text, {"data": path.name if path.exists() else str(data), "split": split, "seed": seed}
+
+
+@contextmanager
+def counting(samples: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, where that is a terminal: to be called with the number of samples done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("samples", total=samples)
+        yield lambda done: bar.update(task, completed=done)

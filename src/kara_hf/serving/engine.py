@@ -21,6 +21,8 @@ from packaging.version import Version
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import attach, decoder_config, detach, is_attached, unwrap
+from ..binding import Binding
+from ..policy import KaraPolicy
 from .compressor import Compressor, Cut, Request, blocks
 from .config import ServingConfig
 from .metrics import ServingMetrics
@@ -539,7 +541,8 @@ class Serving:
         """A `ContinuousBatchingManager` of `model` whose engine has Kara.
 
         Raises:
-            ValueError: the engine is to run asynchronously or in CUDA graphs, or there is one without Kara already.
+            ValueError: the engine is to run asynchronously or in CUDA graphs, there is one without Kara already, or the
+                score is a key calibration of another model.
         """
         cached: Any = getattr(model, "_cached_continuous_batching_manager", None)
         if cached is not None and cached not in self._managers:
@@ -547,6 +550,9 @@ class Serving:
                 "the model keeps a continuous batching manager that was started without Kara; call "
                 "model.destroy_cached_continuous_batching_manager() first"
             )
+        calibration = KaraPolicy(self.config.kara).calibration
+        if calibration is not None:
+            Binding(model).check_calibration(calibration)
         config = transformers.ContinuousBatchingConfig() if config is None else copy(config)
         for name in ("use_async_batching", "use_cuda_graph"):
             value = getattr(config, name)
