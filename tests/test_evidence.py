@@ -40,3 +40,25 @@ def test_the_page_shows_the_results(frame, monkeypatch):
         assert f"<!-- {task} {rule} -->\n| method |" in page
     with pytest.raises(ValueError, match="no place for 'nothing'"):
         evidence.write(page, {"nothing": ""})
+
+
+@pytest.mark.parametrize("name", ["kvpress_tasks", "calibration_narrow"])
+def test_what_stands_beside_is_whole_and_shown(name, frame, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import evidence
+
+    from kara_hf.evaluation.statistics import summarise
+
+    found = load(ROOT / "benchmarks" / "results" / f"{name}.json.gz")
+    assert set(found["weights"]) == {digest(BUNDLED_MODEL)}
+    assert (found.groupby(["task", "rule", "method", "budget"]).size() >= 200).all()
+    page = (ROOT / "docs" / "evidence.md").read_text("utf-8")
+    if name == "kvpress_tasks":
+        tables = {f"kvpress {task} {rule}": text for (task, rule), text in evidence.blocks(summarise(found)).items()}
+        assert len(tables) == 5 and any("kvpress AdaKV(SnapKV)" in text for text in tables.values())
+        shown = tables | {"kvpress": evidence.origin(found)}
+    else:
+        assert "--calibration" in found["provenance"].iloc[0]["command"]
+        shown = {"narrow": evidence.narrow(frame, found)}
+    assert evidence.write(page, shown) == page

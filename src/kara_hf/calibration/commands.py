@@ -8,7 +8,12 @@ import typer
 from ..command import DTYPES, readable_errors
 
 # What the bundled model reads, and any other model unless told otherwise.
-BUNDLED: dict[str, Any] = {"data": "problems:trace=0.5,fact=0.5", "samples": 512, "length": 512, "window": 64}
+BUNDLED: dict[str, Any] = {
+    "data": "problems:trace=0.3,fact=0.3,recall=0.2,copy=0.2",
+    "samples": 768,
+    "length": 512,
+    "window": 64,
+}
 REAL: dict[str, Any] = {"data": None, "samples": 64, "length": 8192, "window": 256}
 
 
@@ -26,7 +31,7 @@ def calibrate(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Samples that are read [default: 64; bundled model: 512].")
+        int | None, typer.Option(help="Samples that are read [default: 64; bundled model: 768].")
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of each [default: 8192; bundled model: 512].")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens in a window [default: 256; bundled model: 64].")] = None,
