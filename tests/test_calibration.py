@@ -223,6 +223,9 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_done(folder, tmp_p
     with pytest.raises(ValueError, match="another model: model_type llama instead of qwen3;.*kara-hf calibrate"):
         KaraCache(other, score=folder)
     assert not is_attached(other.config) and not is_attached(small.config)
+    small._tp_size = 2
+    with pytest.raises(ValueError, match="tensor parallelism .tp_size=2. each process has some"):
+        KaraCache(small, score=folder)
     found = KeyCalibration.from_pretrained(folder)
     del found.layers[1]
     with pytest.raises(ValueError, match=r"nothing about layers \[1\]"):

@@ -376,6 +376,10 @@ BAD = {
     ),
     "block size": ({"choice": "KV-Compress", "settings": {"block_size": 0}}, "block_size=0 is not possible"),
     "score": ({"settings": {"score": "best"}}, "score='best' is not possible"),
+    "a folder as a score": (
+        {"settings": {"score": "src/kara_hf"}},
+        "score='src/kara_hf' is not possible.*one of bidir",
+    ),
     "no map": ({"choice": "PoD"}, "PoD needs a map .* tiny_reasoner has none: choose deep_reasoner"),
     "no model": ({"model": ""}, "model='' is not possible: choose tiny_reasoner, deep_reasoner or a hub id"),
     "a folder": ({"model": "/etc"}, "model='/etc' is not possible: .* named when the demo is started"),

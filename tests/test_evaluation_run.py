@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Quan
 from typer.testing import CliRunner
 
 from kara_hf import KaraCache, KaraConfig, cli, detach
-from kara_hf.command import BUNDLED_MODEL
+from kara_hf.command import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from kara_hf.evaluation import results
 from kara_hf.evaluation import tasks as _tasks  # noqa: F401  registers the tasks of the bundled model
 from kara_hf.evaluation.example import Example, make_task
@@ -58,7 +58,9 @@ def measure(evaluator, out, request, task=TASK, **more):
 # ---------------------------------------------------------------------------------------------------------- what is run
 def test_every_method_answers_the_same_examples_under_every_rule(evaluator, tmp_path):
     names = [name for name, method in METHODS.items() if not method.shares]
-    frame = measure(evaluator, tmp_path, request(*names, rules=tuple(RULES), n=2, equal="tokens"))
+    calibration = str(BUNDLED_CALIBRATION)
+    wanted = request(*names, rules=tuple(RULES), n=2, equal="tokens", calibration=calibration)
+    frame = measure(evaluator, tmp_path, wanted)
     for (rule, name), group in frame.groupby(["rule", "method"]):
         assert sorted(group.number) == [0, 1]
         assert METHODS[name].budgeted == (rule in RULES)
@@ -403,6 +405,8 @@ def test_bad_methods():
         request("full", "full")
     with pytest.raises(ValueError, match="method 'pod' needs a sharing map; pass --sharing DIR"):
         request("pod")
+    with pytest.raises(ValueError, match="method .calibrated. needs a key calibration; pass --calibration DIR"):
+        request("calibrated")
     with pytest.raises(ValueError, match="method='snap' is not possible: method must be one of full, kara"):
         make_method("snap")
 

@@ -758,7 +758,12 @@ def test_crop_of_a_part(model, steps):
     run(model, cache, ids, steps)
     run(model, reference, ids, [*steps[:-1], steps[-1] - 5])
     cache.crop(-5)
-    assert state(cache) == state(reference)
+    (*seen, rows), (*wanted, others) = state(cache), state(reference)
+    assert seen == wanted
+    for (*place, row), (*other, same) in zip(rows, others, strict=True):
+        assert place == other
+        for part, expected in zip(row, same, strict=True):  # some processors round longer products otherwise
+            torch.testing.assert_close(torch.tensor(part), torch.tensor(expected))
     if left:
         for each in (cache, reference):
             each.compress()

@@ -29,6 +29,7 @@ class Binding:
         self.config = decoder_config(model)
         self.name = type(model).__name__
         self.direct = calls_sdpa(model)
+        self.tensor_parallel = getattr(model, "tp_size", None) or 1
         self._modules = weakref.WeakSet(module for module in model.modules() if hasattr(module, "layer_idx"))
 
     def __contains__(self, module: torch.nn.Module | None) -> bool:
@@ -85,7 +86,12 @@ class Binding:
             )
 
     def check_calibration(self, calibration: KeyCalibration) -> None:
-        """Raises ValueError if `calibration` is of another model."""
+        """Raises ValueError if `calibration` is of another model, or if this is only some of the model's heads."""
+        if self.tensor_parallel > 1:
+            raise ValueError(
+                f"a key calibration has all heads of {self.name}, and with tensor parallelism (tp_size="
+                f"{self.tensor_parallel}) each process has some; use a score that is not fitted"
+            )
         full = {layer for layer, own in enumerate(self.layers()) if type(own) is DynamicLayer}
         calibration.check(model_shape(self.config), full)
 

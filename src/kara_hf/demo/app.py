@@ -9,11 +9,10 @@ import gradio as gr
 from .desk import Desk
 from .models import BUNDLED, Models
 from .page import make_page, read
-from .presets import CHOICES, DEEP_LENGTHS, DEFAULTS, KARA, OWN, TASKS, TRACE
+from .presets import CHOICES, DEEP_LENGTHS, DEFAULTS, KARA, OWN, SCORES, TASKS, TRACE
 from .shows import Shows
 from .wish import PACES, Limits
 
-SCORES = ["bidirectional", "mean-square", "key-norm", "causal", "recency", "random-chunks", "random"]
 METRICS = ["l2", "l1", "recency", "random"]
 ABOUT = (
     "<h1>kara_hf</h1><p>What a compressed KV cache keeps of a text while it is generated, what it drops, and whether "

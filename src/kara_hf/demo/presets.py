@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import require
 from ..evaluation import tasks as bundled  # noqa: F401  they register their tasks
 from ..evaluation import text  # noqa: F401
 from ..evaluation.example import Example, make_task
@@ -130,6 +131,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+SCORES = ["bidirectional", "mean-square", "key-norm", "causal", "recency", "random-chunks", "random"]
+
+
 def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int) -> Method:
     """The method of that name in `CHOICES`, with those of `settings` that it has.
 
@@ -138,6 +142,8 @@ def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int
     """
     chosen = CHOICES[choice]
     given = {name: settings[name] for name in chosen.settings} | dict(chosen.fixed)
+    if "score" in given:  # by name alone: a path would read a file
+        require(given["score"] in SCORES, "score", given["score"], f"one of {', '.join(SCORES)}")
     if chosen.name != "full" and chosen.settings:
         given["seed"] = seed
     if "block_size" not in given and chosen.name != "full":
