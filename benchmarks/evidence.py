@@ -113,11 +113,12 @@ def origin(frame: pd.DataFrame) -> str:
     """Where the numbers come from."""
     source = frame["provenance"].iloc[0]
     dates = sorted({each["date"] for each in frame["provenance"]})
+    devices = " and ".join(dict.fromkeys(each["device"] for each in frame["provenance"]))
     versions = source["versions"]
     return (
-        f"{int(frame.groupby('task')['number'].nunique().min())} problems of each kind; {source['device']}, "
+        f"{int(frame.groupby('task')['number'].nunique().min())} problems of each kind; {devices}, "
         f"{source['threads']} thread, torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"{source['dtype']}, {' to '.join(dates)}."
+        f"{source['dtype']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
     )
 
 

@@ -218,10 +218,10 @@ def ways() -> dict[str, Way]:
         found[f"uniform heads {percent}"] = Way(kept(share, levels=1))
         found[f"recency {percent}"] = Way(kept(share, metric="recency"))
         found[f"random {percent}"] = Way(kept(share, metric="random"))
-        found[f"Kara {percent}"] = Way(
-            lambda model, _, share=share: KaraCache(
-                model, retention=share, window=64, recent=32, block_size=4, compress_prompt=True
-            )
+        windows = {"retention": share, "window": 64, "recent": 32, "block_size": 4, "compress_prompt": True}
+        found[f"Kara {percent}"] = Way(lambda model, _, windows=windows: KaraCache(model, **windows))
+        found[f"key norms {percent}"] = Way(
+            lambda model, _, windows=windows: KaraCache(model, score="key-norm", anchor_share=1.0, **windows)
         )
     for bits in (4, 2):
         found[f"quantized, {bits} bits"] = Way(
@@ -453,11 +453,13 @@ def markdown(rows: list[dict[str, Any]], weights: str) -> str:
         lines.append([name, f"{100 * min(held):.0f} to {100 * max(held):.0f} %", *cells])
     head = ["method", "resident / full bytes", *(text for task in CASES for text in (task, "perplexity"))]
     first = full["trace"]
+    devices = " and ".join(dict.fromkeys(row["device"] for row in rows))
+    dates = sorted({row["date"] for row in rows})
     return "\n\n".join(
         [
-            f"{first['n']} problems of each kind; {first['device']}, {first['threads']} thread, torch "
+            f"{first['n']} problems of each kind; {devices}, {first['threads']} thread, torch "
             f"{first['versions']['torch']}, transformers {first['versions']['transformers']}, float32, "
-            f"{first['date']}. "
+            f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. "
             "Right final answers; difference to the full cache of the base model in points (95 % interval, paired "
             "bootstrap; bold where it leaves out 0). Perplexity of a word of the reference solution.",
             table(head, lines),
