@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from kara_hf import KaraCache, KeyCalibration, attach, calibrate, detach
 from kara_hf.attention import is_attached
 from kara_hf.calibration import fit
+from kara_hf.calibration.commands import BUNDLED
 from kara_hf.calibration.fit import QuadraticFit, future_shares
 from kara_hf.cli import app
 from kara_hf.command import BUNDLED_CALIBRATION, BUNDLED_MODEL
@@ -277,7 +278,10 @@ def test_what_cannot_be_calibrated_is_refused():
 def test_the_bundled_one_knows_what_will_be_looked_at():
     """On problems that it was not made from: more of the attention to come than by the norm of keys, or by chance."""
     calibration = KeyCalibration.from_pretrained(BUNDLED_CALIBRATION)
-    assert calibration.origin["split"] == "train"
+    made = {"split": "train", "seed": 0, "tokens": BUNDLED["samples"] * BUNDLED["length"]}  # as the command makes it
+    assert (
+        calibration.origin.items() >= (made | {name: BUNDLED[name] for name in ("data", "samples", "window")}).items()
+    )
     model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
     task = make_task("trace:generated=300", tokenizer)
