@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -37,6 +38,14 @@ def poisoned_memory():
 def seeds():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def precision_forgotten():
+    """accelerate keeps the first precision that a process used; the next test may want another."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")  # while it is open, its thread has an event loop

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from typer.testing import CliRunner
@@ -71,10 +70,8 @@ def trained_and_base(result):
 
 
 @pytest.fixture(autouse=True)
-def fresh_state(monkeypatch):
-    """Accelerate keeps the precision of its first use in a process."""
+def on_the_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(True)
 
 
 # ------------------------------------------------------------------------------------------------- gradients

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -18,9 +17,7 @@ def pod(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import pod
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process keeps the first precision that it used
-    yield pod
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return pod
 
 
 def run(pod, *arguments) -> str:
