@@ -66,6 +66,23 @@ class Binding:
             )
         return layers
 
+    def full_layers(self) -> list[int]:
+        """Indices of the layers that can be compressed. Raises as `layers`."""
+        return [layer for layer, own in enumerate(self.layers()) if type(own) is DynamicLayer]
+
+    def observable_layers(self) -> list[int]:
+        """The same, of a model whose queries an attention hook sees.
+
+        Raises:
+            ValueError: it sees none, or as `layers`.
+        """
+        if self.direct:
+            raise ValueError(
+                f"{self.name} computes its attention itself, without an attention function of Transformers, so its "
+                "queries cannot be seen; use another model class"
+            )
+        return self.full_layers()
+
     def check_sharing(self, sharing: PoDSharing) -> None:
         """Raises ValueError if `sharing` is not possible with this model; warns if it cannot save anything."""
         sharing.check(self.config)
@@ -92,8 +109,7 @@ class Binding:
                 f"a key calibration has all heads of {self.name}, and with tensor parallelism (tp_size="
                 f"{self.tensor_parallel}) each process has some; use a score that is not fitted"
             )
-        full = {layer for layer, own in enumerate(self.layers()) if type(own) is DynamicLayer}
-        calibration.check(model_shape(self.config), full)
+        calibration.check(model_shape(self.config), set(self.full_layers()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
         return self

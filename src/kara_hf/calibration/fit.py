@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.cache_utils import DynamicLayer
 
 from ..attention import decoder_config, unwrap
 from ..binding import Binding
@@ -63,12 +62,7 @@ def calibrate(
     require(is_int(rank) and rank >= 1, "rank", rank, "a whole number from 1 on")
     inner = unwrap(model)
     binding = Binding(inner)
-    if binding.direct:
-        raise ValueError(
-            f"{binding.name} computes its attention itself, without an attention function of Transformers, so its "
-            "queries cannot be seen; use another model class"
-        )
-    full = [layer for layer, own in enumerate(binding.layers()) if type(own) is DynamicLayer]
+    full = binding.observable_layers()
     fits = [QuadraticFit(rank) for _ in full]
     tokens: list[int] = []
     recorder = Recorder(set(full), queries=2**31)

@@ -90,6 +90,7 @@ def evaluate(
     with readable_errors(), extra():
         require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
         require(model is None or tasks is not None, "tasks", None, "given with --model, like --tasks niah:length=4096")
+        from ..policy import KeyCalibration
         from ..runner import Runner
         from ..sharing import PoDSharing
         from . import published, text  # noqa: F401  they register their tasks
@@ -98,6 +99,8 @@ def evaluate(
         from .methods import Skeleton, make_method
         from .run import Evaluator, Request
 
+        if calibration is not None:
+            KeyCalibration.from_pretrained(calibration)  # shows now what could not be read later
         skeleton: dict[str, Any] = {} if model else dict(BUNDLED_SKELETON)
         given = {"window": window, "recent": recent, "block_size": block_size, "observation": observation}
         skeleton |= {name: value for name, value in {**given, "sinks": sinks}.items() if value is not None}

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
 from ..attention import AttentionFunction, hooked, unwrap
 from ..binding import Binding
@@ -40,7 +39,7 @@ def future_attention(
         For each layer of full attention ``[B, H, T]`` float32 by true position; 0 behind a sequence's end.
     """
     inner = unwrap(model)
-    full = {index for index, layer in enumerate(Binding(inner).layers()) if type(layer) is DynamicLayer}
+    full = set(Binding(inner).full_layers())
     future: Future = {}
     real = mask.bool()
 

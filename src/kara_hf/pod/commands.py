@@ -388,7 +388,8 @@ def open_samples(
     require(samples >= 1, "samples", samples, "1 or more")
     require(data is not None, "data", None, f"given with --model: --model {model} --data TEXT")
     own = "problems:..., since the bundled model knows only the words of its own problems; pass --model for other text"
-    require(model is not None or str(data).startswith("problems:"), "data", data, own)
+    data = str(data)
+    require(model is not None or data.startswith("problems:"), "data", data, own)
 
     from ..runner import Runner
     from .data import token_samples
@@ -396,10 +397,10 @@ def open_samples(
     runner = Runner(model or str(BUNDLED_MODEL), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     require(length <= runner.limit, "length", length, f"at most the {runner.limit} positions of the model")
     text = token_samples(
-        str(data), runner.tokenizer, length=length, count=samples, split=split, text_column=text_column, seed=seed
+        data, runner.tokenizer, length=length, count=samples, split=split, text_column=text_column, seed=seed
     )
-    path = Path(str(data)).expanduser()
-    return runner, text, {"data": path.name if path.exists() else str(data), "split": split, "seed": seed}
+    path = Path(data).expanduser()
+    return runner, text, {"data": path.name if path.exists() else data, "split": split, "seed": seed}
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 import transformers
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from ..attention import AttentionFunction, decoder_config, hooked, unwrap
 from ..binding import Binding
@@ -68,12 +67,7 @@ def explore(
     require(is_int(recent) and recent >= 1, "recent", recent, "a whole number from 1 on")
     inner = unwrap(model)
     config, binding = decoder_config(inner), Binding(inner)
-    if binding.direct:
-        raise ValueError(
-            f"{binding.name} computes its attention itself, without an attention function of Transformers, so its "
-            "queries cannot be seen; use another model class"
-        )
-    full = [layer for layer, own in enumerate(binding.layers()) if type(own) is DynamicLayer]
+    full = binding.observable_layers()
     shape, near = model_shape(config), Near(sinks, recent) if region == "distant" else None
     total = torch.zeros(shape["num_key_value_heads"], len(full), len(full), dtype=torch.float64)
     tokens: list[int] = []
