@@ -20,9 +20,9 @@ import pandas as pd
 import typer
 from kv_compress_tables import table
 
-from kara_hf.evaluation.methods import METHODS
-from kara_hf.evaluation.results import load
-from kara_hf.evaluation.statistics import summarise
+from kara_hf.evaluation.measure.results import load
+from kara_hf.evaluation.report.statistics import summarise
+from kara_hf.methods.registry import METHODS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  behind the choice of what draws

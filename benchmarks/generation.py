@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kara_hf import KaraCache
-from kara_hf.evaluation.provenance import provenance
+from kara_hf.evaluation.measure.provenance import provenance
 
 console = Console()
 

@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kara_hf.evaluation.provenance import processor
+from kara_hf.evaluation.measure.provenance import processor
 
 RESULTS = Path(__file__).parent / "results"
 # The cases of each section, and the share of the time that is over when it must be done. Checks compile every kernel.

@@ -19,7 +19,7 @@ from gpu_report import GIB, Row
 from rich.console import Console
 from rich.progress import track
 
-from kara_hf.evaluation.provenance import provenance
+from kara_hf.evaluation.measure.provenance import provenance
 
 DTYPE = torch.bfloat16
 FLUSH_BYTES = 2**30  # more than any L2 cache, and long enough to write that the host is ahead of the device meanwhile

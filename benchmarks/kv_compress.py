@@ -35,7 +35,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from kara_hf import CompressedCache, KaraCache, KVCompressCache, KVCompressConfig
-from kara_hf.evaluation.provenance import provenance
+from kara_hf.evaluation.measure.provenance import provenance
 
 OURS = "KVCompressCache"
 CASES = ((2048, 512), (8192, 256))  # tokens of the prompt, and new ones

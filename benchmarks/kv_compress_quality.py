@@ -24,10 +24,9 @@ from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteriaList
 
 from kara_hf import KVCompressCache, KVCompressConfig
-from kara_hf.evaluation import Problem, make_problem
-from kara_hf.evaluation.memory import MemoryWatch
-from kara_hf.evaluation.provenance import digest, provenance
-from kara_hf.evaluation.reasoner import final_answer
+from kara_hf.evaluation.measure.memory import MemoryWatch
+from kara_hf.evaluation.measure.provenance import digest, provenance
+from kara_hf.tasks.reasoner import Problem, final_answer, make_problem
 
 ROOT = Path(__file__).parent
 ASSETS = ROOT.parent / "src" / "kara_hf" / "assets" / "tiny_reasoner"

@@ -43,7 +43,7 @@ from provenance import load_rows, write_rows
 from rich.console import Console
 from rich.progress import track
 
-from kara_hf.evaluation.provenance import digest, provenance
+from kara_hf.evaluation.measure.provenance import digest, provenance
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
@@ -478,15 +478,15 @@ def measure_tasks(python: Path, tasks: str, cells: list[Row], model: str | None,
     Raises:
         ValueError: a task does not exist or does not fit the model or the rules.
     """
-    from kara_hf.command import BUNDLED_MODEL
-    from kara_hf.evaluation import published, text  # noqa: F401  they register their tasks
-    from kara_hf.evaluation import tasks as bundled  # noqa: F401
-    from kara_hf.evaluation.commands import BUNDLED_SKELETON, weights_of
-    from kara_hf.evaluation.example import make_task
-    from kara_hf.evaluation.methods import Skeleton
-    from kara_hf.evaluation.results import Cell, CellFile
-    from kara_hf.evaluation.run import Answers, Evaluator
-    from kara_hf.runner import Runner, find_device
+    from kara_hf.cli.evaluate import BUNDLED_SKELETON, weights_of
+    from kara_hf.cli.options import BUNDLED_MODEL
+    from kara_hf.evaluation.measure.evaluator import Answers, Evaluator
+    from kara_hf.evaluation.measure.results import Cell, CellFile
+    from kara_hf.integration.loading import Runner, find_device
+    from kara_hf.methods.registry import Skeleton
+    from kara_hf.tasks import english, published  # noqa: F401  they register their tasks
+    from kara_hf.tasks import reasoner_tasks as bundled  # noqa: F401
+    from kara_hf.tasks.task import make_task
 
     skeleton, folder = Skeleton(**{} if model else BUNDLED_SKELETON), model or str(BUNDLED_MODEL)
     runner = Runner(folder, device="cpu")  # it reads prompts and grades, the worker generates

@@ -39,13 +39,13 @@ from transformers import (
 from transformers import StoppingCriteriaList as Criteria
 
 from kara_hf import KaraCache, KVCompressCache, PoDCache, PoDSharing
-from kara_hf.evaluation import Problem, make_problem
-from kara_hf.evaluation.memory import MemoryWatch
+from kara_hf.evaluation.measure.memory import MemoryWatch
 from kara_hf.pod.adapt import AdaptConfig
 from kara_hf.pod.adapt import adapt as adapt_model
 from kara_hf.pod.explore import explore as explore_model
 from kara_hf.pod.forward import SharedForward
 from kara_hf.pod.plot import plot
+from kara_hf.tasks.reasoner import Problem, make_problem
 
 ROOT = Path(__file__).parent
 MODEL = ROOT.parent / "src" / "kara_hf" / "assets" / "deep_reasoner"

@@ -1,10 +1,10 @@
-"""The files that rows of numbers go to. Where a number comes from is said by `kara_hf.evaluation.provenance`."""
+"""The files that rows of numbers go to. `kara_hf.evaluation.measure.provenance` says where a number comes from."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from kara_hf.evaluation.provenance import digest, processor, provenance  # noqa: F401  for scripts that find them here
+from kara_hf.evaluation.measure.provenance import digest, processor, provenance  # noqa: F401  for scripts that find them here
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -19,8 +19,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from kara_hf import KaraCache
-from kara_hf.evaluation import Problem, make_problem
-from kara_hf.evaluation.provenance import digest, provenance
+from kara_hf.evaluation.measure.provenance import digest, provenance
+from kara_hf.tasks.reasoner import Problem, make_problem
 
 ASSETS = Path(__file__).parents[1] / "src" / "kara_hf" / "assets" / "tiny_reasoner"
 SCORES = ("bidirectional", "bidirectional, top-k", "causal", "random-chunks", "random", "recency")

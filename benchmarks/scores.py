@@ -16,15 +16,15 @@ from kv_compress_tables import table
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kara_hf.command import BUNDLED_MODEL
-from kara_hf.evaluation import tasks as _tasks  # noqa: F401  registers the tasks of the bundled model
-from kara_hf.evaluation.example import make_task
-from kara_hf.evaluation.methods import METHODS, Method, Skeleton, windows
-from kara_hf.evaluation.provenance import digest
-from kara_hf.evaluation.results import load, save_packed
-from kara_hf.evaluation.run import Evaluator, Request
-from kara_hf.evaluation.statistics import summarise
+from kara_hf.cli.options import BUNDLED_MODEL
+from kara_hf.evaluation.measure.evaluator import Evaluator, Request
+from kara_hf.evaluation.measure.provenance import digest
+from kara_hf.evaluation.measure.results import load, save_packed
+from kara_hf.evaluation.report.statistics import summarise
+from kara_hf.methods.registry import METHODS, Method, Skeleton, windows
 from kara_hf.policy import Window, register_score
+from kara_hf.tasks import reasoner_tasks as _tasks  # noqa: F401  registers the tasks of the bundled model
+from kara_hf.tasks.task import make_task
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scores.json.gz"

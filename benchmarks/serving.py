@@ -24,8 +24,8 @@ from provenance import digest, load_rows, provenance, update_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
-from kara_hf.evaluation import make_problem
 from kara_hf.serving import kara_continuous_batching
+from kara_hf.tasks.reasoner import make_problem
 
 ROOT = Path(__file__).parent
 MODEL = ROOT.parent / "src" / "kara_hf" / "assets" / "tiny_reasoner"

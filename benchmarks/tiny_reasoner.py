@@ -21,8 +21,8 @@ from provenance import load_rows, update_rows, wilson
 from retention import markdown
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from kara_hf.evaluation import Problem, make_problem
-from kara_hf.evaluation.provenance import digest, provenance
+from kara_hf.evaluation.measure.provenance import digest, provenance
+from kara_hf.tasks.reasoner import Problem, make_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "tiny_reasoner.json"
@@ -134,8 +134,8 @@ dimensions, MLP {mlp}, RoPE theta {theta:g}, {words} tokens (one word each), tie
 
 ## Tasks
 
-Problems come from `kara_hf.evaluation.make_problem`, pure functions of task, split, length and seed; whether a prompt
-is a train or a test prompt is decided by its own hash, so the two never meet.
+Problems come from `kara_hf.tasks.reasoner.make_problem`, pure functions of task, split, length and seed; whether a
+prompt is a train or a test prompt is decided by its own hash, so the two never meet.
 
 - `trace`: `zl : 8 ; xa : 4 ; qo : zl + xa ; ... ? qo xa >` is answered step by step, `zl : 8 = zl 8 ; ... qo : zl 8 +
   xa 4 = qo 2 ; ... ans qo 2 xa 4`. Sums are mod 10 and operands uniform over all earlier variables.

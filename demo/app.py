@@ -2,7 +2,7 @@
 
 import sys
 
-from kara_hf.cli import app
+from kara_hf.cli.app import app
 
 if __name__ == "__main__":
     app(["demo", *sys.argv[1:]])

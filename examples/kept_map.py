@@ -23,8 +23,8 @@ from transformers.utils import logging
 
 import kara_hf
 from kara_hf import KVCompressCache, KVCompressConfig
-from kara_hf.display import kept_table
-from kara_hf.evaluation import make_problem
+from kara_hf.cli.display import kept_table
+from kara_hf.tasks.reasoner import make_problem
 
 BUNDLED_MODEL = Path(kara_hf.__file__).parent / "assets" / "tiny_reasoner"
 BUNDLED_PROBLEM: dict[str, Any] = {"task": "recall", "length": 512, "seed": 0}

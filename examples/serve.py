@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
-from kara_hf.command import BUNDLED_MODEL
-from kara_hf.evaluation import make_problem
+from kara_hf.cli.options import BUNDLED_MODEL
 from kara_hf.serving import kara_continuous_batching
+from kara_hf.tasks.reasoner import make_problem
 
 
 def main(

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from kara_hf.evaluation import TASKS, VOCABULARY, make_problem
+from kara_hf.tasks.reasoner import TASKS, VOCABULARY, make_problem
 
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 PAD, EOS = 0, 1

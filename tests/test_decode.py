@@ -20,11 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-import kara_hf.cache
-import kara_hf.graph
-import kara_hf.layer
 import kara_hf.storage.paged
 from kara_hf import KaraCache, KVCompressCache, PoDCache, PoDSharing, attach, detach
+from kara_hf.cache import compressed, cuda_graph
+from kara_hf.cache import layer as layer_module
 
 HERE = Path(__file__).parent
 KARA = dict(window=16, recent=4, block_size=4)
@@ -63,14 +62,14 @@ def test_a_graph_needs_a_gpu_and_a_model_that_is_compressed_whole():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Parameter, "device", torch.device("cuda"), raising=False)
         with pytest.raises(ValueError, match="of its . layers are not compressed"):
-            kara_hf.graph.check_graph(model, 1, 3)
+            cuda_graph.check_graph(model, 1, 3)
 
 
 def test_detaching_takes_the_route_away():
     model = build("llama")
     own = model.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kara_hf.cache, "check_graph", lambda *_: None)
+        patch.setattr(compressed, "check_graph", lambda *_: None)
         KaraCache(model, cuda_graph=True)
         KaraCache(model, cuda_graph=True)
     twin = copy.deepcopy(model)
@@ -81,7 +80,7 @@ def test_detaching_takes_the_route_away():
     detach(model)
     model.forward = own
     attach(model)
-    kara_hf.attention.route(model)
+    kara_hf.integration.attention.route(model)
     detach(model)
     assert vars(model)["forward"] == own
 
@@ -90,9 +89,9 @@ def test_detaching_takes_the_route_away():
 @pytest.fixture
 def gpu(monkeypatch):
     """Takes the path of a GPU: nothing is read back between compressions."""
-    monkeypatch.setattr(kara_hf.cache, "looks_are_free", lambda device: False)
-    monkeypatch.setattr(kara_hf.cache, "check_graph", lambda *_: None)
-    monkeypatch.setattr(kara_hf.graph, "recording_for", lambda cache: Replay())
+    monkeypatch.setattr(compressed, "looks_are_free", lambda device: False)
+    monkeypatch.setattr(compressed, "check_graph", lambda *_: None)
+    monkeypatch.setattr(cuda_graph, "recording_for", lambda cache: Replay())
 
 
 def _patches():
@@ -103,7 +102,7 @@ def _patches():
         return [(GridExecutor, "__call__")]
     return [
         (kara_hf.storage.paged, "append"),
-        *((kara_hf.layer, op) for op in ("attend", "attend_shared", "lead_scores")),
+        *((layer_module, op) for op in ("attend", "attend_shared", "lead_scores")),
     ]
 
 
@@ -145,7 +144,7 @@ class Waits(TorchFunctionMode):
 
 
 class Replay(TorchDispatchMode):
-    """A `kara_hf.graph.Recording`: what was done while capturing is done again, on the same memory."""
+    """A `kara_hf.cache.cuda_graph.Recording`: what was done while capturing is done again, on the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -255,7 +254,7 @@ def test_decode_steps_wait_for_nothing(gpu, name, masked):
     logits, waited = decode(model, cache, ids, mask, 44, masked)
     assert len(waited) > 30 and not any(waited), waited
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kara_hf.cache, "looks_are_free", lambda device: True)
+        patch.setattr(compressed, "looks_are_free", lambda device: True)
         expected, _ = decode(model, CACHES[name](model), ids, mask, 44, masked)
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
     assert cache.report().seen.tolist() == [64 - (5 if masked else 0), 64]
@@ -264,7 +263,7 @@ def test_decode_steps_wait_for_nothing(gpu, name, masked):
 @pytest.mark.parametrize("more", [{}, {"distant_query": "own"}, {"skip": 0.6}], ids=str)
 def test_shared_keys_in_plain_torch_wait_for_nothing(gpu, more, monkeypatch):
     """As on a GPU without Triton, and with `skip`, which has no kernel."""
-    monkeypatch.setattr(f"{__name__}._patches", lambda: [(kara_hf.storage.paged, "append"), (kara_hf.layer, "attend")])
+    monkeypatch.setattr(f"{__name__}._patches", lambda: [(kara_hf.storage.paged, "append"), (layer_module, "attend")])
     model = build("llama")
     cache = PoDCache(model, dataclasses.replace(SHARED, **more), block_size=4)
     _, waited = decode(model, cache, *inputs(5), 12)
@@ -341,7 +340,7 @@ def test_padding_in_a_decode_step(gpu):
     results = []
     for free in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kara_hf.cache, "looks_are_free", lambda device, free=free: free)
+            patch.setattr(compressed, "looks_are_free", lambda device, free=free: free)
             cache = KaraCache(model, retention=0.5, **KARA)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             logits = []
@@ -378,7 +377,7 @@ def test_a_capture_that_fails_changes_nothing(gpu, name, monkeypatch):
     cache = CACHES[name](model, cuda_graph=True)
     decode(model, cache, ids, mask, 2)
     seen = cache.get_seq_length()
-    monkeypatch.setattr(kara_hf.graph, "recording_for", lambda cache: Failing())
+    monkeypatch.setattr(cuda_graph, "recording_for", lambda cache: Failing())
     token = torch.tensor([[5], [6]])
     with pytest.raises(
         RuntimeError, match="cannot be captured in a CUDA graph .*; make the cache with cuda_graph=False"

@@ -19,17 +19,17 @@ from typer.testing import CliRunner
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'kara_hf[demo]'")
 
 from kara_hf import PoDSharing
-from kara_hf.cli import BUNDLED_SETTINGS
-from kara_hf.cli import app as command
+from kara_hf.cli.app import BUNDLED_SETTINGS
+from kara_hf.cli.app import app as command
 from kara_hf.demo.app import build, launch
 from kara_hf.demo.models import BUNDLED, Models, Turns
 from kara_hf.demo.page import make_page
 from kara_hf.demo.presets import CHOICES, DEFAULTS, FULL, KARA, NEEDLE, OWN, RANDOM, TASKS, TRACE
 from kara_hf.demo.recorder import Recorder
 from kara_hf.demo.recording import Recording, rounded, runs_of, spread
-from kara_hf.demo.running import Noise, Texts
-from kara_hf.demo.shows import Shows
-from kara_hf.demo.wish import Limits, Wish, show_for
+from kara_hf.demo.request import Limits, Wish, show_for
+from kara_hf.demo.runs import Noise, Texts
+from kara_hf.demo.sessions import Shows
 
 # Its name in newer versions of Transformers is unknown to older ones.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
@@ -277,7 +277,7 @@ def test_steps_pause_and_stop(models):
 
 
 def test_a_pace_is_kept_and_does_not_count_as_time_of_a_step(models, monkeypatch):
-    monkeypatch.setattr("kara_hf.demo.wish.PACES", {"slow": 100.0})
+    monkeypatch.setattr("kara_hf.demo.request.PACES", {"slow": 100.0})
     show, begun = make(models, new=20, pace="slow"), time.perf_counter()
     finished(show)
     assert time.perf_counter() - begun > 0.19

@@ -20,8 +20,8 @@ from kara_hf.demo.app import launch
 from kara_hf.demo.models import BUNDLED, Models
 from kara_hf.demo.recorder import Recorder
 from kara_hf.demo.recording import Recording
-from kara_hf.demo.shows import Shows
-from kara_hf.demo.wish import Limits
+from kara_hf.demo.request import Limits
+from kara_hf.demo.sessions import Shows
 
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 TINY, DEEP = BUNDLED

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kara_hf.evaluation import figures, report, summary
-from kara_hf.evaluation.page import SECTIONS
-from kara_hf.evaluation.results import EXAMPLE
-from kara_hf.evaluation.statistics import compare, gap_closed, interval_of, summarise
+from kara_hf.evaluation.measure.results import EXAMPLE
+from kara_hf.evaluation.report import figures, summary, write
+from kara_hf.evaluation.report.page import SECTIONS
+from kara_hf.evaluation.report.statistics import compare, gap_closed, interval_of, summarise
 
 METHODS = {  # how well they hold on: 0 as random, 1 as the oracle
     "random": 0.0,
@@ -139,7 +139,7 @@ def series(*scores: float) -> pd.Series:
 
 def page(frame, folder, **options):
     """What the page shows without its scripts, and what its figures are drawn from."""
-    path, _ = report.write(frame, folder, **options)
+    path, _ = write.write(frame, folder, **options)
     text = path.read_text("utf-8")
     data = re.search(r"id='page'>([^<]+)<", text)[1]
     shown = re.sub(r"<(style|script)[ >].*?</\1>", "", text, flags=re.S)
@@ -267,7 +267,7 @@ def test_a_reference_without_a_rule_is_beside_every_cell():
 
 
 def test_markdown_says_what_lost_and_where_it_comes_from():
-    text = report.markdown(small(), title="A title")
+    text = write.markdown(small(), title="A title")
     assert text.startswith("# A title\n")
     assert "Of 3 comparisons with random, 2 are above it, 1 below, and 0 are undecided" in text
     assert "In 1 of them the method held over 2 % more bytes." in text
@@ -297,7 +297,7 @@ def test_what_has_no_rule_is_shown_once():
 
 def test_nothing_lost_is_said():
     frame = small()
-    assert "No method scores below random" in report.markdown(frame[frame["method"] != "recency"])
+    assert "No method scores below random" in write.markdown(frame[frame["method"] != "recency"])
 
 
 def test_page_is_whole(tmp_path):
@@ -399,12 +399,12 @@ def test_without_plotly(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly", None)
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(ImportError, match=r"pip install 'kara_hf\[evaluate\]'"):
-        report.write(small(), tmp_path)
+        write.write(small(), tmp_path)
 
 
 def test_import_stays_cheap():
     code = (
         "import sys, kara_hf, kara_hf.evaluation; assert not {'pandas', 'scipy', 'plotly'} & set(sys.modules); "
-        "import kara_hf.evaluation.report; assert not {'plotly', 'torch'} & set(sys.modules)"
+        "import kara_hf.evaluation.report.write; assert not {'plotly', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

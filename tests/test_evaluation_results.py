@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kara_hf.evaluation.results import EXAMPLE, Cell, CellFile, load, pack, save_packed
+from kara_hf.evaluation.measure.results import EXAMPLE, Cell, CellFile, load, pack, save_packed
 
 CELL = Cell("org/tiny model", "3f9a", "trace:generated=300", "pinned", "random", 0.25, "bytes", 0)
 SETTINGS = {"window": 64, "sizes": [1, 2]}

@@ -16,18 +16,19 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 from typer.testing import CliRunner
 
-from kara_hf import KaraCache, KaraConfig, cli, detach
-from kara_hf.command import BUNDLED_CALIBRATION, BUNDLED_MODEL
-from kara_hf.evaluation import results
-from kara_hf.evaluation import tasks as _tasks  # noqa: F401  registers the tasks of the bundled model
-from kara_hf.evaluation.example import Example, make_task
-from kara_hf.evaluation.float8 import Float8Cache
-from kara_hf.evaluation.memory import AllocatorPeak, held_bytes, peak_bytes
-from kara_hf.evaluation.methods import METHODS, RULES, Plan, Skeleton, make_method
-from kara_hf.evaluation.oracle import OracleCache, future_attention
-from kara_hf.evaluation.peers import ALIKE, BALANCE, NEWEST, POOL
-from kara_hf.evaluation.run import LOOP, TOLERANCE, Evaluator, Request, loops
+from kara_hf import KaraCache, KaraConfig, detach
+from kara_hf.cli import app as cli
+from kara_hf.cli.options import BUNDLED_CALIBRATION, BUNDLED_MODEL
+from kara_hf.evaluation.measure import results
+from kara_hf.evaluation.measure.evaluator import LOOP, TOLERANCE, Evaluator, Request, loops
+from kara_hf.evaluation.measure.memory import AllocatorPeak, held_bytes, peak_bytes
+from kara_hf.methods.float8 import Float8Cache
+from kara_hf.methods.oracle import OracleCache, future_attention
+from kara_hf.methods.peer_scores import ALIKE, BALANCE, NEWEST, POOL
+from kara_hf.methods.registry import METHODS, RULES, Plan, Skeleton, make_method
 from kara_hf.policy import SCORES, Window
+from kara_hf.tasks import reasoner_tasks as _tasks  # noqa: F401  registers the tasks of the bundled model
+from kara_hf.tasks.task import Example, make_task
 
 SKELETON = Skeleton(window=16, recent=4, block_size=4, sinks=2, observation=4)
 TASK = "fact:generated=60"
@@ -448,7 +449,7 @@ def test_the_command_says_what_is_wrong(args, message, tmp_path):
 
 @pytest.mark.parametrize("command", [["evaluate"], ["report", "results"]])
 def test_a_missing_package_is_named_with_the_extra(command):
-    code = f"import sys; sys.modules['pandas'] = None; from kara_hf.cli import app; app({command!r})"
+    code = f"import sys; sys.modules['pandas'] = None; from kara_hf.cli.app import app; app({command!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "pandas is not installed; run: pip install 'kara_hf[evaluate]'" in done.stderr
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kara_hf.command import BUNDLED_MODEL
-from kara_hf.evaluation.provenance import digest
-from kara_hf.evaluation.results import load
+from kara_hf.cli.options import BUNDLED_MODEL
+from kara_hf.evaluation.measure.provenance import digest
+from kara_hf.evaluation.measure.results import load
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ def test_the_page_shows_the_results(frame, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import evidence
 
-    from kara_hf.evaluation.statistics import summarise
+    from kara_hf.evaluation.report.statistics import summarise
 
     page = (ROOT / "docs" / "evidence.md").read_text("utf-8")
     part = frame[(frame["task"] == "copy:length=384") & frame["rule"].isin(["none", "after"])]
@@ -48,7 +48,7 @@ def test_what_stands_beside_is_whole_and_shown(name, frame, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import evidence
 
-    from kara_hf.evaluation.statistics import summarise
+    from kara_hf.evaluation.report.statistics import summarise
 
     found = load(ROOT / "benchmarks" / "results" / f"{name}.json.gz")
     assert set(found["weights"]) == {digest(BUNDLED_MODEL)}

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kara_hf.command import BUNDLED_MODEL
-from kara_hf.evaluation import make_problem
+from kara_hf.cli.options import BUNDLED_MODEL
+from kara_hf.tasks.reasoner import make_problem
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install 'kara_hf[harness]'")
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from kara_hf.evaluation.harness import KaraLM  # noqa: E402
-from kara_hf.evaluation.methods import METHODS  # noqa: E402
+from kara_hf.methods.registry import METHODS  # noqa: E402
 
 MODEL = str(BUNDLED_MODEL)
 ROOM = 180

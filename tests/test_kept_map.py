@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import kara_hf
 from kara_hf import KVCompressCache
-from kara_hf.evaluation import make_problem
+from kara_hf.tasks.reasoner import make_problem
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "kept_map.py"
 

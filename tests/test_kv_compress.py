@@ -21,7 +21,7 @@ from test_report import live_tensors
 from transformers import DynamicCache
 
 from kara_hf import KVCompressCache, PoolExhausted, detach
-from kara_hf.attention import CarriedKey
+from kara_hf.integration.attention import CarriedKey
 from kara_hf.storage import Blocks, PagedStore
 
 SMALL = {"block_size": 4, "protected": 6, "sinks": 2, "observation": 8, "pool": 3}  # no row has less than 2 blocks

@@ -13,8 +13,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from kara_hf import cli
-from kara_hf.evaluation.results import load
+from kara_hf.cli import app as cli
+from kara_hf.evaluation.measure.results import load
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"

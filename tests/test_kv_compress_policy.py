@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kara_hf import KVCompressCache
 from kara_hf.config import KVCompressConfig
-from kara_hf.policy import KVCompressPolicy, evict, moves, observation, observe
+from kara_hf.policy import KVCompressPolicy, evict, moves, observe, votes
 from kara_hf.policy.eviction import level
 from kara_hf.policy.kv_compress import noise
 
@@ -169,7 +169,7 @@ def test_chunks_change_nothing_but_rounding(window, past, group, elements):
     queries, keys = attention(window, window + past, heads=3, group=group)
     whole = observe(queries, keys, scaling=0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(observation, "CHUNK_ELEMENTS", elements)
+        patch.setattr(votes, "CHUNK_ELEMENTS", elements)
         torch.testing.assert_close(observe(queries, keys, scaling=0.5), whole, rtol=1e-5, atol=1e-9)
 
 
@@ -187,7 +187,7 @@ class Largest(TorchDispatchMode):
 
 def test_memory_is_bounded_when_every_query_votes(monkeypatch):
     queries, keys = attention(256, 256, heads=2, group=4, dim=2)
-    monkeypatch.setattr(observation, "CHUNK_ELEMENTS", 8192)
+    monkeypatch.setattr(votes, "CHUNK_ELEMENTS", 8192)
     with Largest() as seen:
         observe(queries, keys, scaling=0.5, pool=1)
     assert seen.elements <= 8192 < 8 * 256 * 256 / 60

@@ -20,9 +20,9 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kara_hf import KVCompressCache, attach, detach
-from kara_hf.evaluation.commands import extra
-from kara_hf.evaluation.kvpress import PressCache, import_kvpress
-from kara_hf.evaluation.methods import make_method
+from kara_hf.cli.evaluate import extra
+from kara_hf.methods.press_cache import PressCache, import_kvpress
+from kara_hf.methods.registry import make_method
 
 CUT = {"max_cache_tokens": 32, "block_size": 4}
 LONG = {"max_new_tokens": 40, "do_sample": False}
@@ -280,7 +280,7 @@ def test_steps_that_do_not_look_hold_the_same(model, monkeypatch):
     mask[1, 70:73] = mask[0, 80] = 0
     caches = []
     for free in (True, False):
-        monkeypatch.setattr("kara_hf.cache.looks_are_free", lambda device, free=free: free)
+        monkeypatch.setattr("kara_hf.cache.compressed.looks_are_free", lambda device, free=free: free)
         caches.append(PressCache(model, Last(), **CUT, observation=8, protected=6))
         for _ in feed(model, caches[-1], ids, [61] + [1] * 30, mask):
             pass
@@ -508,7 +508,7 @@ def now():
     return [{{k: id(v) for k, v in m.items()}} for m in (functions._local_mapping, functions._global_mapping,
             PIPELINE_REGISTRY.supported_tasks, dict(functions.items()))]
 before, mapping = now(), functions._local_mapping
-from kara_hf.evaluation.kvpress import import_kvpress
+from kara_hf.methods.press_cache import import_kvpress
 assert "kvpress" not in sys.modules and now() == before
 module = import_kvpress()
 assert module.__name__ == "kvpress" and module is sys.modules["kvpress"]

@@ -16,7 +16,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from typer.testing import CliRunner
 
 import kara_hf
-from kara_hf import PoDCache, PoDSharing, cli
+from kara_hf import PoDCache, PoDSharing
+from kara_hf.cli import app as cli
 from kara_hf.pod.adapt import AdaptConfig, adapt, perplexity
 from kara_hf.pod.checkpoint import StepLog
 from kara_hf.pod.forward import SharedForward

@@ -18,16 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from kara_hf import PoDSharing, cli
-from kara_hf.attention import decoder_config, is_attached
-from kara_hf.evaluation import VOCABULARY, split_of
-from kara_hf.evaluation.reasoner import final_answer
+from kara_hf import PoDSharing
+from kara_hf.cli import app as cli
+from kara_hf.integration.attention import decoder_config, is_attached
 from kara_hf.pod import explore as exploring
 from kara_hf.pod import plot as plotting
-from kara_hf.pod.data import token_samples
 from kara_hf.pod.explore import LayerSimilarity, explore, js_divergence
 from kara_hf.pod.forward import SharedForward
 from kara_hf.pod.similarity import groups_of
+from kara_hf.probing.data import token_samples
+from kara_hf.tasks.reasoner import VOCABULARY, final_answer, split_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBLEMS = "problems:trace=0.5,fact=0.2,recall=0.3"
@@ -638,7 +638,7 @@ def test_mistakes_end_in_one_line(tmp_path, folder, monkeypatch):
 
 def test_help_needs_no_torch():
     code = (
-        "import sys; from kara_hf.cli import app; import contextlib\n"
+        "import sys; from kara_hf.cli.app import app; import contextlib\n"
         "with contextlib.suppress(SystemExit): app(['pod', 'explore', '--help'])\n"
         "print('loaded:', {'torch', 'transformers', 'numpy', 'datasets', 'plotly', 'matplotlib'} & set(sys.modules))"
     )

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import kara_hf.evaluation.published  # noqa: F401
-from kara_hf.evaluation import grading
-from kara_hf.evaluation.example import TASKS, make_task
-from kara_hf.evaluation.grading import gsm8k_answer, mathematics
-from kara_hf.evaluation.longbench import (
+import kara_hf.tasks.published  # noqa: F401
+from kara_hf.tasks import grading
+from kara_hf.tasks.grading import gsm8k_answer, mathematics
+from kara_hf.tasks.longbench import (
     DATASETS,
     classification,
     code_similarity,
@@ -25,7 +24,8 @@ from kara_hf.evaluation.longbench import (
     rouge_l,
     rouge_l_chinese,
 )
-from kara_hf.evaluation.published import cut_middle
+from kara_hf.tasks.published import cut_middle
+from kara_hf.tasks.task import TASKS, make_task
 
 GSM8K = [
     {"question": f"Ann has {n} nuts and eats one. How many are left?", "answer": f"{n} - 1 = {n - 1}\n#### {n - 1:,}"}

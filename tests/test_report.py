@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kara_hf import CompressedCache, KaraCache
-from kara_hf.attention import CarriedKey
-from kara_hf.layer import StoreLayer
+from kara_hf.cache.layer import StoreLayer
+from kara_hf.integration.attention import CarriedKey
 
 GREEDY = {"max_new_tokens": 50, "do_sample": False}
 

@@ -33,15 +33,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 from kara_hf import KaraCache, detach
-from kara_hf.attention import decoder_config, is_attached
-from kara_hf.cli import app
-from kara_hf.command import BUNDLED_MODEL
-from kara_hf.evaluation import make_problem
+from kara_hf.cli.app import app
+from kara_hf.cli.options import BUNDLED_MODEL
+from kara_hf.cli.serve import parse_bytes
+from kara_hf.integration.attention import decoder_config, is_attached
 from kara_hf.policy import register_score
 from kara_hf.policy.scores import SCORES
 from kara_hf.serving import ServingConfig, kara_continuous_batching
-from kara_hf.serving.commands import parse_bytes
 from kara_hf.serving.engine import LEAST_TRANSFORMERS, SEAMS, Engine, check_seams, check_version
+from kara_hf.tasks.reasoner import make_problem
 
 if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
     pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)

@@ -121,7 +121,7 @@ def test_importing_changes_nothing_and_brings_nothing():
         "{'torch', 'transformers', 'triton', 'peft', 'gradio', 'datasets', 'accelerate'} & set(sys.modules); assert "
         "not heavy, heavy; from transformers import AttentionInterface as A; from transformers.masking_utils import "
         "AttentionMaskInterface as M; before = dict(A._global_mapping), dict(M._global_mapping); import "
-        "kara_hf.cache; assert before == (dict(A._global_mapping), dict(M._global_mapping)); assert "
+        "kara_hf.cache.compressed; assert before == (dict(A._global_mapping), dict(M._global_mapping)); assert "
         "kara_hf.KaraCache and not {'gradio', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=SOURCE.parent)

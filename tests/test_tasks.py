@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kara_hf.evaluation import TASKS, VOCABULARY, make_problem, split_of
-from kara_hf.evaluation.reasoner import task
+from kara_hf.tasks.reasoner import TASKS, VOCABULARY, make_problem, split_of, task
 
 LONG = [name for name, spec in TASKS.items() if spec.length_for]
 tasks = st.sampled_from(sorted(TASKS))
@@ -169,7 +168,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_a_new_task_is_one_decorated_function(monkeypatch):
-    monkeypatch.setattr("kara_hf.evaluation.reasoner.TASKS", dict(TASKS))
+    monkeypatch.setattr("kara_hf.tasks.reasoner.TASKS", dict(TASKS))
 
     @task("echo", min_length=16)
     def echo(rng, length):

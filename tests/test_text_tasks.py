@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import kara_hf.evaluation.text  # noqa: F401
-from kara_hf.evaluation.example import make_task
-from kara_hf.evaluation.fitting import fit
-from kara_hf.evaluation.grading import share_found
-from kara_hf.evaluation.haystack import NOUNS, Haystack, prose, scatter
+import kara_hf.tasks.english  # noqa: F401
+from kara_hf.tasks.grading import share_found
+from kara_hf.tasks.haystack import NOUNS, Haystack, prose, scatter
+from kara_hf.tasks.sizing import fit
+from kara_hf.tasks.task import make_task
 
 NEEDLES = ["niah", "niah-multikey", "niah-multivalue", "niah-multiquery"]
 TASKS = [
@@ -374,7 +374,7 @@ def test_numbers_begin_at_zero():
 
 def test_import_is_cheap():
     code = (
-        "import sys, kara_hf.evaluation.text, kara_hf.evaluation.published; heavy = {'torch', 'transformers', "
+        "import sys, kara_hf.tasks.english, kara_hf.tasks.published; heavy = {'torch', 'transformers', "
         "'datasets', 'pandas', 'math_verify', 'sympy', 'jieba', 'rouge', 'rapidfuzz'} & set(sys.modules); "
         "assert not heavy, heavy"
     )

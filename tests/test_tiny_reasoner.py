@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import kara_hf.evaluation
-from kara_hf.evaluation import VOCABULARY, make_problem
+from kara_hf.tasks.reasoner import VOCABULARY, make_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(kara_hf.evaluation.__file__).parents[1] / "assets" / "tiny_reasoner"

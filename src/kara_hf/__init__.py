@@ -11,33 +11,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import attach, detach
-    from .cache import CompressedCache, KaraCache, KVCompressCache, PoDCache
-    from .calibration.fit import calibrate
+    from .cache.compressed import CompressedCache, KaraCache, KVCompressCache, PoDCache
+    from .cache.report import CacheReport
     from .config import KaraConfig, KVCompressConfig
+    from .integration.attention import attach, detach
     from .policy import KaraPolicy, KeyCalibration, KVCompressPolicy, register_score
-    from .report import CacheReport
-    from .sharing import PoDSharing
+    from .policy.sharing import PoDSharing
+    from .probing.calibrate import calibrate
     from .storage import PoolExhausted
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CacheReport": "report",
-    "CompressedCache": "cache",
-    "KVCompressCache": "cache",
+    "CacheReport": "cache.report",
+    "CompressedCache": "cache.compressed",
+    "KVCompressCache": "cache.compressed",
     "KVCompressConfig": "config",
     "KVCompressPolicy": "policy",
-    "KaraCache": "cache",
+    "KaraCache": "cache.compressed",
     "KaraConfig": "config",
     "KaraPolicy": "policy",
     "KeyCalibration": "policy",
-    "PoDCache": "cache",
-    "PoDSharing": "sharing",
+    "PoDCache": "cache.compressed",
+    "PoDSharing": "policy.sharing",
     "PoolExhausted": "storage",
-    "attach": "attention",
-    "calibrate": "calibration.fit",
-    "detach": "attention",
+    "attach": "integration.attention",
+    "calibrate": "probing.calibrate",
+    "detach": "integration.attention",
     "register_score": "policy",
 }
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import gradio as gr
 
-from .desk import Desk
+from .handlers import Desk
 from .models import BUNDLED, Models
 from .page import make_page, read
 from .presets import CHOICES, DEEP_LENGTHS, DEFAULTS, KARA, OWN, SCORES, TASKS, TRACE
-from .shows import Shows
-from .wish import PACES, Limits
+from .request import PACES, Limits
+from .sessions import Shows
 
 METRICS = ["l2", "l1", "recency", "random"]
 ABOUT = (

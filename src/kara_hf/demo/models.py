@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..attention import attach
-from ..command import BUNDLED_MODEL
-from ..runner import Runner
-from ..sharing import FILE
+from ..cli.options import BUNDLED_MODEL
+from ..integration.attention import attach
+from ..integration.loading import Runner
+from ..policy.sharing import FILE
 
 BUNDLED = {folder.name: folder for folder in (BUNDLED_MODEL, BUNDLED_MODEL.parent / "deep_reasoner")}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -85,7 +85,7 @@ class Models:
         folders: local models that may be chosen, named when the demo was started. No other folder can be.
         sharing: folder or hub id of the PoD map of the first of `folders`.
         hub: whether hub ids may be chosen.
-        options: of `kara_hf.runner.Runner`.
+        options: of `kara_hf.integration.loading.Runner`.
 
     Raises:
         ValueError: two folders have one name.

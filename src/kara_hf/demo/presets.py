@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import require
-from ..evaluation import tasks as bundled  # noqa: F401  they register their tasks
-from ..evaluation import text  # noqa: F401
-from ..evaluation.example import Example, make_task
-from ..methods import Method, make_methods
+from ..methods.caches import Method, make_methods
+from ..tasks import english as text  # noqa: F401
+from ..tasks import reasoner_tasks as bundled  # noqa: F401  they register their tasks
+from ..tasks.task import Example, make_task
 from .models import Loaded
 
 TRACE, NEEDLE, OWN = "Long trace", "Needle", "Own text"
@@ -65,7 +65,7 @@ class Choice:
 
     Attributes:
         about: what it does.
-        name: key of `kara_hf.methods.METHODS`.
+        name: key of `kara_hf.methods.caches.METHODS`.
         settings: which settings are shown for it.
         retention: with which it is shown at first.
         fixed: settings that it always has.

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cache import CompressedCache
-from ..evaluation.provenance import provenance
-from ..methods import Method
+from ..cache.compressed import CompressedCache
+from ..cache.sequence import Segment
+from ..evaluation.measure.provenance import provenance
+from ..methods.caches import Method
 from ..policy import KaraPolicy, Window
-from ..sequence import Segment
 from .recording import Recording, rounded, runs_of
 
 SAMPLE_EVERY = 8  # tokens between two readings of `report()`, beside one at every change

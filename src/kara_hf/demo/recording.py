@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..sequence import Kind
+from ..cache.sequence import Kind
 
 FORMAT = 1
 LISTS = ("tokens", "micros", "changes", "samples")

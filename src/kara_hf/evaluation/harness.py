@@ -21,10 +21,10 @@ except ImportError as error:
     raise ImportError("lm-evaluation-harness cannot be imported; run: pip install 'kara_hf[harness]'") from error
 
 from ..config import is_number, require
-from ..runner import any_name_of_the_cache
-from ..sharing import PoDSharing
-from .memory import held_bytes
-from .methods import METHODS, Method, Plan, Skeleton, make_method
+from ..integration.loading import any_name_of_the_cache
+from ..methods.registry import METHODS, Method, Plan, Skeleton, make_method
+from ..policy.sharing import PoDSharing
+from .measure.memory import held_bytes
 
 RULES = ("pinned", "before")  # a request is one text, of which nobody says where its question begins
 SKELETON = {field.name for field in fields(Skeleton)}
@@ -65,12 +65,12 @@ class KaraLM(HFLM):
 
     Args:
         pretrained: hub id or folder, as for the harness's model ``hf``.
-        method: a name that `kara_hf.evaluation.methods.make_method` knows.
+        method: a name that `kara_hf.methods.registry.make_method` knows.
         budget: share of the tokens that is kept, in (0, 1]; for methods that have one.
         rule: "pinned" (the prompt is kept whole) or "before" (it is compressed, too); for methods with a budget.
         seed: of what is random in the method.
         sharing: folder of a sharing map, for methods with PoD.
-        settings: fields of `kara_hf.evaluation.methods.Skeleton`, and what ``hf`` takes.
+        settings: fields of `kara_hf.methods.registry.Skeleton`, and what ``hf`` takes.
 
     Raises:
         ValueError: there is no such method, or an argument is missing, not possible, or not for this method.

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..attention import decoder_config, detach, unwrap
-from ..sharing import PoDSharing
+from ..integration.attention import decoder_config, detach, unwrap
+from ..policy.sharing import PoDSharing
 from .config import AdaptConfig
 from .forward import SharedForward
 from .loss import perplexity
@@ -75,7 +75,7 @@ def adapt(
         sharing: which layers share keys; what is written says ``prefill="pod"``.
         data: what is trained on, in this order and from the first again when it ends: a sequence of token ids ``[S]``
             int64, or of pairs of ids and labels (-100: not learned); a function that gives such samples from the n-th
-            on; or a name that `kara_hf.pod.data.token_samples` knows.
+            on; or a name that `kara_hf.probing.data.token_samples` knows.
         config: settings.
         output: folder; made if it is not there.
         tokenizer: of the model, for data given by name; written too where all weights are trained.

@@ -16,11 +16,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..attention import AttentionFunction, decoder_config, hooked, unwrap
-from ..binding import Binding
+from ..cache.bound_model import Binding
 from ..config import is_int, require
+from ..integration.attention import AttentionFunction, decoder_config, hooked, unwrap
 from ..kernels import Near
-from ..sharing import layer_kinds, model_shape
+from ..policy.sharing import layer_kinds, model_shape
 from .forward import causal_tokens
 from .similarity import LayerSimilarity
 

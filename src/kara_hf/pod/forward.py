@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..attention import AttentionFunction, decoder_config, hooked, real_tokens, unwrap
+from ..integration.attention import AttentionFunction, decoder_config, hooked, real_tokens, unwrap
 from ..kernels import Near, shared_attention
-from ..sharing import PoDSharing
+from ..policy.sharing import PoDSharing
 
 
 class SharedForward:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..sharing import PoDSharing
+from ..policy.sharing import PoDSharing
 from .forward import SharedForward
 from .samples import IGNORED, Sample, collate
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..sharing import PoDSharing
+from ..policy.sharing import PoDSharing
 from .config import AdaptConfig
 
 SETTINGS = "pod_adapt.json"

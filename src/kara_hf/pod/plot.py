@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import require
-from ..sharing import PoDSharing
+from ..policy.sharing import PoDSharing
 from .similarity import LayerSimilarity, groups_of
 
 # More layers than these go without a number in each cell: of a map, and of the table of leads.

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..probing.data import token_samples
 from .config import AdaptConfig
-from .data import token_samples
 
 Sample = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Start = Callable[[int], Iterator[Sample]]  # gives the samples from the n-th on

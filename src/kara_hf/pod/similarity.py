@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..config import is_int, is_number, require
-from ..sharing import PoDSharing
+from ..policy.sharing import PoDSharing
 
 Compare = Literal["lead", "all", "prev"]
 

@@ -5,9 +5,9 @@ from .calibrated import KeyCalibration
 from .eviction import Eviction, evict, moves
 from .kara import KaraPolicy
 from .kv_compress import KVCompressPolicy
-from .observation import observe
 from .scores import SCORES, Window, register_score
 from .token2chunk import token2chunk, top_tokens
+from .votes import observe
 
 __all__ = [
     "SCORES",

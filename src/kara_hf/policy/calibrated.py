@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from ..files import find_file, push_file
+from ..hub import find_file, push_file
 from .scores import Score, Window
 
 FILE = "key_calibration.safetensors"

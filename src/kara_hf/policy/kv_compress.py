@@ -7,7 +7,7 @@ import torch
 
 from ..config import KVCompressConfig
 from .eviction import Eviction, evict
-from .observation import observe
+from .votes import observe
 
 POWERS = {"l2": 2, "l1": 1}  # by metric: what attention probabilities are raised to before they are summed
 

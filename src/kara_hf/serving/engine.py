@@ -20,8 +20,8 @@ import transformers
 from packaging.version import Version
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention import attach, decoder_config, detach, is_attached, unwrap
-from ..binding import Binding
+from ..cache.bound_model import Binding
+from ..integration.attention import attach, decoder_config, detach, is_attached, unwrap
 from ..policy import KaraPolicy
 from .compressor import Compressor, Cut, Request, blocks
 from .config import ServingConfig

@@ -1,0 +1,129 @@
+"""The model that a cache belongs to: what it is called, which of its layers can be compressed, whether it answers."""
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+from ..config import is_int, require
+from ..integration.attention import calls_sdpa, check_supported, decoder_config, is_attached
+from ..policy import KeyCalibration
+from ..policy.sharing import PoDSharing, model_shape
+
+# Layers that hold full attention together with something else.
+_UNSUPPORTED_LAYERS = (LinearAttentionAndFullAttentionLayer, DynamicIndexedLayer)
+
+
+class Binding:
+    """The model a cache belongs to, held weakly; copies of a cache belong to the same one.
+
+    Raises:
+        ValueError: its attention cannot be reached.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        check_supported(model)
+        self.config = decoder_config(model)
+        self.name = type(model).__name__
+        self.direct = calls_sdpa(model)
+        self.tensor_parallel = getattr(model, "tp_size", None) or 1
+        self._modules = weakref.WeakSet(module for module in model.modules() if hasattr(module, "layer_idx"))
+
+    def __contains__(self, module: torch.nn.Module | None) -> bool:
+        return module in self._modules or (module is None and self.direct)
+
+    def unanswered(self) -> RuntimeError:
+        """What to raise when keys were stored and no attention function of ours took them up."""
+        return RuntimeError(
+            f"the attention of {self.name} does not answer for this cache (its implementation is "
+            f"{self.config._attn_implementation!r}), or another model was given it; call kara_hf.attach(model) with "
+            "the model that uses the cache, or pass it a cache that was made for it"
+        )
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model's attention reaches a store: it is attached, or calls what carried keys answer."""
+        return self.direct or is_attached(self.config)
+
+    def layers(self) -> list[Any]:
+        """Transformers' own cache layers for this model; those of exact type `DynamicLayer` can be compressed.
+
+        Raises:
+            ValueError: there is none of them, or some layer is of a kind that a compressed cache does not support.
+        """
+        layers: list[Any] = DynamicCache(config=self.config).layers
+        mixed = sorted({type(layer).__name__ for layer in layers if isinstance(layer, _UNSUPPORTED_LAYERS)})
+        shares = ("num_kv_shared_layers", "kv_sharing_modes")
+        if mixed or any(getattr(self.config, name, None) for name in shares):
+            what = " and ".join(mixed) or "layers that share the keys of other layers"
+            raise ValueError(f"{self.name} has {what}, which a compressed cache does not support")
+        if not any(type(layer) is DynamicLayer for layer in layers):
+            raise ValueError(
+                f"{self.name} has no full-attention layer, so there is nothing to compress; use Transformers' own cache"
+            )
+        return layers
+
+    def full_layers(self) -> list[int]:
+        """Indices of the layers that can be compressed. Raises as `layers`."""
+        return [layer for layer, own in enumerate(self.layers()) if type(own) is DynamicLayer]
+
+    def observable_layers(self) -> list[int]:
+        """The same, of a model whose queries an attention hook sees.
+
+        Raises:
+            ValueError: it sees none, or as `layers`.
+        """
+        if self.direct:
+            raise ValueError(
+                f"{self.name} computes its attention itself, without an attention function of Transformers, so its "
+                "queries cannot be seen; use another model class"
+            )
+        return self.full_layers()
+
+    def check_sharing(self, sharing: PoDSharing) -> None:
+        """Raises ValueError if `sharing` is not possible with this model; warns if it cannot save anything."""
+        sharing.check(self.config)
+        devices = {module.layer_idx: next(module.parameters(), torch.empty(0)).device for module in self._modules}
+        for layer, heads in enumerate(sharing.lead):
+            for lead in heads:
+                if devices.get(layer) != devices.get(lead):
+                    raise ValueError(
+                        f"layer {layer} on {devices[layer]} cannot follow layer {lead} on {devices[lead]}: the layers "
+                        "of a group must be on one device; change the device_map, or explore the model as it is placed"
+                    )
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and sharing.followers_share and sharing.proximal >= limit:
+            warnings.warn(
+                f"nothing is saved: sinks + recent = {sharing.proximal} tokens are proximal, and {self.name} has "
+                f"positions for {limit}; lower `recent`",
+                stacklevel=4,
+            )
+
+    def check_calibration(self, calibration: KeyCalibration) -> None:
+        """Raises ValueError if `calibration` is of another model, or if this is only some of the model's heads."""
+        if self.tensor_parallel > 1:
+            raise ValueError(
+                f"a key calibration has all heads of {self.name}, and with tensor parallelism (tp_size="
+                f"{self.tensor_parallel}) each process has some; use a score that is not fitted"
+            )
+        calibration.check(model_shape(self.config), set(self.full_layers()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
+        return self
+
+
+def check_max_bytes(max_bytes: int | None, model: PreTrainedModel, block_size: int) -> None:
+    """Raises ValueError if `max_bytes` could not hold one block."""
+    config: Any = decoder_config(model)
+    config = (getattr(config, "per_layer_config", None) or [config])[0]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    block = block_size * 2 * head_dim * model.dtype.itemsize
+    require(
+        max_bytes is None or (is_int(max_bytes) and max_bytes >= block),
+        "max_bytes",
+        max_bytes,
+        f"None or at least one block of keys and values, {block} bytes",
+    )

@@ -1,0 +1,411 @@
+"""Evicting blocks (KV-Compress): a prompt is cut to its budget when decoding begins, and kept within it from then on.
+
+The end of a prompt shows when a single token follows. Until then everything is kept whole, so that a prompt that comes
+in chunks is judged by the same queries as one that comes at once. What is evicted is chosen over all layers and heads
+of a sequence, in passes between steps. There is one every `block_size` tokens, in which every row takes exactly one
+block more; a clock that all sequences share, and no row's own state, says when, so that a sequence is treated alike
+whatever batch it is in and whatever was forked.
+"""
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..policy import Eviction, KVCompressPolicy, moves
+from ..storage import MemoryMeter, PagedStore, PoolExhausted, Prompt
+from .layer import Step, StoreLayer
+from .sequence import Kind, Segment, Sequence
+
+if TYPE_CHECKING:
+    from .compressed import CompressedCache
+
+
+class Votes:
+    """What one layer holds of a prompt or turn that is not cut yet: its newest queries ``[B, Hq, w, D]``, in order.
+
+    They are about to go, like the prompt that they belong to, and like it they are not counted against a cap.
+    """
+
+    def __init__(self, meter: MemoryMeter):
+        self.meter = meter
+        self.undecided = 0  # columns of the prompt or turn
+        self.queries: torch.Tensor | None = None
+        self.valid: torch.Tensor | None = None  # [B, w] bool
+        self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.inference_mode(False)
+    def add(self, queries: torch.Tensor, real: torch.Tensor | None, window: int) -> None:
+        """The newest `window` of those held and ``[B, Hq, S, D]`` new ones are held once `commit` follows."""
+        if real is None:
+            queries = queries[:, :, -window:]
+            real = torch.ones(len(queries), queries.shape[2], dtype=torch.bool, device=queries.device)
+        if self.queries is not None and self.valid is not None:
+            queries = torch.cat([self.queries, queries], dim=2)
+            real = torch.cat([self.valid, real], dim=1)
+        newest = real.to(torch.int8).argsort(dim=1, stable=True)[:, -window:]  # what is real comes last, in order
+        index = newest[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
+        self._fresh = queries.gather(2, index), real.gather(1, newest)
+
+    def commit(self, columns: int) -> None:
+        """The step of `add` is done; it had so many columns."""
+        self.undecided += columns
+        if self._fresh is not None:
+            self._replace(*self._fresh)
+            self._fresh = None
+
+    def of(self, sequence: int) -> torch.Tensor | None:
+        """Queries of one sequence, ``[Hq, n, D]``, or None if there are none."""
+        if self.queries is None or self.valid is None or not self.valid[sequence].any():
+            return None
+        return self.queries[sequence, :, self.valid[sequence]]
+
+    def crop(self, tokens: np.ndarray) -> None:
+        """Takes off the newest `tokens` ``[B]``, one for each column; what voted before them does not come back."""
+        self.undecided = max(0, self.undecided - int(tokens.max()))
+        if not self.undecided:
+            self.release()
+        elif self.valid is not None:
+            behind = self.valid.sum(1, keepdim=True) - self.valid.cumsum(1)
+            self.valid &= behind >= torch.from_numpy(tokens).to(behind.device)[:, None]
+
+    @torch.inference_mode(False)
+    def fork(self, index: np.ndarray) -> None:
+        if self.queries is not None and self.valid is not None:
+            chosen = torch.from_numpy(index.astype(np.int64)).to(self.queries.device)
+            self._replace(self.queries.index_select(0, chosen), self.valid.index_select(0, chosen))
+
+    def fork_bytes(self, index: np.ndarray) -> int:
+        return 0
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return ()
+
+    def let_go(self) -> None:
+        self._fresh = None
+
+    def release(self) -> None:
+        for held in (self.queries, self.valid):
+            if held is not None:
+                self.meter.hand_back(held)
+        self.queries = self.valid = None
+
+    def _replace(self, queries: torch.Tensor, valid: torch.Tensor) -> None:
+        self.release()
+        self.queries, self.valid = self.meter.borrow(queries), self.meter.borrow(valid)
+
+
+class Evicting:
+    """`kara_hf.cache.compression.Compression` by blocks of all layers and heads, as `KVCompressPolicy` says."""
+
+    def __init__(self, cache: "CompressedCache", policy: KVCompressPolicy):
+        self.cache, self.policy, self.config = cache, policy, policy.config
+        self.block_size = policy.config.block_size
+        self.until = 0  # columns of the cache at which the next pass is due
+        self.decoding = False
+        self.observing = False
+        if policy.config.levels is not None and cache.sharing is not None:
+            raise ValueError(
+                f"levels={policy.config.levels} is not possible in a cache with `sharing`; leave one of them out"
+            )
+
+    def layer_state(self) -> Votes:
+        return Votes(self.cache.meter)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the newest tokens are a prompt or turn that was not cut yet."""
+        return self.cache.store_layers[0].state.undecided > 0
+
+    # ------------------------------------------------------------------------------------------------------ in a step
+    def begin(self, step: Step) -> None:
+        cache = self.cache
+        drafts = step.drafts and 1 < step.new <= self.config.protected + 1
+        self.decoding = not step.first and (step.new == 1 or drafts)
+        # Drafts do not vote: those that are refused could not take their votes back.
+        self.observing = self.decoding and not drafts and self.config.accumulate and self.policy.votes
+        if self.decoding and self.calm_steps() < step.new:
+            self.compress(step.new)
+        elif not step.first:
+            self._make_room(step.new)
+        step.after = [s.extended(int(n), pinned=False) for s, n in zip(cache.sequences, step.counts, strict=True)]
+
+    def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> Prompt:
+        layer.near(keys.shape[1])  # says at once if the sharing does not fit
+        return Prompt(self.cache.meter)
+
+    def observes(self, step: Step) -> int | None:
+        return self.policy.power if self.observing else None
+
+    def stored(
+        self, layer: StoreLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
+    ) -> None:
+        if present is not None:
+            raise ValueError(
+                f"layer {layer.index} of {self.cache.binding.name} keeps one latent row for all its heads (multi-head "
+                "latent attention), so there is nothing to evict by head; use KaraCache for this model"
+            )
+        if self.decoding or not self.policy.votes:
+            return
+        real = None if step.real is None else step.real.to(query.device)
+        if self.config.observation is not None:
+            layer.state.add(query, real, self.config.observation)
+            return
+        for sequence in range(len(query)):
+            chosen = query[sequence] if real is None else query[sequence, :, real[sequence]]
+            if chosen.shape[1]:
+                self._vote(layer, sequence, chosen)
+
+    def layer_done(self, layer: StoreLayer, step: Step) -> None:
+        pass
+
+    def done(self, step: Step) -> list[Sequence]:
+        if not self.decoding:
+            for layer in self.cache.store_layers:
+                layer.state.commit(step.new)
+        return step.after
+
+    # ------------------------------------------------------------------------------------------------------- a pass
+    def compress(self, ahead: int = 1) -> None:
+        """Cuts every sequence to its budget less what `ahead` tokens, at least a block, take, and makes room for them.
+
+        Without continual eviction the whole budget is the prompt's, and the cache grows behind it.
+        """
+        ahead = max(ahead, self.block_size)
+        self._pass(ahead, ahead if self.config.continual else 0)
+
+    def _make_room(self, tokens: int) -> None:
+        """Makes room for more of a prompt, or for tokens before the next pass; under a cap by evicting, if need be."""
+        try:
+            if self.undecided:
+                self._carry_out(0)
+            if self.cache.room < tokens:  # arranged at once for all tokens until the next pass, at most a block of them
+                self.cache.reserve(max(tokens, min(self.block_size, self.calm_steps())))
+        except PoolExhausted:
+            if not self.policy.compresses:
+                raise
+            self._pass(tokens, 0)
+
+    def _pass(self, ahead: int, counted: int) -> None:
+        """Cuts every sequence to its budget less what `counted` tokens take of it, and makes room for `ahead`."""
+        cache, layers = self.cache, self.cache.store_layers
+        self._carry_out(ahead, self._choose(ahead, counted) if self.policy.compresses else None)
+        for layer in layers:
+            layer.state.undecided = 0
+        self.until = cache.columns + counted
+        try:
+            cache.reserve(ahead)
+        except PoolExhausted:  # layers that lost much may hold free blocks that others need
+            for layer in layers:
+                layer.paged().trim()
+            cache.reserve(ahead)
+
+    def _count_votes(self) -> None:
+        """Adds to the metric what the newest queries of a prompt or turn say; they are not needed afterwards."""
+        for layer in self.cache.store_layers:
+            for sequence in range(len(self.cache.sequences)):
+                queries = layer.state.of(sequence)
+                if queries is not None:
+                    self._vote(layer, sequence, queries)
+            layer.state.release()
+
+    def _vote(self, layer: StoreLayer, sequence: int, queries: torch.Tensor) -> None:
+        """Adds to the metric of a sequence what its newest `queries` ``[Hq, n, D]`` say about all its tokens."""
+        store, group = layer.stored(), len(queries) // layer.stored().lengths.shape[1]
+        observe = partial(self.policy.observe, scaling=layer.scaling, softcap=layer.softcap)
+        if isinstance(store, Prompt):
+            store.add_metric(sequence, observe(queries, store.keys_of(sequence), sinks=layer.sinks))
+            return
+        for head in range(store.lengths.shape[1]) if layer.deciding is None else layer.deciding:
+            members = slice(head * group, (head + 1) * group)
+            keys, _, positions = store.read(sequence, head)
+            order = positions.argsort()
+            sinks = None if layer.sinks is None else layer.sinks[members]
+            seen = observe(queries[members], keys[order][None], sinks=sinks)[0]
+            store.add_metric(sequence, head, torch.empty_like(seen).scatter_(0, order, seen))
+
+    def _choose(self, ahead: int, counted: int) -> Eviction | None:
+        """What the budget and the cap ask for, or None if that is nothing."""
+        if self.undecided:
+            self._count_votes()
+        lengths = np.concatenate([layer.stored().lengths for layer in self.cache.store_layers], axis=1)
+        tokens = np.array([sequence.tokens for sequence in self.cache.sequences])
+        blocks, rows = -(-lengths // self.block_size), lengths.shape[1]
+        quota = np.zeros(len(tokens), np.int64)
+        if self.undecided or self.config.continual:
+            quota = self.policy.quota(tokens, rows, blocks.sum(1), rows * -(-counted // self.block_size))
+        eviction = self._rank(lengths, tokens, quota) if quota.any() else None
+        excess = self._blocks_past_cap(lengths if eviction is None else eviction.lengths.cpu().numpy(), ahead)
+        if excess > 0:  # what the cap asks for comes from all sequences, in proportion to what they can spare
+            spare = np.maximum(0, np.maximum(0, blocks - self.config.least_blocks).sum(1) - quota)
+            more = np.minimum(spare, -(-excess * spare // max(1, spare.sum())))
+            if more.any():
+                eviction = self._rank(lengths, tokens, quota + more)
+        return eviction
+
+    def _rank(self, lengths: np.ndarray, tokens: np.ndarray, quota: np.ndarray) -> Eviction:
+        """What each sequence gives up: rows of all layers side by side, filled up to the longest."""
+        device = self.cache.store_layers[0].stored().device
+        ranked = [self._ranked(layer) for layer in self.cache.store_layers]
+        longest = max(metric.shape[2] for metric, _ in ranked)
+        metric, positions = (
+            torch.cat([F.pad(part, (0, longest - part.shape[2])).to(device) for part in parts], dim=1)
+            for parts in zip(*ranked, strict=True)
+        )
+        lead = self._leads()
+        if lead is None:
+            return self.policy.evict(metric, positions, torch.from_numpy(lengths).to(device), tokens, quota)
+        rows, back, weights = (
+            torch.from_numpy(part) for part in np.unique(lead, return_inverse=True, return_counts=True)
+        )
+        rows, back, weights = rows.to(device), back.to(device), weights.to(device)
+        chosen = self.policy.evict(
+            metric.index_select(1, rows),
+            positions.index_select(1, rows),
+            torch.from_numpy(lengths).to(device).index_select(1, rows),
+            tokens,
+            quota,
+            weights,
+        )
+        return Eviction(*(part.index_select(1, back) for part in (chosen.freed, chosen.lengths, chosen.dropped)))
+
+    def _ranked(self, layer: StoreLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer's tokens are worth and their true positions, each ``[B, H, N]``; behind a row's length anything.
+
+        Asked for once in every choice, of all layers.
+        """
+        return layer.stored().ranked()
+
+    def _leads(self) -> np.ndarray | None:
+        """For each row of a sequence, over all layers, the row that decides for it, ``[R]``; None: itself."""
+        sharing = self.cache.sharing
+        if sharing is None:
+            return None
+        first = {layer.index: rows.start for layer, rows in self._rows()}
+        leads = [
+            first[sharing.lead[layer.index][head]] + head
+            for layer in self.cache.store_layers
+            for head in range(sharing.heads)
+        ]
+        return np.array(leads)
+
+    def _blocks_past_cap(self, lengths: np.ndarray, ahead: int) -> int:
+        """By how many blocks the cap is passed if rows have `lengths` ``[B, R]`` and room for `ahead` tokens more."""
+        meter = self.cache.meter
+        if meter.max_bytes is None:
+            return 0
+        need, block = meter.held - meter.lent, sys.maxsize
+        for layer, rows in self._rows():
+            need += self._bytes_of(layer, lengths[:, rows], ahead) - layer.stored().paged_bytes
+            # What a block of a row is worth at least: where its keys are another layer's, its values.
+            key, value = layer.stored().slot_bytes
+            block = min(block, self.block_size * (value + 8 + (0 if layer.followers else key)))
+        return -(-(need - meter.max_bytes) // block)
+
+    def _bytes_of(self, layer: StoreLayer, lengths: np.ndarray, ahead: int) -> int:
+        """Bytes of a layer in blocks whose rows have `lengths` ``[B, H]`` and room for `ahead` tokens more."""
+        store = layer.stored()
+        key, value = store.slot_bytes
+        blocks = -(-(lengths + ahead) // self.block_size)
+        of_keys = blocks if layer.deciding is None else blocks[:, list(layer.deciding)]
+        tables = (blocks.size + of_keys.size) * int(blocks.max()) * 4 + blocks.size * 4
+        held = self.block_size * (int(of_keys.sum()) * key + int(blocks.sum()) * (value + 4 + 4))  # position and metric
+        if layer.followers:
+            tokens = np.array([sequence.tokens for sequence in self.cache.sequences])
+            tables += blocks.size * int(blocks.max()) * 4 + blocks.shape[1] * 8
+            held += len(layer.followers) * len(blocks) * key * layer.near_places(int(tokens.max()) + ahead)
+        return held + tables
+
+    def _carry_out(self, ahead: int, eviction: Eviction | None = None) -> None:
+        """Evicts what was chosen, and puts a prompt into blocks without it, with room for `ahead` tokens in every row.
+
+        Raises `PoolExhausted` before anything changes.
+        """
+        plan: list[tuple[StoreLayer, Prompt, PagedStore, torch.Tensor]] = []
+        try:
+            for layer, rows in self._rows():
+                prompt = layer.stored()
+                if isinstance(prompt, Prompt):
+                    dropped = None if eviction is None else eviction.dropped[:, rows].to(prompt.device)
+                    plan.append((layer, prompt, self._empty_like(layer, prompt), prompt.kept(dropped)))
+            need = sum(store.fill_bytes(kept, prompt.real, ahead) for _, prompt, store, kept in plan)
+            self.cache.meter.require(need)
+            if eviction is not None:
+                self._evict(eviction)
+            while plan:
+                layer, prompt, store, kept = plan[0]
+                parts = prompt.keys, prompt.values, prompt.positions, prompt.metric
+                store.fill(*parts, prompt.real, kept, ahead)
+                layer.store = store
+                prompt.release()
+                del plan[0]
+        except BaseException:
+            for _, _, store, _ in plan:
+                store.release()
+            raise
+
+    def _evict(self, eviction: Eviction) -> None:
+        """Moves what stays in the layers that are in blocks, and frees what was chosen."""
+        freed, lengths = (part.cpu().numpy() for part in (eviction.freed, eviction.lengths))
+        self.cache.sequences = [  # first, so that nobody takes a sequence for whole should something fail on the way
+            Sequence(s.tokens, 0, (Segment("sealed", 0, s.tokens, 0),)) if count else s
+            for s, count in zip(self.cache.sequences, freed.sum(1), strict=True)
+        ]
+        for layer, rows in self._rows():
+            store = layer.stored()
+            if isinstance(store, PagedStore) and freed[:, rows].any():
+                dropped, after = (part[:, rows].to(store.device) for part in (eviction.dropped, eviction.lengths))
+                store.evict(*moves(dropped, after), lengths[:, rows])
+
+    def _rows(self) -> Iterator[tuple[StoreLayer, slice]]:
+        """The layers, and which rows of a sequence each of them has."""
+        first = 0
+        for layer in self.cache.store_layers:
+            heads = layer.stored().lengths.shape[1]
+            yield layer, slice(first, first + heads)
+            first += heads
+
+    def _empty_like(self, layer: StoreLayer, prompt: Prompt) -> PagedStore:
+        return PagedStore(
+            prompt.keys.shape[:2],
+            (prompt.keys.shape[-1], prompt.values.shape[-1]),
+            dtype=prompt.keys.dtype,
+            device=prompt.device,
+            block_size=self.block_size,
+            meter=self.cache.meter,
+            metric=self.policy.compresses,
+            tight=self.policy.compresses and self.config.continual,
+            steady=self.cache.steady,
+            **layer.near(prompt.keys.shape[1]),
+        )
+
+    # -------------------------------------------------------------------------------------------------- what is known
+    def calm_steps(self) -> int:
+        if self.undecided:
+            return 0
+        if not self.policy.compresses:
+            return sys.maxsize
+        steps = self.until - self.cache.columns if self.config.continual else sys.maxsize
+        # Under a cap, making room may take a pass.
+        return steps if self.cache.meter.max_bytes is None else min(steps, self.cache.room)
+
+    def still_steps(self) -> int:
+        return 0 if self.undecided else min(self.calm_steps(), self.cache.room)
+
+    def constants(self) -> tuple[torch.Tensor | None, ...]:
+        return ()
+
+    def limits(self, sequence: Sequence) -> list[tuple[int, Kind]]:
+        recent = max(0, sequence.tokens - self.config.protected)
+        sealed = sequence.segments[-1].stop if sequence.segments else 0
+        return [(min(sealed, recent), "sealed"), (recent, "open"), (sequence.tokens, "recent")]
+
+    def uncroppable(self, number: int, sequence: Sequence, count: int) -> str:
+        return (
+            f"crop({-count}) would reach behind the last eviction, {sequence.open} tokens ago in sequence {number}: "
+            "what was evicted then is gone. Crop fewer tokens, or reset() the cache"
+        )

@@ -1,0 +1,83 @@
+"""What is known of a sequence whichever layer or head one asks: tokens seen, and which stretches are settled.
+
+A sequence, oldest first: ``[ prompt, pinned ][ sealed windows ] ... [ open tokens, the newest of them recent ]``.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..policy import KaraPolicy
+
+Kind = Literal["prompt", "sealed", "open", "recent"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A settled stretch of a sequence: true positions `start` to `stop`, of which every head stores `slots` tokens."""
+
+    kind: Kind
+    start: int
+    stop: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What is known of one sequence, the same in every layer and head.
+
+    Attributes:
+        tokens: real tokens seen; the next one has this position.
+        open: newest tokens, stored whole, that may still be sealed.
+        segments: everything before them.
+    """
+
+    tokens: int = 0
+    open: int = 0
+    segments: tuple[Segment, ...] = ()
+
+    @property
+    def settled(self) -> int:
+        """Slots in front of the open tokens."""
+        return sum(segment.slots for segment in self.segments)
+
+    @property
+    def windows(self) -> int:
+        """Windows sealed so far."""
+        return sum(segment.kind == "sealed" for segment in self.segments)
+
+    def extended(self, count: int, pinned: bool) -> "Sequence":
+        """With `count` tokens more: open ones, or a prompt that is kept whole together with what is open before it."""
+        tokens = self.tokens + count
+        if not pinned:
+            return replace(self, tokens=tokens, open=self.open + count)
+        start, before = self.tokens - self.open, self.segments
+        if before and before[-1].kind == "prompt":  # the next chunk of the same prompt
+            start, before = before[-1].start, before[:-1]
+        return Sequence(tokens, 0, (*before, Segment("prompt", start, tokens, tokens - start)))
+
+    def without(self, padding: int) -> "Sequence":
+        """With `padding` open tokens fewer, which turned out to be none."""
+        return replace(self, tokens=self.tokens - padding, open=self.open - padding)
+
+    def sealed(self, policy: KaraPolicy) -> "Sequence":
+        """With every window that is due turned into a sealed segment."""
+        config, due = policy.config, policy.windows_due(self.open)
+        start = self.tokens - self.open
+        width = config.window
+        new = (
+            Segment("sealed", start + i * width, start + (i + 1) * width, config.kept_per_window) for i in range(due)
+        )
+        return replace(self, open=self.open - due * width, segments=(*self.segments, *new))
+
+    def cropped(self, count: int) -> "Sequence | None":
+        """Without its newest `count` tokens, or None if some of them are sealed."""
+        left, tokens = max(0, count - self.open), self.tokens - count
+        segments = list(self.segments)
+        while left:
+            if not segments or segments[-1].kind == "sealed":
+                return None
+            last = segments.pop()
+            if last.slots > left:
+                segments.append(replace(last, stop=last.stop - left, slots=last.slots - left))
+            left = max(0, left - last.slots)
+        return Sequence(tokens, max(0, self.open - count), tuple(segments))

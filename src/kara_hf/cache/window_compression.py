@@ -1,0 +1,336 @@
+"""Sealing windows (Kara): queries are held while their tokens are open; a window that is due keeps its share."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..policy import KaraPolicy, Window
+from ..storage import PagedStore, QueryBuffer, QueryMoments, upload
+from .layer import Step, StoreLayer
+from .sequence import Kind, Sequence
+
+if TYPE_CHECKING:
+    from .compressed import CompressedCache
+
+
+class OpenTokens:
+    """What windows of one layer are scored with: queries of open tokens or moments of all queries, and keys that were
+    expanded in this step.
+    """
+
+    def __init__(self) -> None:
+        self.queries: QueryBuffer | None = None
+        self.moments: QueryMoments | None = None
+        self.fresh: torch.Tensor | None = None
+        self.expanded: torch.Tensor | None = None
+
+    @property
+    def _held(self) -> list[QueryBuffer | QueryMoments]:
+        return [held for held in (self.queries, self.moments) if held is not None]
+
+    def crop(self, tokens: np.ndarray) -> None:
+        pass  # places in the buffer are counted by the open tokens of a sequence; drafts are in no moment
+
+    def fork(self, index: np.ndarray) -> None:
+        for held in self._held:
+            held.fork(torch.from_numpy(index))
+
+    def fork_bytes(self, index: np.ndarray) -> int:
+        return sum(held.fork_bytes(len(index)) for held in self._held)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        buffers = () if self.queries is None else (self.queries.buffer,)
+        return buffers if self.moments is None else (*buffers, self.moments.sums)
+
+    def let_go(self) -> None:
+        self.fresh = self.expanded = None
+        if self.moments is not None:
+            self.moments.let_go()
+
+    def release(self) -> None:
+        for held in self._held:
+            held.release()
+
+
+class Sealing:
+    """`kara_hf.cache.compression.Compression` by windows: those that are due are sealed when a step is done.
+
+    Everything is chosen before anything is changed. A first forward is sealed layer by layer, so that at most one layer
+    ever holds a whole prompt that is to be compressed.
+    """
+
+    def __init__(self, cache: "CompressedCache", policy: KaraPolicy):
+        if policy.calibration is not None:
+            cache.binding.check_calibration(policy.calibration)
+        self.cache, self.policy, self.config = cache, policy, policy.config
+        self.block_size = policy.config.block_size
+        self.open = np.zeros(0, np.int64)  # open tokens of each sequence before the step
+        self.due = 0  # windows due in this step, in the sequence that has most
+        self.pinned = False
+        self.drafts = False
+        self._chosen: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer and group: what leads chose in this step
+        self._settled: torch.Tensor | None = None  # slots in front of the open ones, [B, 1] int64, on the device
+        self._places: torch.Tensor | None = None  # place of the new query in the buffers, [B, 1] int64
+
+    def layer_state(self) -> OpenTokens:
+        return OpenTokens()
+
+    # ------------------------------------------------------------------------------------------------------ in a step
+    def begin(self, step: Step) -> None:
+        cache, config = self.cache, self.config
+        drafts = step.drafts and step.new <= config.recent + 1
+        self.drafts = drafts and step.new > 1
+        self.pinned = (step.first or (step.new > 1 and not drafts)) and not config.compress_prompt
+        self.open = np.array([sequence.open for sequence in cache.sequences])
+        step.after = [
+            sequence.extended(int(n), self.pinned) for sequence, n in zip(cache.sequences, step.counts, strict=True)
+        ]
+        self.due = max(self.policy.windows_due(sequence.open) for sequence in step.after)
+        if step.first:
+            return
+        ahead = step.new
+        if cache.steady and self.policy.compresses:
+            ahead = max(ahead, self.policy.open_limit + 1 - int(self.open.max()))
+        elif cache.steady and cache.room < ahead:
+            ahead = max(ahead, config.window)
+        cache.reserve(ahead)
+        if step.looks:
+            self._settled = self._places = None
+        elif self.policy.needs_queries:
+            lengths = cache.store_layers[0].paged().rows().lengths[:, :1]
+            if self._settled is None:
+                settled = np.array([[sequence.settled] for sequence in cache.sequences])
+                self._settled = upload(settled, lengths.device)
+            self._places = lengths - self._settled
+
+    def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore:
+        return PagedStore(
+            keys.shape[:2],
+            (keys.shape[-1], values.shape[-1]),
+            dtype=keys.dtype,
+            device=keys.device,
+            block_size=self.block_size,
+            meter=self.cache.meter,
+            steady=self.cache.steady,
+            **layer.near(keys.shape[1]),
+        )
+
+    def observes(self, step: Step) -> None:
+        return None
+
+    def stored(
+        self, layer: StoreLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
+    ) -> None:
+        state: OpenTokens = layer.state
+        due = self.due * self.config.window
+        if present is not None and due:
+            order = _in_order(present)
+            settled = torch.tensor([sequence.settled for sequence in step.after], device=key.device)[:, None]
+            places = (settled + torch.arange(due, device=key.device)).clamp(max=key.shape[2] - 1)
+            columns = order.gather(1, places)[:, None, :, None]
+            state.expanded = key.gather(2, columns.expand(-1, key.shape[1], -1, key.shape[3]))
+        holds = self.policy.needs_queries and not self.pinned
+        if not holds and not self.policy.needs_moments:
+            return
+        if layer.followers:  # what those keep is chosen elsewhere
+            query = layer.paged().rows().of_keys(query.unflatten(1, (key.shape[1], -1))).flatten(1, 2)
+        if not query.shape[1]:
+            return
+        real = None if step.real is None else step.real.to(query.device)
+        if self.policy.needs_moments and not self.drafts:  # drafts that are refused could not be taken out again
+            if state.moments is None:
+                deciding = key.shape[1] - len(layer.followers)
+                state.moments = QueryMoments(len(query), deciding, query.shape[-1], query.device, self.cache.meter)
+            state.moments.add(query, real)
+        if not holds:
+            return
+        if state.queries is None:
+            batch, heads, _, size = query.shape
+            state.queries = QueryBuffer(batch, heads, size, query.dtype, query.device, self.cache.meter)
+            if self.cache.steady:
+                state.queries.reserve(self.policy.open_limit + 1)
+        if step.first:  # a whole prompt's queries are at hand; only those of its open end are held
+            state.fresh = query
+        elif self._places is not None:
+            state.queries.reserve(int(self.open.max()) + 1)
+            state.queries.put(query, self._places.to(query.device))
+        else:
+            state.queries.append(query, self.open, real)
+
+    def layer_done(self, layer: StoreLayer, step: Step) -> None:
+        if step.first:
+            self._commit(layer)
+            self._seal([layer], step)
+            self._hold_open(layer.state, step)
+
+    def done(self, step: Step) -> list[Sequence]:
+        if not step.first:
+            for layer in self.cache.store_layers:
+                self._commit(layer)
+            self._seal(self.cache.store_layers, step)
+        self._chosen.clear()
+        if self.due:
+            self._settled = None
+        return [sequence.sealed(self.policy) for sequence in step.after] if self.due else step.after
+
+    def _commit(self, layer: StoreLayer) -> None:
+        if layer.state.moments is not None:
+            layer.state.moments.commit()
+
+    # -------------------------------------------------------------------------------------------------------- sealing
+    def _seal(self, layers: list[StoreLayer], step: Step) -> None:
+        """Seals the windows that are due. Everything is chosen before anything is changed."""
+        if not self.due or not self.policy.compresses:
+            return
+        groups: dict[tuple[int, int], list[int]] = {}
+        for number, sequence in enumerate(step.after):
+            due = self.policy.windows_due(sequence.open)
+            if due:
+                groups.setdefault((due, sequence.open), []).append(number)
+        plan = []
+        for (due, open_tokens), members in groups.items():
+            index = np.array(members)
+            settled = np.array([step.after[b].settled for b in members], np.int32)
+            ordinals = [step.after[b].windows for b in members]
+            for layer in layers:
+                slots = self._select(layer, step, index, settled, due, open_tokens, ordinals)
+                slots = self._with_leads(layer, slots, (due, open_tokens))
+                plan.append((layer, index, settled, due, slots))
+        for layer, index, settled, _, slots in plan:
+            layer.paged().unshare(index, settled, slots.shape[2])
+        for layer, index, settled, due, slots in plan:
+            layer.paged().keep(index, settled, slots)
+            state: OpenTokens = layer.state
+            if state.queries is not None and state.fresh is None:
+                state.queries.drop(torch.from_numpy(index).to(slots.device), due * self.config.window)
+        if not step.first:
+            filled = np.array([sequence.sealed(self.policy).open for sequence in step.after])
+            for layer in layers:
+                if layer.state.queries is not None:
+                    layer.state.queries.trim(filled, self.policy.open_limit + 1)
+
+    def _select(
+        self,
+        layer: StoreLayer,
+        step: Step,
+        sequences: np.ndarray,
+        settled: np.ndarray,
+        windows: int,
+        open_tokens: int,
+        ordinals: list[int],
+    ) -> torch.Tensor:
+        """Slots that survive when the next `windows` windows of the named sequences seal, in the K heads that decide
+        for themselves: ``[b, K, n]`` int32.
+        """
+        config, store, state = self.config, layer.paged(), layer.state
+        heads = store.lengths.shape[1] if layer.deciding is None else len(layer.deciding)
+        if not heads:
+            return torch.zeros(len(sequences), 0, 0, dtype=torch.int32, device=store.device)
+        width = config.window
+        index = torch.from_numpy(sequences).to(store.device)
+        survivors = []
+        for number in range(windows):
+            start = settled + number * width
+            first, last = number * width, (number + 1) * width
+            window = Window(
+                rows=heads,
+                keys=store.window(sequences, start, width)
+                if state.expanded is None
+                else state.expanded[index, :, first:last],
+                queries=self._queries(state, step, index, first, last),
+                later=self._queries(state, step, index, last, last + config.recent),
+                moments=None if state.moments is None else state.moments.sums[index],
+                scaling=layer.scaling,
+                softcap=layer.softcap,
+                layer=layer.index,
+                sequences=sequences.tolist(),
+                starts=[step.after[b].tokens - open_tokens + first for b in sequences],
+                ordinals=[ordinal + number for ordinal in ordinals],
+                keep=config.kept_per_window,
+                anchors=config.anchors,
+                seed=config.seed,
+            )
+            survivors.append(self.policy.select(window).to(torch.int32) + store.slots(start, 1)[:, :heads])
+        survivors.append(store.slots(settled + windows * width, open_tokens - windows * width)[:, :heads])
+        return torch.cat(survivors, dim=2)
+
+    def _with_leads(self, layer: StoreLayer, slots: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
+        """`slots` ``[b, K, n]`` of the heads that decide, with what their leads chose for the others: ``[b, H, n]``."""
+        if layer.followers:
+            deciding = iter(slots.unbind(1))
+            leads = layer.sharing.lead[layer.index] if layer.sharing is not None else ()
+            slots = torch.stack(
+                [
+                    self._chosen[lead, *group][:, head] if lead != layer.index else next(deciding)
+                    for head, lead in enumerate(leads)
+                ],
+                dim=1,
+            )
+        if layer.leading:
+            self._chosen[layer.index, *group] = slots
+        return slots
+
+    def _queries(
+        self, state: OpenTokens, step: Step, sequences: torch.Tensor, first: int, last: int
+    ) -> torch.Tensor | None:
+        """Queries of the open tokens `first` to `last` of the named sequences, ``[b, Hq, last - first, D]``."""
+        if state.fresh is None:
+            return None if state.queries is None else state.queries.window(sequences, first, last)
+        if step.real is None:
+            return state.fresh[sequences, :, first:last]
+        columns = _in_order(step.real.to(state.fresh.device))[sequences, first:last]
+        return state.fresh[sequences[:, None], :, columns].transpose(1, 2)
+
+    def _hold_open(self, state: OpenTokens, step: Step) -> None:
+        """After the windows of a first forward are sealed: holds the queries of what is left open."""
+        query, state.fresh = state.fresh, None
+        if query is None or state.queries is None:
+            return
+        sealed = [self.policy.windows_due(sequence.open) * self.config.window for sequence in step.after]
+        filled = np.zeros(len(sealed), np.int64)
+        if step.real is None:
+            state.queries.append(query[:, :, sealed[0] :], filled)
+        else:
+            real = step.real.to(query.device)
+            rest = real & (real.cumsum(1) > torch.tensor(sealed, device=query.device)[:, None])
+            state.queries.append(query, filled, rest)
+
+    def compress(self) -> None:
+        pass  # a window is sealed by the step that completes it
+
+    # -------------------------------------------------------------------------------------------------- what is known
+    def calm_steps(self) -> int:
+        if not self.policy.compresses:
+            return sys.maxsize
+        return self.policy.open_limit - max(sequence.open for sequence in self.cache.sequences)
+
+    def still_steps(self) -> int:
+        steps = min(self.calm_steps(), self.cache.room)
+        if self.policy.needs_queries:
+            buffers = [layer.state.queries for layer in self.cache.store_layers if layer.deciding != ()]
+            places = min(0 if queries is None else queries.places for queries in buffers)
+            steps = min(steps, places - max(sequence.open for sequence in self.cache.sequences))
+        return steps
+
+    def constants(self) -> tuple[torch.Tensor | None, ...]:
+        return (self._settled,)
+
+    def limits(self, sequence: Sequence) -> list[tuple[int, Kind]]:
+        recent = sequence.tokens - min(self.config.recent, sequence.open)
+        limits: list[tuple[int, Kind]] = [(segment.stop, segment.kind) for segment in sequence.segments]
+        return [*limits, (recent, "open"), (sequence.tokens, "recent")]
+
+    def uncroppable(self, number: int, sequence: Sequence, count: int) -> str:
+        return (
+            f"crop({-count}) would reach into a sealed window of sequence {number}, of which only the last "
+            f"{sequence.open} tokens are still open: what was evicted around sealed tokens is gone. Crop "
+            f"fewer tokens, draft fewer than recent={self.config.recent} at once, or make the cache "
+            "with a larger `recent`"
+        )
+
+
+def _in_order(valid: torch.Tensor) -> torch.Tensor:
+    """Column of the first, second, ... True of each row of `valid` ``[B, n]``; the others behind: ``[B, n]`` int64."""
+    return (~valid).to(torch.int8).argsort(dim=1, stable=True)

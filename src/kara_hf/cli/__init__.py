@@ -1,0 +1,1 @@
+"""The `kara-hf` command: one file per subcommand, options they share in `options`."""

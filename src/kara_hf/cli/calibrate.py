@@ -1,0 +1,85 @@
+"""`kara-hf calibrate`. Torch and Transformers are imported by what runs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import DTYPES, readable_errors
+
+# What the bundled model reads, and any other model unless told otherwise.
+BUNDLED: dict[str, Any] = {
+    "data": "problems:trace=0.3,fact=0.3,recall=0.2,copy=0.2",
+    "samples": 768,
+    "length": 512,
+    "window": 64,
+}
+REAL: dict[str, Any] = {"data": None, "samples": 64, "length": 8192, "window": 256}
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; then `--score DIR`.")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of a causal language model [default: the bundled one].")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text as the model reads and writes it: a file or folder (.txt, .md, .jsonl, .json, .parquet), a "
+            "dataset of the hub (owner/name or owner/name:config), or problems:TASK=WEIGHT,... [bundled model: "
+            "problems].",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples that are read [default: 64; bundled model: 768].")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of each [default: 8192; bundled model: 512].")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens in a window [default: 256; bundled model: 64].")] = None,
+    recent: Annotated[int, typer.Option(help="Newest tokens, always kept whole.")] = 32,
+    rank: Annotated[int, typer.Option(help="Directions of a head's keys whose products count.")] = 32,
+    split: Annotated[str, typer.Option(help="Split of a dataset of the hub.")] = "train",
+    text_column: Annotated[str, typer.Option(help="Column or field of the text.")] = "text",
+    seed: Annotated[int, typer.Option(help="Seed of which samples are drawn.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one].")] = None,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Fit a score to a model: which keys will be looked at, told from the key alone.
+
+    Writes key_calibration.safetensors. A cache that uses it holds nothing but keys and values: `KaraCache(model,
+    score="DIR")`, and `--score DIR` or `--calibration DIR` of the other commands.
+    """
+    with readable_errors():
+        from dataclasses import replace
+
+        from .pod import counting, open_samples
+
+        defaults = REAL if model else BUNDLED
+        samples = defaults["samples"] if samples is None else samples
+        runner, text, origin = open_samples(
+            model,
+            defaults["data"] if data is None else data,
+            samples=samples,
+            length=defaults["length"] if length is None else length,
+            split=split,
+            text_column=text_column,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        from ..probing.calibrate import calibrate as fit
+
+        with counting(samples) as done:
+            found = fit(
+                runner.model,
+                text,
+                window=defaults["window"] if window is None else window,
+                recent=recent,
+                rank=rank,
+                progress=done,
+            )
+        replace(found, origin={**found.origin, **origin}).save_pretrained(out)
+        typer.echo(f"written to {out}")

@@ -1,0 +1,156 @@
+"""`kara-hf serve`: Transformers' own OpenAI-compatible server, with Kara in its continuous batching."""
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from ..config import require
+from .options import BUNDLED_MODEL, DTYPES, readable_errors
+
+UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id or folder of a causal language model [default: the bundled one].")
+    ] = None,
+    retention: Annotated[float, typer.Option(help="Share of each window that is kept; 1 turns Kara off.")] = 0.25,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of the pool of keys and values, like 8GiB [default: what the engine finds free]."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
+    recent: Annotated[int, typer.Option(help="Newest tokens, always kept whole.")] = 32,
+    score: Annotated[str, typer.Option(help="What ranks the tokens of a window.")] = "bidirectional",
+    anchor_share: Annotated[float, typer.Option(help="Share of kept tokens picked singly; 1 is plain top-k.")] = 0.5,
+    period: Annotated[int, typer.Option(help="Engine steps from one compression to the next.")] = 64,
+    requests: Annotated[
+        int | None, typer.Option(help="Requests compressed at once, those that gain most [default: all].")
+    ] = None,
+    under_pressure: Annotated[
+        bool, typer.Option("--under-pressure", help="Compress only while requests wait for blocks.")
+    ] = False,
+    page: Annotated[int, typer.Option(help="Tokens in a block of the pool.")] = 16,
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a step at most.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")] = "auto",
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="sdpa, eager or a flash attention [default: what the engine chooses].")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Starts Transformers' OpenAI-compatible server with Kara inside; GET /metrics says what the pool holds."""
+    with readable_errors():
+        from ..serving.config import ServingConfig
+
+        config = ServingConfig.of(
+            retention=retention,
+            window=window,
+            recent=recent,
+            score=score,
+            anchor_share=anchor_share,
+            period=period,
+            requests=requests,
+            when="pressure" if under_pressure else "periodic",
+        )
+        require(dtype in DTYPES, "dtype", dtype, " or ".join(DTYPES))
+        name = str(BUNDLED_MODEL) if model is None else model
+        run_server(
+            config,
+            force_model=name,
+            page=page,
+            num_blocks=None
+            if memory is None
+            else count_blocks(name, parse_bytes(memory), page, dtype, trust_remote_code),
+            max_batch_tokens=max_batch_tokens,
+            host=host,
+            port=port,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def run_server(config: Any, *, page: int, num_blocks: int | None, max_batch_tokens: int | None, **options: Any) -> None:
+    """Serves until it is told to stop by a signal.
+
+    Args:
+        config: a `ServingConfig`.
+        page: tokens in a block.
+        num_blocks: blocks in the pool, or None for what the engine finds room for.
+        max_batch_tokens: tokens in a step at most, or None.
+        options: of Transformers' `Serve`.
+
+    Raises:
+        ImportError: the server needs packages that are not there, or Transformers is too old.
+    """
+    from transformers.utils.import_utils import is_serve_available
+
+    from ..serving.engine import check_version, serving_models
+
+    check_version()
+    if not is_serve_available():
+        raise ImportError('serving needs packages that are not installed; pip install "kara_hf[serve]"')
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving import server
+
+    build = server.build_server
+    with serving_models(config) as serving:
+
+        def extended(*args: Any, **kwargs: Any) -> Any:
+            """The app with metrics, which tells a client why its request failed."""
+            from fastapi.responses import JSONResponse, PlainTextResponse
+
+            async def failed(_: Any, error: Exception) -> Any:
+                return JSONResponse({"error": {"message": str(error), "type": "server_error"}}, status_code=500)
+
+            app = build(*args, **kwargs)
+            app.add_exception_handler(RuntimeError, failed)
+            app.get("/metrics")(lambda: PlainTextResponse(serving.metrics.to_prometheus()))
+            return app
+
+        server.build_server = extended
+        try:
+            Serve(
+                continuous_batching=True,
+                cb_block_size=page,
+                cb_num_blocks=num_blocks,
+                cb_max_batch_tokens=max_batch_tokens,
+                **options,
+            )
+        finally:
+            server.build_server = build
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "8GiB", "500 MB" or "123456". Raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): size for unit, size in UNITS.items()}
+    require(
+        found is not None and found[2].lower() in units,
+        "memory",
+        text,
+        f"a number with {', '.join(filter(None, UNITS))}",
+    )
+    assert found is not None
+    return int(float(found[1]) * units[found[2].lower()])
+
+
+def count_blocks(name: str, nbytes: int, page: int, dtype: str, trust_remote_code: bool) -> int:
+    """Whole-model blocks of `page` tokens that `nbytes` hold for the model of that name. Raises ValueError below 1."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
+    kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    block = config.num_hidden_layers * 2 * heads * size * kind.itemsize * page
+    require(nbytes >= block, "memory", nbytes, f"at least {block} bytes, one block of {page} tokens of this model")
+    return nbytes // block

@@ -1,0 +1,1 @@
+"""Reporting: statistics, summaries, figures and the page that shows them."""

@@ -1,0 +1,1 @@
+"""The seam with Transformers: the attention and mask functions, attaching to a model, loading one."""

@@ -1,0 +1,244 @@
+"""Every method that the kit compares, by name: what it spends its bytes on. Adding one is one function.
+
+The window methods are one skeleton (`kara_hf.KaraCache`: trigger, window, recent tokens, blocks, protection of the
+prompt) in which only the score changes; the eviction methods another (`kara_hf.KVCompressCache`), in which the metric
+changes and whether heads may differ.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import DynamicCache, QuantizedCache
+from transformers.cache_utils import Cache
+
+from ..cache.compressed import KaraCache, KVCompressCache, PoDCache
+from ..config import KaraConfig, require
+from ..integration.attention import detach
+from ..policy.sharing import PoDSharing
+from .float8 import Float8Cache
+from .oracle import Future, OracleCache
+from .peer_scores import PEERS
+from .press_cache import PressCache, import_kvpress
+
+Rule = Literal["pinned", "before", "after"]
+RULES: dict[str, str] = {
+    "pinned": "the prompt is kept whole, what is generated is compressed",
+    "before": "the prompt is compressed, the question in it",
+    "after": "the context is compressed, then the question is asked",
+}
+PRESS = "press:"
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What is the same for all methods.
+
+    Attributes:
+        window, recent: of the window methods; `recent` tokens are protected by the eviction methods too.
+        block_size: slots per block.
+        sinks: first tokens that eviction methods always keep where prompts are compressed.
+        observation: last prompt queries that vote in eviction methods.
+    """
+
+    window: int = 256
+    recent: int = 32
+    block_size: int = 16
+    sinks: int = 4
+    observation: int = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a cache is made for.
+
+    Attributes:
+        skeleton: what is the same for all methods.
+        rule: what may be compressed.
+        share: of the tokens, that is kept where something may be dropped.
+        prompts: tokens of each prompt of the batch.
+        seed: of what is random.
+        sharing: of PoD, or None.
+        calibration: folder or hub id of a key calibration, or None.
+        future: for the oracle; empty where only its bytes matter.
+    """
+
+    skeleton: Skeleton
+    rule: str
+    share: float
+    prompts: list[int]
+    seed: int = 0
+    sharing: PoDSharing | None = None
+    calibration: str | None = None
+    future: Future = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to spend memory.
+
+    Attributes:
+        name: how it is asked for.
+        make: a cache for a model and a plan. The model is attached or detached for it.
+        budgeted: whether `Plan.share` says how much it holds; otherwise it is run once, beside all budgets.
+        random: whether `Plan.seed` changes what it keeps.
+        oracle: whether it needs `Plan.future`.
+        shares: whether it needs `Plan.sharing`.
+        calibrated: whether it needs `Plan.calibration`.
+        about: in words.
+    """
+
+    name: str
+    make: Callable[[Any, Plan], Cache]
+    about: str
+    budgeted: bool = True
+    random: bool = False
+    oracle: bool = False
+    shares: bool = False
+    calibrated: bool = False
+
+
+def window_settings(plan: Plan) -> dict[str, Any]:
+    """Settings of `KaraCache` in the skeleton of all window methods."""
+    return {
+        "retention": plan.share,
+        "window": plan.skeleton.window,
+        "recent": plan.skeleton.recent,
+        "block_size": plan.skeleton.block_size,
+        "compress_prompt": plan.rule != "pinned",
+        "seed": plan.seed,
+    }
+
+
+def eviction_settings(plan: Plan) -> dict[str, Any]:
+    """Settings of `KVCompressCache` in the skeleton of all eviction methods. A pinned prompt is all sinks: of a batch,
+    as many tokens as the longest prompt has.
+    """
+    return {
+        "retention": plan.share,
+        "observation": plan.skeleton.observation,
+        "protected": max(1, plan.skeleton.recent),
+        "sinks": max(plan.prompts) if plan.rule == "pinned" else plan.skeleton.sinks,
+        "block_size": plan.skeleton.block_size,
+        "seed": plan.seed,
+    }
+
+
+def windows(score: str, **settings: Any) -> Callable[[Any, Plan], Cache]:
+    fixed = {"score": score, "anchor_share": 1.0} | settings
+    return lambda model, plan: KaraCache(model, **window_settings(plan) | fixed)
+
+
+def evictions(**settings: Any) -> Callable[[Any, Plan], Cache]:
+    return lambda model, plan: KVCompressCache(model, **eviction_settings(plan) | settings)
+
+
+def _full(model: Any, plan: Plan) -> Cache:
+    detach(model)
+    return DynamicCache(config=model.config)
+
+
+def _float8(model: Any, plan: Plan) -> Cache:
+    detach(model)
+    return Float8Cache(model.config)
+
+
+def _quantized(bits: int) -> Callable[[Any, Plan], Cache]:
+    def make(model: Any, plan: Plan) -> Cache:
+        detach(model)
+        text = model.config.get_text_config(decoder=True)
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        group = next(n for n in (64, 32, 16, 8) if size % n == 0)
+        return QuantizedCache("quanto", model.config, nbits=bits, q_group_size=group, residual_length=64)
+
+    return make
+
+
+def _pod(model: Any, plan: Plan) -> Cache:
+    assert plan.sharing is not None, "the method is marked as one that needs a sharing"
+    return PoDCache(model, plan.sharing, block_size=plan.skeleton.block_size)
+
+
+def _calibrated(model: Any, plan: Plan) -> Cache:
+    assert plan.calibration is not None, "the method is marked as one that needs a calibration"
+    return windows(plan.calibration)(model, plan)
+
+
+def _oracle(model: Any, plan: Plan) -> Cache:
+    return OracleCache(model, plan.future, **window_settings(plan))
+
+
+def _press(name: str) -> Callable[[Any, Plan], Cache]:
+    kind: Any = getattr(import_kvpress(), name, None)
+    require(isinstance(kind, type), "method", PRESS + name, "the name of a scorer press of kvpress, like SnapKVPress")
+
+    def make(model: Any, plan: Plan) -> Cache:
+        press = kind()
+        if hasattr(press, "window_size"):
+            press.window_size = plan.skeleton.observation
+        settings = eviction_settings(plan)
+        del settings["observation"], settings["seed"]
+        return PressCache(model, press, **settings)
+
+    return make
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("full", _full, "Transformers' DynamicCache", budgeted=False),
+        Method("kara", windows("bidirectional", anchor_share=KaraConfig.anchor_share), "Kara as published"),
+        Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),
+        Method("causal", windows("causal"), "causal attention within the window"),
+        Method("key-norm", windows("key-norm"), "largest norms of keys; holds nothing but keys and values"),
+        Method(
+            "calibrated",
+            _calibrated,
+            "the attention to come, told from keys by what was fitted to the model; holds nothing else",
+            calibrated=True,
+        ),
+        Method("mean-square", windows("mean-square"), "mean squared logits from all queries so far; holds no query"),
+        Method(
+            "random-chunks",
+            windows("random-chunks", anchor_share=KaraConfig.anchor_share),
+            "chunks as long as Kara's at random places",
+            random=True,
+        ),
+        Method("random", windows("random"), "random tokens of the window, per head", random=True),
+        Method("random-shared", windows("random-shared"), "random tokens, the same in all heads", random=True),
+        Method("recency", windows("recency"), "the newest tokens of the window"),
+        Method("oracle", _oracle, "most future attention of the full-cache run: the upper bound", oracle=True),
+        *(Method(name, windows(name), about) for name, about in PEERS.items()),
+        Method("kv-compress", evictions(), "squared attention, heads may differ"),
+        Method("kv-compress-uniform", evictions(levels=1), "the same metric, uniform heads"),
+        Method(
+            "kv-compress-random", evictions(metric="random", levels=1), "random tokens, evicted at once", random=True
+        ),
+        Method("streaming-llm", evictions(metric="recency", levels=1), "sinks, or the pinned prompt, and the newest"),
+        Method("pod", _pod, "shared keys of distant tokens", budgeted=False, shares=True),
+        Method(
+            "kara+pod",
+            lambda model, plan: KaraCache(model, **window_settings(plan), sharing=plan.sharing),
+            "Kara on shared keys",
+            shares=True,
+        ),
+        Method("float8", _float8, "all tokens in 8-bit floating point", budgeted=False),
+        Method("quantized-4", _quantized(4), "Transformers' QuantizedCache, 4 bits", budgeted=False),
+        Method("quantized-2", _quantized(2), "Transformers' QuantizedCache, 2 bits", budgeted=False),
+    )
+}
+
+
+def make_method(name: str) -> Method:
+    """The method of that name; ``press:SnapKVPress`` is that class of kvpress in the store of this package.
+
+    Raises:
+        ValueError: there is none.
+        ModuleNotFoundError: kvpress, or what it imports, is not installed.
+    """
+    if name.startswith(PRESS) and len(name) > len(PRESS):
+        kind = name.removeprefix(PRESS)
+        return Method(name, _press(kind), f"{kind} of kvpress, freeing memory")
+    known = ", ".join(METHODS)
+    require(name in METHODS, "method", name, f"one of {known}, or {PRESS}NAME with a scorer press of kvpress")
+    return METHODS[name]

@@ -1,0 +1,1 @@
+"""Tasks with known answers: synthetic ones for any tokenizer, published ones, and those of the bundled model."""
