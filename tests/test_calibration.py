@@ -17,7 +17,7 @@ from kara_hf.cli.app import app
 from kara_hf.cli.calibrate import BUNDLED
 from kara_hf.cli.options import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from kara_hf.config import KaraConfig
-from kara_hf.integration.attention import is_attached
+from kara_hf.integration.attach import is_attached
 from kara_hf.pod.explore import Recorder
 from kara_hf.policy import KaraPolicy
 from kara_hf.policy.calibrated import FILE, predict

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from kara_hf import PoDSharing
 from kara_hf.cli import app as cli
-from kara_hf.integration.attention import decoder_config, is_attached
+from kara_hf.integration.attach import decoder_config, is_attached
 from kara_hf.pod import explore as exploring
 from kara_hf.pod import plot as plotting
 from kara_hf.pod.explore import LayerSimilarity, explore, js_divergence

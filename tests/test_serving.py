@@ -36,7 +36,7 @@ from kara_hf import KaraCache, detach
 from kara_hf.cli.app import app
 from kara_hf.cli.options import BUNDLED_MODEL
 from kara_hf.cli.serve import parse_bytes
-from kara_hf.integration.attention import decoder_config, is_attached
+from kara_hf.integration.attach import decoder_config, is_attached
 from kara_hf.policy import register_score
 from kara_hf.policy.scores import SCORES
 from kara_hf.serving import ServingConfig, kara_continuous_batching

@@ -11,10 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache.compressed import CompressedCache, KaraCache, KVCompressCache, PoDCache
+    from .cache.caches import KaraCache, KVCompressCache, PoDCache
+    from .cache.compressed import CompressedCache
     from .cache.report import CacheReport
     from .config import KaraConfig, KVCompressConfig
-    from .integration.attention import attach, detach
+    from .integration.attach import attach, detach
     from .policy import KaraPolicy, KeyCalibration, KVCompressPolicy, register_score
     from .policy.sharing import PoDSharing
     from .probing.calibrate import calibrate
@@ -25,19 +26,19 @@ __version__ = "0.1.0"
 _HOMES = {
     "CacheReport": "cache.report",
     "CompressedCache": "cache.compressed",
-    "KVCompressCache": "cache.compressed",
+    "KVCompressCache": "cache.caches",
     "KVCompressConfig": "config",
     "KVCompressPolicy": "policy",
-    "KaraCache": "cache.compressed",
+    "KaraCache": "cache.caches",
     "KaraConfig": "config",
     "KaraPolicy": "policy",
     "KeyCalibration": "policy",
-    "PoDCache": "cache.compressed",
+    "PoDCache": "cache.caches",
     "PoDSharing": "policy.sharing",
     "PoolExhausted": "storage",
-    "attach": "integration.attention",
+    "attach": "integration.attach",
     "calibrate": "probing.calibrate",
-    "detach": "integration.attention",
+    "detach": "integration.attach",
     "register_score": "policy",
 }
 

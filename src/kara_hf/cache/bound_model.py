@@ -9,16 +9,18 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from ..config import is_int, require
-from ..integration.attention import calls_sdpa, check_supported, decoder_config, is_attached
+from ..integration.attach import Hold, calls_sdpa, check_supported, decoder_config
 from ..policy import KeyCalibration
 from ..policy.sharing import PoDSharing, model_shape
 
-# Layers that hold full attention together with something else.
-_UNSUPPORTED_LAYERS = (LinearAttentionAndFullAttentionLayer, DynamicIndexedLayer)
+_COMPRESSED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # by exact type
+_UNSUPPORTED = {DynamicIndexedLayer: "layers that choose keys by an index of all of them"}
 
 
 class Binding:
     """The model a cache belongs to, held weakly; copies of a cache belong to the same one.
+
+    The model is attached as long as this lives.
 
     Raises:
         ValueError: its attention cannot be reached.
@@ -31,6 +33,7 @@ class Binding:
         self.direct = calls_sdpa(model)
         self.tensor_parallel = getattr(model, "tp_size", None) or 1
         self._modules = weakref.WeakSet(module for module in model.modules() if hasattr(module, "layer_idx"))
+        self._hold = Hold(model)
 
     def __contains__(self, module: torch.nn.Module | None) -> bool:
         return module in self._modules or (module is None and self.direct)
@@ -45,30 +48,36 @@ class Binding:
 
     @property
     def answers(self) -> bool:
-        """Whether the model's attention reaches a store: it is attached, or calls what carried keys answer."""
-        return self.direct or is_attached(self.config)
+        """Whether the model's attention reaches a store: nobody has detached it."""
+        return self._hold.answers
 
     def layers(self) -> list[Any]:
-        """Transformers' own cache layers for this model; those of exact type `DynamicLayer` can be compressed.
+        """Transformers' own cache layers for this model; `full_layers` says which of them can be compressed.
 
         Raises:
             ValueError: there is none of them, or some layer is of a kind that a compressed cache does not support.
         """
         layers: list[Any] = DynamicCache(config=self.config).layers
-        mixed = sorted({type(layer).__name__ for layer in layers if isinstance(layer, _UNSUPPORTED_LAYERS)})
-        shares = ("num_kv_shared_layers", "kv_sharing_modes")
-        if mixed or any(getattr(self.config, name, None) for name in shares):
-            what = " and ".join(mixed) or "layers that share the keys of other layers"
-            raise ValueError(f"{self.name} has {what}, which a compressed cache does not support")
-        if not any(type(layer) is DynamicLayer for layer in layers):
+        for kind, what in _UNSUPPORTED.items():
+            if any(isinstance(layer, kind) for layer in layers):
+                raise ValueError(
+                    f"{self.name} has {what} ({kind.__name__}), which a compressed cache does not support; use "
+                    "Transformers' own cache"
+                )
+        if not self._full(layers):
             raise ValueError(
                 f"{self.name} has no full-attention layer, so there is nothing to compress; use Transformers' own cache"
             )
         return layers
 
+    def _full(self, layers: list[Any]) -> list[int]:
+        # Cross-attention to an image reads the keys of its layer as Transformers holds them.
+        crossing = set(getattr(self.config, "cross_attention_layers", None) or ())
+        return [i for i, layer in enumerate(layers) if type(layer) in _COMPRESSED and i not in crossing]
+
     def full_layers(self) -> list[int]:
         """Indices of the layers that can be compressed. Raises as `layers`."""
-        return [layer for layer, own in enumerate(self.layers()) if type(own) is DynamicLayer]
+        return self._full(self.layers())
 
     def observable_layers(self) -> list[int]:
         """The same, of a model whose queries an attention hook sees.

@@ -10,7 +10,6 @@ whatever batch it is in and whatever was forked.
 import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,11 +17,11 @@ import torch.nn.functional as F
 
 from ..policy import Eviction, KVCompressPolicy, moves
 from ..storage import MemoryMeter, PagedStore, PoolExhausted, Prompt
-from .layer import Step, StoreLayer
+from .compression import Compression
+from .layer import StoreLayer
 from .sequence import Kind, Segment, Sequence
-
-if TYPE_CHECKING:
-    from .compressed import CompressedCache
+from .state import CacheState
+from .step import Step
 
 
 class Votes:
@@ -99,31 +98,31 @@ class Votes:
         self.queries, self.valid = self.meter.borrow(queries), self.meter.borrow(valid)
 
 
-class Evicting:
+class Evicting(Compression):
     """`kara_hf.cache.compression.Compression` by blocks of all layers and heads, as `KVCompressPolicy` says."""
 
-    def __init__(self, cache: "CompressedCache", policy: KVCompressPolicy):
-        self.cache, self.policy, self.config = cache, policy, policy.config
+    def __init__(self, state: CacheState, policy: KVCompressPolicy):
+        self.state, self.policy, self.config = state, policy, policy.config
         self.block_size = policy.config.block_size
         self.until = 0  # columns of the cache at which the next pass is due
         self.decoding = False
         self.observing = False
-        if policy.config.levels is not None and cache.sharing is not None:
+        if policy.config.levels is not None and state.sharing is not None:
             raise ValueError(
                 f"levels={policy.config.levels} is not possible in a cache with `sharing`; leave one of them out"
             )
 
     def layer_state(self) -> Votes:
-        return Votes(self.cache.meter)
+        return Votes(self.state.meter)
 
     @property
     def undecided(self) -> bool:
         """Whether the newest tokens are a prompt or turn that was not cut yet."""
-        return self.cache.store_layers[0].state.undecided > 0
+        return self.state.store_layers[0].state.undecided > 0
 
     # ------------------------------------------------------------------------------------------------------ in a step
     def begin(self, step: Step) -> None:
-        cache = self.cache
+        state = self.state
         drafts = step.drafts and 1 < step.new <= self.config.protected + 1
         self.decoding = not step.first and (step.new == 1 or drafts)
         # Drafts do not vote: those that are refused could not take their votes back.
@@ -132,11 +131,11 @@ class Evicting:
             self.compress(step.new)
         elif not step.first:
             self._make_room(step.new)
-        step.after = [s.extended(int(n), pinned=False) for s, n in zip(cache.sequences, step.counts, strict=True)]
+        step.after = [s.extended(int(n), pinned=False) for s, n in zip(state.sequences, step.counts, strict=True)]
 
     def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> Prompt:
         layer.near(keys.shape[1])  # says at once if the sharing does not fit
-        return Prompt(self.cache.meter)
+        return Prompt(self.state.meter)
 
     def observes(self, step: Step) -> int | None:
         return self.policy.power if self.observing else None
@@ -146,7 +145,7 @@ class Evicting:
     ) -> None:
         if present is not None:
             raise ValueError(
-                f"layer {layer.index} of {self.cache.binding.name} keeps one latent row for all its heads (multi-head "
+                f"layer {layer.index} of {self.state.binding.name} keeps one latent row for all its heads (multi-head "
                 "latent attention), so there is nothing to evict by head; use KaraCache for this model"
             )
         if self.decoding or not self.policy.votes:
@@ -165,7 +164,7 @@ class Evicting:
 
     def done(self, step: Step) -> list[Sequence]:
         if not self.decoding:
-            for layer in self.cache.store_layers:
+            for layer in self.state.store_layers:
                 layer.state.commit(step.new)
         return step.after
 
@@ -183,8 +182,8 @@ class Evicting:
         try:
             if self.undecided:
                 self._carry_out(0)
-            if self.cache.room < tokens:  # arranged at once for all tokens until the next pass, at most a block of them
-                self.cache.reserve(max(tokens, min(self.block_size, self.calm_steps())))
+            if self.state.room < tokens:  # arranged at once for all tokens until the next pass, at most a block of them
+                self.state.reserve(max(tokens, min(self.block_size, self.calm_steps())))
         except PoolExhausted:
             if not self.policy.compresses:
                 raise
@@ -192,22 +191,22 @@ class Evicting:
 
     def _pass(self, ahead: int, counted: int) -> None:
         """Cuts every sequence to its budget less what `counted` tokens take of it, and makes room for `ahead`."""
-        cache, layers = self.cache, self.cache.store_layers
+        state, layers = self.state, self.state.store_layers
         self._carry_out(ahead, self._choose(ahead, counted) if self.policy.compresses else None)
         for layer in layers:
             layer.state.undecided = 0
-        self.until = cache.columns + counted
+        self.until = state.columns + counted
         try:
-            cache.reserve(ahead)
+            state.reserve(ahead)
         except PoolExhausted:  # layers that lost much may hold free blocks that others need
             for layer in layers:
                 layer.paged().trim()
-            cache.reserve(ahead)
+            state.reserve(ahead)
 
     def _count_votes(self) -> None:
         """Adds to the metric what the newest queries of a prompt or turn say; they are not needed afterwards."""
-        for layer in self.cache.store_layers:
-            for sequence in range(len(self.cache.sequences)):
+        for layer in self.state.store_layers:
+            for sequence in range(len(self.state.sequences)):
                 queries = layer.state.of(sequence)
                 if queries is not None:
                     self._vote(layer, sequence, queries)
@@ -232,8 +231,8 @@ class Evicting:
         """What the budget and the cap ask for, or None if that is nothing."""
         if self.undecided:
             self._count_votes()
-        lengths = np.concatenate([layer.stored().lengths for layer in self.cache.store_layers], axis=1)
-        tokens = np.array([sequence.tokens for sequence in self.cache.sequences])
+        lengths = np.concatenate([layer.stored().lengths for layer in self.state.store_layers], axis=1)
+        tokens = np.array([sequence.tokens for sequence in self.state.sequences])
         blocks, rows = -(-lengths // self.block_size), lengths.shape[1]
         quota = np.zeros(len(tokens), np.int64)
         if self.undecided or self.config.continual:
@@ -249,8 +248,8 @@ class Evicting:
 
     def _rank(self, lengths: np.ndarray, tokens: np.ndarray, quota: np.ndarray) -> Eviction:
         """What each sequence gives up: rows of all layers side by side, filled up to the longest."""
-        device = self.cache.store_layers[0].stored().device
-        ranked = [self._ranked(layer) for layer in self.cache.store_layers]
+        device = self.state.store_layers[0].stored().device
+        ranked = [self._ranked(layer) for layer in self.state.store_layers]
         longest = max(metric.shape[2] for metric, _ in ranked)
         metric, positions = (
             torch.cat([F.pad(part, (0, longest - part.shape[2])).to(device) for part in parts], dim=1)
@@ -282,20 +281,20 @@ class Evicting:
 
     def _leads(self) -> np.ndarray | None:
         """For each row of a sequence, over all layers, the row that decides for it, ``[R]``; None: itself."""
-        sharing = self.cache.sharing
+        sharing = self.state.sharing
         if sharing is None:
             return None
         first = {layer.index: rows.start for layer, rows in self._rows()}
         leads = [
             first[sharing.lead[layer.index][head]] + head
-            for layer in self.cache.store_layers
+            for layer in self.state.store_layers
             for head in range(sharing.heads)
         ]
         return np.array(leads)
 
     def _blocks_past_cap(self, lengths: np.ndarray, ahead: int) -> int:
         """By how many blocks the cap is passed if rows have `lengths` ``[B, R]`` and room for `ahead` tokens more."""
-        meter = self.cache.meter
+        meter = self.state.meter
         if meter.max_bytes is None:
             return 0
         need, block = meter.held - meter.lent, sys.maxsize
@@ -315,9 +314,11 @@ class Evicting:
         tables = (blocks.size + of_keys.size) * int(blocks.max()) * 4 + blocks.size * 4
         held = self.block_size * (int(of_keys.sum()) * key + int(blocks.sum()) * (value + 4 + 4))  # position and metric
         if layer.followers:
-            tokens = np.array([sequence.tokens for sequence in self.cache.sequences])
+            tokens = np.array([sequence.tokens for sequence in self.state.sequences])
             tables += blocks.size * int(blocks.max()) * 4 + blocks.shape[1] * 8
-            held += len(layer.followers) * len(blocks) * key * layer.near_places(int(tokens.max()) + ahead)
+            held += (
+                len(layer.followers) * len(blocks) * key * layer.near_places(int(tokens.max()) + ahead, self.block_size)
+            )
         return held + tables
 
     def _carry_out(self, ahead: int, eviction: Eviction | None = None) -> None:
@@ -333,7 +334,7 @@ class Evicting:
                     dropped = None if eviction is None else eviction.dropped[:, rows].to(prompt.device)
                     plan.append((layer, prompt, self._empty_like(layer, prompt), prompt.kept(dropped)))
             need = sum(store.fill_bytes(kept, prompt.real, ahead) for _, prompt, store, kept in plan)
-            self.cache.meter.require(need)
+            self.state.meter.require(need)
             if eviction is not None:
                 self._evict(eviction)
             while plan:
@@ -351,9 +352,9 @@ class Evicting:
     def _evict(self, eviction: Eviction) -> None:
         """Moves what stays in the layers that are in blocks, and frees what was chosen."""
         freed, lengths = (part.cpu().numpy() for part in (eviction.freed, eviction.lengths))
-        self.cache.sequences = [  # first, so that nobody takes a sequence for whole should something fail on the way
+        self.state.sequences = [  # first, so that nobody takes a sequence for whole should something fail on the way
             Sequence(s.tokens, 0, (Segment("sealed", 0, s.tokens, 0),)) if count else s
-            for s, count in zip(self.cache.sequences, freed.sum(1), strict=True)
+            for s, count in zip(self.state.sequences, freed.sum(1), strict=True)
         ]
         for layer, rows in self._rows():
             store = layer.stored()
@@ -364,7 +365,7 @@ class Evicting:
     def _rows(self) -> Iterator[tuple[StoreLayer, slice]]:
         """The layers, and which rows of a sequence each of them has."""
         first = 0
-        for layer in self.cache.store_layers:
+        for layer in self.state.store_layers:
             heads = layer.stored().lengths.shape[1]
             yield layer, slice(first, first + heads)
             first += heads
@@ -376,10 +377,10 @@ class Evicting:
             dtype=prompt.keys.dtype,
             device=prompt.device,
             block_size=self.block_size,
-            meter=self.cache.meter,
+            meter=self.state.meter,
             metric=self.policy.compresses,
             tight=self.policy.compresses and self.config.continual,
-            steady=self.cache.steady,
+            steady=self.state.steady,
             **layer.near(prompt.keys.shape[1]),
         )
 
@@ -389,12 +390,12 @@ class Evicting:
             return 0
         if not self.policy.compresses:
             return sys.maxsize
-        steps = self.until - self.cache.columns if self.config.continual else sys.maxsize
+        steps = self.until - self.state.columns if self.config.continual else sys.maxsize
         # Under a cap, making room may take a pass.
-        return steps if self.cache.meter.max_bytes is None else min(steps, self.cache.room)
+        return steps if self.state.meter.max_bytes is None else min(steps, self.state.room)
 
     def still_steps(self) -> int:
-        return 0 if self.undecided else min(self.calm_steps(), self.cache.room)
+        return 0 if self.undecided else min(self.calm_steps(), self.state.room)
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:
         return ()

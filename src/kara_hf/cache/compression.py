@@ -1,14 +1,15 @@
 """What a policy does to a cache at the points of a step: the protocol that each kind of policy implements once."""
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
 from ..storage import PagedStore, Prompt
+from .layer import LayerState, StoreLayer
 from .sequence import Kind, Sequence
-
-if TYPE_CHECKING:
-    from .layer import LayerState, Step, StoreLayer
+from .state import CacheState
+from .step import Step
 
 
 class Compression(Protocol):
@@ -19,22 +20,22 @@ class Compression(Protocol):
 
     block_size: int
 
-    def layer_state(self) -> "LayerState":
+    def layer_state(self) -> LayerState:
         """What a layer holds beside its store, empty."""
 
-    def begin(self, step: "Step") -> None:
+    def begin(self, step: Step) -> None:
         """A step is about to store its tokens: compresses what has to be compressed before, makes room for them, and
         sets `step.after`. Raises `PoolExhausted`; the cache is then as it was, or only more compressed.
         """
 
-    def new_store(self, layer: "StoreLayer", keys: torch.Tensor, values: torch.Tensor) -> PagedStore | Prompt:
+    def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore | Prompt:
         """An empty store for a layer whose first keys and values these are."""
 
-    def observes(self, step: "Step") -> int | None:
+    def observes(self, step: Step) -> int | None:
         """The power of the probabilities that attention adds to the metric of what it sees in this step, or None."""
 
     def stored(
-        self, layer: "StoreLayer", step: "Step", query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
+        self, layer: StoreLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
     ) -> None:
         """A layer has stored and attended: holds what is needed of it later.
 
@@ -44,10 +45,10 @@ class Compression(Protocol):
             present: for expanded keys which of them hold a token, ``[B, M + S]`` bool; else None.
         """
 
-    def layer_done(self, layer: "StoreLayer", step: "Step") -> None:
+    def layer_done(self, layer: StoreLayer, step: Step) -> None:
         """A layer is done with a step, and its attention has been answered."""
 
-    def done(self, step: "Step") -> list[Sequence]:
+    def done(self, step: Step) -> list[Sequence]:
         """All layers are done: compresses what is due, and returns what the sequences are now."""
 
     def compress(self) -> None:
@@ -67,3 +68,21 @@ class Compression(Protocol):
 
     def uncroppable(self, number: int, sequence: Sequence, count: int) -> str:
         """Why the newest `count` tokens of sequence `number` cannot be taken off."""
+
+
+_COMPRESSIONS: dict[type, Callable[[CacheState, Any], Compression]] = {}
+
+
+def register_compression(policy: type, compression: Callable[[CacheState, Any], Compression]) -> None:
+    """Says what makes the `Compression` of a kind of policy. Raises ValueError if that was said before."""
+    if policy in _COMPRESSIONS:
+        raise ValueError(f"{policy.__name__} has a compression already ({_COMPRESSIONS[policy]}); register it once")
+    _COMPRESSIONS[policy] = compression
+
+
+def make_compression(policy: Any, state: CacheState) -> Compression:
+    """The compression of a cache under `policy`. Raises TypeError if no kind of policy like it was registered."""
+    if type(policy) not in _COMPRESSIONS:
+        kinds = sorted(kind.__name__ for kind in _COMPRESSIONS)
+        raise TypeError(f"policy={policy!r} is of no known kind; it must be one of {kinds}, or registered as they are")
+    return _COMPRESSIONS[type(policy)](state, policy)

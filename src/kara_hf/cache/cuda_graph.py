@@ -8,15 +8,13 @@ captured anew.
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.utils._pytree as pytree
 
 from ..storage import Blocks, MemoryMeter, PagedStore
-
-if TYPE_CHECKING:
-    from .compressed import CompressedCache
+from .steps import Steps
 
 WORTHWHILE = 4  # steps that a graph must serve to be captured at all
 
@@ -60,8 +58,8 @@ def check_graph(model: torch.nn.Module, compressed: int, layers: int) -> None:
 class DecodeGraph:
     """Captures and replays the decode steps of one cache."""
 
-    def __init__(self, cache: "CompressedCache"):
-        self.cache = cache
+    def __init__(self, steps: Steps):
+        self.steps = steps
         self._recording: Recording | None = None
         self._inputs: dict[str, torch.Tensor] = {}
         self._output: Any = None
@@ -70,7 +68,7 @@ class DecodeGraph:
         self.replays = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeGraph":
-        return DecodeGraph(memo[id(self.cache)])  # a recording belongs to its memory
+        return DecodeGraph(copy.deepcopy(self.steps, memo))  # a recording belongs to its memory
 
     def step(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """As ``forward(**kwargs)`` of the model, replayed where that is possible."""
@@ -79,18 +77,18 @@ class DecodeGraph:
             return forward(**kwargs)
         constants = {name: value for name, value in kwargs.items() if not isinstance(value, torch.Tensor)}
         shapes = {name: (value.shape, value.dtype) for name, value in inputs.items()}
-        key = (shapes, constants, self.cache.addresses())
+        key = (shapes, constants, self.steps.addresses())
         if key != self._key:
-            if key != self._seen or self.cache.compression.still_steps() < WORTHWHILE:
+            if key != self._seen or self.steps.compression.still_steps() < WORTHWHILE:
                 output = forward(**kwargs)  # also compiles kernels, which a capture cannot
-                self._seen = (shapes, constants, self.cache.addresses())
+                self._seen = (shapes, constants, self.steps.addresses())
                 return output
             self._capture(forward, kwargs, inputs)
             self._key = key
         else:
             for name, value in inputs.items():
                 self._inputs[name].copy_(value)
-            self.cache.count_step("real" in inputs)
+            self.steps.count_step(inputs.get("real"))
         assert self._recording is not None
         self._recording.replay()
         self.replays += 1
@@ -98,34 +96,35 @@ class DecodeGraph:
 
     def _replayable(self, kwargs: dict[str, Any]) -> dict[str, torch.Tensor] | None:
         """What a step reads that the next one will not, or None if the step has to run as it is."""
-        cache = self.cache
+        steps, state = self.steps, self.steps.state
         tokens, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         tensors = {name for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
         if tokens is None or tokens.shape[1] != 1 or tensors - {"input_ids", "attention_mask", "position_ids"}:
             return None
-        if torch.is_grad_enabled() or not cache.columns or len(tokens) != len(cache.sequences):
+        if torch.is_grad_enabled() or not state.columns or len(tokens) != len(state.sequences):
             return None
-        if cache.compression.still_steps() < 1:
+        if steps.hiding or steps.compression.still_steps() < 1:
             return None
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = torch.full_like(tokens, cache.columns)
+            positions = torch.full_like(tokens, state.columns)
         inputs = {"input_ids": tokens, "position_ids": positions}
         if mask is not None:
-            if mask.ndim != 2 or mask.shape[1] != cache.columns + 1:
+            if mask.ndim != 2 or mask.shape[1] != state.columns + 1:
                 return None
             inputs["real"] = mask[:, -1:].bool()
+            steps.unread = mask.bool()
         return inputs
 
     def _capture(self, forward: Callable[..., Any], kwargs: dict[str, Any], inputs: dict[str, torch.Tensor]) -> None:
         """Records the step on inputs of its own. What the host counts is counted by it, as by any step."""
-        cache = self.cache
+        steps = self.steps
         self._recording = self._key = self._output = None  # gives the memory of the old one back
         self._inputs = {name: value.clone() for name, value in inputs.items()}
         static = {name: value for name, value in self._inputs.items() if name != "real"}
-        before = [(each, copy.copy(vars(each))) for each in _host_side(cache)]
-        recording = recording_for(cache)
-        cache.given_real = self._inputs.get("real")
+        before = [(each, copy.copy(vars(each))) for each in _host_side(steps)]
+        recording = recording_for(steps)
+        steps.given_real = self._inputs.get("real")
         try:
             self._output = recording.capture(lambda: forward(**kwargs | static | {"attention_mask": None}))
         except Exception as error:
@@ -133,23 +132,24 @@ class DecodeGraph:
                 vars(each).clear()
                 vars(each).update(state)
             raise RuntimeError(
-                f"the decode step of {cache.binding.name} cannot be captured in a CUDA graph ({error}); make the cache "
-                "with cuda_graph=False"
+                f"the decode step of {steps.state.binding.name} cannot be captured in a CUDA graph ({error}); make the "
+                "cache with cuda_graph=False"
             ) from error
         finally:
-            cache.given_real = None
+            steps.given_real = None
         self._recording = recording
+        steps.note_padding(inputs.get("real"), steps.state.columns - 1)
 
 
-def recording_for(cache: "CompressedCache") -> Recording:
+def recording_for(steps: Steps) -> Recording:
     return CudaRecording()
 
 
-def _host_side(cache: "CompressedCache") -> list[Any]:
+def _host_side(steps: Steps) -> list[Any]:
     """Everything of a cache that a step changes on the host."""
-    stores = [layer.paged() for layer in cache.store_layers]
+    stores = [layer.paged() for layer in steps.state.store_layers]
     blocks: list[Blocks] = [blocks for store in stores for blocks in (store.keys, store.values)]
     near = [store.near for store in stores if store.near is not None]
-    meter: MemoryMeter = cache.meter
-    found: list[PagedStore | Blocks | Any] = [*stores, *blocks, *near, *cache.store_layers]
-    return [cache, meter, cache.compression, *found]
+    meter: MemoryMeter = steps.state.meter
+    found: list[PagedStore | Blocks | Any] = [*stores, *blocks, *near, *steps.state.store_layers]
+    return [steps, steps.state, meter, steps.compression, *found]

@@ -1,9 +1,14 @@
 """What a cache holds, in tokens and bytes."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+
+from .layer import StoreLayer
+from .state import CacheState
 
 
 @dataclass(frozen=True)
@@ -35,3 +40,41 @@ class CacheReport:
         return {
             name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in asdict(self).items()
         }
+
+
+def make_report(state: CacheState) -> CacheReport:
+    """What a cache holds whose host knows everything; see `kara_hf.cache.steps.Steps.look`."""
+    layers = [layer for layer in state.store_layers if layer.store is not None]
+    seen = [sequence.tokens for sequence in state.sequences]
+    full = nominal = 0
+    kept = []
+    for layer in layers:
+        store = layer.stored()
+        full += sum(seen) * store.lengths.shape[1] * sum(store.slot_bytes)
+        nominal += store.stored_bytes
+        kept.append(torch.from_numpy(store.lengths.astype(np.int64)))
+    heads = max((lengths.shape[1] for lengths in kept), default=0)
+    padded = [torch.nn.functional.pad(lengths, (0, heads - lengths.shape[1])) for lengths in kept]
+    others = [layer for layer in state.layers if not isinstance(layer, StoreLayer)]
+    return CacheReport(
+        seen=torch.tensor(seen, dtype=torch.long),
+        kept=torch.stack(padded) if padded else torch.zeros(0, 0, 0, dtype=torch.long),
+        layers=[layer.index for layer in layers],
+        full_bytes=full,
+        nominal_bytes=nominal,
+        resident_bytes=state.meter.held,
+        peak_bytes=state.meter.peak,
+        other_bytes=sum(tensor.nbytes for layer in others for tensor in _tensors(vars(layer))),
+    )
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested containers."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)

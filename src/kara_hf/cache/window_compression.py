@@ -1,18 +1,17 @@
 """Sealing windows (Kara): queries are held while their tokens are open; a window that is due keeps its share."""
 
 import sys
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..policy import KaraPolicy, Window
 from ..storage import PagedStore, QueryBuffer, QueryMoments, upload
-from .layer import Step, StoreLayer
+from .compression import Compression
+from .layer import StoreLayer
 from .sequence import Kind, Sequence
-
-if TYPE_CHECKING:
-    from .compressed import CompressedCache
+from .state import CacheState
+from .step import Step
 
 
 class OpenTokens:
@@ -54,17 +53,17 @@ class OpenTokens:
             held.release()
 
 
-class Sealing:
+class Sealing(Compression):
     """`kara_hf.cache.compression.Compression` by windows: those that are due are sealed when a step is done.
 
     Everything is chosen before anything is changed. A first forward is sealed layer by layer, so that at most one layer
     ever holds a whole prompt that is to be compressed.
     """
 
-    def __init__(self, cache: "CompressedCache", policy: KaraPolicy):
+    def __init__(self, state: CacheState, policy: KaraPolicy):
         if policy.calibration is not None:
-            cache.binding.check_calibration(policy.calibration)
-        self.cache, self.policy, self.config = cache, policy, policy.config
+            state.binding.check_calibration(policy.calibration)
+        self.state, self.policy, self.config = state, policy, policy.config
         self.block_size = policy.config.block_size
         self.open = np.zeros(0, np.int64)  # open tokens of each sequence before the step
         self.due = 0  # windows due in this step, in the sequence that has most
@@ -79,29 +78,29 @@ class Sealing:
 
     # ------------------------------------------------------------------------------------------------------ in a step
     def begin(self, step: Step) -> None:
-        cache, config = self.cache, self.config
+        state, config = self.state, self.config
         drafts = step.drafts and step.new <= config.recent + 1
         self.drafts = drafts and step.new > 1
         self.pinned = (step.first or (step.new > 1 and not drafts)) and not config.compress_prompt
-        self.open = np.array([sequence.open for sequence in cache.sequences])
+        self.open = np.array([sequence.open for sequence in state.sequences])
         step.after = [
-            sequence.extended(int(n), self.pinned) for sequence, n in zip(cache.sequences, step.counts, strict=True)
+            sequence.extended(int(n), self.pinned) for sequence, n in zip(state.sequences, step.counts, strict=True)
         ]
         self.due = max(self.policy.windows_due(sequence.open) for sequence in step.after)
         if step.first:
             return
         ahead = step.new
-        if cache.steady and self.policy.compresses:
+        if state.steady and self.policy.compresses:
             ahead = max(ahead, self.policy.open_limit + 1 - int(self.open.max()))
-        elif cache.steady and cache.room < ahead:
+        elif state.steady and state.room < ahead:
             ahead = max(ahead, config.window)
-        cache.reserve(ahead)
+        state.reserve(ahead)
         if step.looks:
             self._settled = self._places = None
         elif self.policy.needs_queries:
-            lengths = cache.store_layers[0].paged().rows().lengths[:, :1]
+            lengths = state.store_layers[0].paged().rows().lengths[:, :1]
             if self._settled is None:
-                settled = np.array([[sequence.settled] for sequence in cache.sequences])
+                settled = np.array([[sequence.settled] for sequence in state.sequences])
                 self._settled = upload(settled, lengths.device)
             self._places = lengths - self._settled
 
@@ -112,8 +111,8 @@ class Sealing:
             dtype=keys.dtype,
             device=keys.device,
             block_size=self.block_size,
-            meter=self.cache.meter,
-            steady=self.cache.steady,
+            meter=self.state.meter,
+            steady=self.state.steady,
             **layer.near(keys.shape[1]),
         )
 
@@ -142,14 +141,14 @@ class Sealing:
         if self.policy.needs_moments and not self.drafts:  # drafts that are refused could not be taken out again
             if state.moments is None:
                 deciding = key.shape[1] - len(layer.followers)
-                state.moments = QueryMoments(len(query), deciding, query.shape[-1], query.device, self.cache.meter)
+                state.moments = QueryMoments(len(query), deciding, query.shape[-1], query.device, self.state.meter)
             state.moments.add(query, real)
         if not holds:
             return
         if state.queries is None:
             batch, heads, _, size = query.shape
-            state.queries = QueryBuffer(batch, heads, size, query.dtype, query.device, self.cache.meter)
-            if self.cache.steady:
+            state.queries = QueryBuffer(batch, heads, size, query.dtype, query.device, self.state.meter)
+            if self.state.steady:
                 state.queries.reserve(self.policy.open_limit + 1)
         if step.first:  # a whole prompt's queries are at hand; only those of its open end are held
             state.fresh = query
@@ -167,9 +166,9 @@ class Sealing:
 
     def done(self, step: Step) -> list[Sequence]:
         if not step.first:
-            for layer in self.cache.store_layers:
+            for layer in self.state.store_layers:
                 self._commit(layer)
-            self._seal(self.cache.store_layers, step)
+            self._seal(self.state.store_layers, step)
         self._chosen.clear()
         if self.due:
             self._settled = None
@@ -260,7 +259,7 @@ class Sealing:
         """`slots` ``[b, K, n]`` of the heads that decide, with what their leads chose for the others: ``[b, H, n]``."""
         if layer.followers:
             deciding = iter(slots.unbind(1))
-            leads = layer.sharing.lead[layer.index] if layer.sharing is not None else ()
+            leads = self.state.sharing.lead[layer.index] if self.state.sharing is not None else ()
             slots = torch.stack(
                 [
                     self._chosen[lead, *group][:, head] if lead != layer.index else next(deciding)
@@ -304,14 +303,14 @@ class Sealing:
     def calm_steps(self) -> int:
         if not self.policy.compresses:
             return sys.maxsize
-        return self.policy.open_limit - max(sequence.open for sequence in self.cache.sequences)
+        return self.policy.open_limit - max(sequence.open for sequence in self.state.sequences)
 
     def still_steps(self) -> int:
-        steps = min(self.calm_steps(), self.cache.room)
+        steps = min(self.calm_steps(), self.state.room)
         if self.policy.needs_queries:
-            buffers = [layer.state.queries for layer in self.cache.store_layers if layer.deciding != ()]
+            buffers = [layer.state.queries for layer in self.state.store_layers if layer.deciding != ()]
             places = min(0 if queries is None else queries.places for queries in buffers)
-            steps = min(steps, places - max(sequence.open for sequence in self.cache.sequences))
+            steps = min(steps, places - max(sequence.open for sequence in self.state.sequences))
         return steps
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:

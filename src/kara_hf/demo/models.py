@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.options import BUNDLED_MODEL
-from ..integration.attention import attach
+from ..integration.attach import attach
 from ..integration.loading import Runner
 from ..policy.sharing import FILE
 

@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from ..cache.compressed import CompressedCache, KaraCache, KVCompressCache, PoDCache
+from ..cache.caches import KaraCache, KVCompressCache, PoDCache
+from ..cache.compressed import CompressedCache
 from ..config import KaraConfig, KVCompressConfig, require
-from ..integration.attention import detach
+from ..integration.attach import detach
 from ..policy.sharing import PoDSharing
 
 

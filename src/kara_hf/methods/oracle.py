@@ -5,10 +5,12 @@ from typing import Any
 import torch
 
 from ..cache.bound_model import Binding
-from ..cache.compressed import COMPRESSIONS, CompressedCache
+from ..cache.compressed import CompressedCache
+from ..cache.compression import register_compression
 from ..cache.window_compression import Sealing
 from ..config import KaraConfig
-from ..integration.attention import AttentionFunction, hooked, unwrap
+from ..integration.attach import hooked, unwrap
+from ..integration.attention import AttentionFunction
 from ..policy import KaraPolicy, Window, top_tokens
 
 QUERY_CHUNK = 256  # queries whose attention to everything lies in memory at once, of one sequence
@@ -116,7 +118,7 @@ class OraclePolicy(KaraPolicy):
         return top_tokens(torch.stack(parts), window.keep)
 
 
-COMPRESSIONS[OraclePolicy] = Sealing
+register_compression(OraclePolicy, Sealing)
 
 
 class OracleCache(CompressedCache):

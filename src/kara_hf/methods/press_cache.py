@@ -14,12 +14,13 @@ from typing import Any
 
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..cache.compressed import COMPRESSIONS, CompressedCache
+from ..cache.compressed import CompressedCache
+from ..cache.compression import register_compression
 from ..config import KVCompressConfig, is_int, require
-from ..integration.attention import unwrap
+from ..integration.attach import unwrap
 from .press_scoring import Listener, Press, PressPolicy, Scoring
 
-COMPRESSIONS[PressPolicy] = Scoring
+register_compression(PressPolicy, Scoring)
 
 OBSERVATION = 128  # hidden states held for a press that does not say how many it reads
 # Presses that read keys and values alone, or do so where the press that they wrap does.
@@ -183,4 +184,4 @@ class PressCache(CompressedCache):
         inner = unwrap(model)
         if callable(getattr(press, "post_init_from_model", None)):
             press.post_init_from_model(inner)  # type: ignore[attr-defined]
-        self.listener = Listener(inner, self.binding)
+        policy.listener = Listener(inner, self.binding)

@@ -4,21 +4,21 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ..cache.bound_model import Binding
 from ..cache.budget_compression import Evicting, Votes
-from ..cache.layer import Step, StoreLayer
+from ..cache.layer import StoreLayer
 from ..cache.sequence import Sequence
+from ..cache.state import CacheState
+from ..cache.step import Step
 from ..config import KVCompressConfig
 from ..policy import Eviction, KVCompressPolicy
 from ..storage import MemoryMeter
 
-if TYPE_CHECKING:
-    from .press_cache import PressCache
 
 
 class Press(Protocol):
@@ -64,6 +64,7 @@ class PressPolicy(KVCompressPolicy):
         super().__init__(config)
         self.press, self.protected = press, protected
         self.observation, self.attentions = observation, attentions
+        self.listener: Listener | None = None  # of the cache that uses it
 
     @property
     def votes(self) -> bool:
@@ -162,16 +163,15 @@ class Inputs(Votes):
 class Scoring(Evicting):
     """`kara_hf.cache.budget_compression.Evicting` of tokens that a press ranks, anew in every pass."""
 
-    cache: "PressCache"
     policy: PressPolicy
 
-    def __init__(self, cache: "PressCache", policy: PressPolicy):
-        super().__init__(cache, policy)
+    def __init__(self, state: CacheState, policy: PressPolicy):
+        super().__init__(state, policy)
         self.arrival: Arrival | None = None
         self.left = np.zeros(0, np.int64)
 
     def layer_state(self) -> Inputs:
-        return Inputs(self.cache.meter)
+        return Inputs(self.state.meter)
 
     def stored(
         self, layer: StoreLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
@@ -180,12 +180,12 @@ class Scoring(Evicting):
         arrival, self.arrival, state = self.arrival, None, layer.state
         if arrival is None or getattr(arrival.module, "layer_idx", None) != layer.index:
             raise RuntimeError(
-                f"the hidden states of layer {layer.index} of {self.cache.binding.name} did not reach the cache: the "
+                f"the hidden states of layer {layer.index} of {self.state.binding.name} did not reach the cache: the "
                 "model was detached since the cache was made, or does not pass them to its attention together with the "
                 "cache; make a new PressCache, or use another model"
             )
         state.module = weakref.ref(arrival.module)
-        window = self.policy.observation if self.decoding else self.cache.columns + step.new  # more than are held
+        window = self.policy.observation if self.decoding else self.state.columns + step.new  # more than are held
         if not window or self.policy.observation is None or not self.policy.compresses:
             return
         parts = [arrival.hidden_states, *(arrival.position_embeddings or ())]
@@ -193,7 +193,7 @@ class Scoring(Evicting):
             parts.append(query.transpose(1, 2).flatten(2))
         if any(part.ndim != 3 for part in parts):
             raise ValueError(
-                f"position embeddings {[tuple(part.shape) for part in parts[1:3]]} of {self.cache.binding.name} are "
+                f"position embeddings {[tuple(part.shape) for part in parts[1:3]]} of {self.state.binding.name} are "
                 "nothing that presses can read; expected [B, S, D]"
             )
         state.widths = [part.shape[-1] for part in parts]
@@ -201,13 +201,13 @@ class Scoring(Evicting):
         state.add(inputs[:, None], None if step.real is None else step.real.to(inputs.device), window)
 
     def done(self, step: Step) -> list[Sequence]:
-        for layer in self.cache.store_layers:
+        for layer in self.state.store_layers:
             layer.state.commit(0 if self.decoding else step.new)
         return step.after
 
     def _pass(self, ahead: int, counted: int) -> None:
         super()._pass(ahead, counted)
-        for layer in self.cache.store_layers:
+        for layer in self.state.store_layers:
             layer.state.trim(self.policy.observation or 0)
 
     def _count_votes(self) -> None:
@@ -251,7 +251,7 @@ class Scoring(Evicting):
     ) -> torch.Tensor:
         """Scores ``[H, T]`` float32 of a sequence's `keys` and `values` ``[1, H, T, D]`` at ``[1, H, T]``."""
         press, module = self.policy.press, layer.state.module()
-        name, seen = type(press).__name__, self.cache.sequences[sequence].tokens
+        name, seen = type(press).__name__, self.state.sequences[sequence].tokens
         hidden, *further = layer.state.parts(sequence) or [keys.new_zeros(1, 0, 0)]
         attentions = None
         if self.policy.attentions and further:
@@ -261,13 +261,13 @@ class Scoring(Evicting):
         ratio = max(0.0, 1 - (int(self.left[sequence]) + 0.5) / tokens)
         kwargs = {"position_embeddings": tuple(further)} if further else {}
         try:
-            with _asking(press, ratio, module, self.cache.listener.rotary, seen - held):
+            with _asking(press, ratio, module, self.policy.listener.rotary, seen - held):
                 scores = press.score(module, hidden, keys, values, attentions, kwargs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise ValueError(
-                f"{name} cannot score {tokens} tokens of layer {layer.index} of {self.cache.binding.name} with the "
+                f"{name} cannot score {tokens} tokens of layer {layer.index} of {self.state.binding.name} with the "
                 f"hidden states of the newest {held}: {error or type(error).__name__}"
             ) from error
         if scores.shape != keys.shape[:3]:

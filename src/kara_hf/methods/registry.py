@@ -12,9 +12,9 @@ from typing import Any, Literal
 from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import Cache
 
-from ..cache.compressed import KaraCache, KVCompressCache, PoDCache
+from ..cache.caches import KaraCache, KVCompressCache, PoDCache
 from ..config import KaraConfig, require
-from ..integration.attention import detach
+from ..integration.attach import detach
 from ..policy.sharing import PoDSharing
 from .float8 import Float8Cache
 from .oracle import Future, OracleCache

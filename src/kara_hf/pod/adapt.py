@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..integration.attention import decoder_config, detach, unwrap
+from ..integration.attach import decoder_config, detach, unwrap
 from ..policy.sharing import PoDSharing
 from .config import AdaptConfig
 from .forward import SharedForward

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ..cache.bound_model import Binding
 from ..config import is_int, require
-from ..integration.attention import AttentionFunction, decoder_config, hooked, unwrap
+from ..integration.attach import decoder_config, hooked, unwrap
+from ..integration.attention import AttentionFunction
 from ..kernels import Near
 from ..policy.sharing import layer_kinds, model_shape
 from .forward import causal_tokens

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..integration.attention import AttentionFunction, decoder_config, hooked, real_tokens, unwrap
+from ..integration.attach import decoder_config, hooked, unwrap
+from ..integration.attention import AttentionFunction, real_tokens
 from ..kernels import Near, shared_attention
 from ..policy.sharing import PoDSharing
 

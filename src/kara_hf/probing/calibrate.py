@@ -14,7 +14,7 @@ import transformers
 
 from ..cache.bound_model import Binding
 from ..config import is_int, require
-from ..integration.attention import decoder_config, unwrap
+from ..integration.attach import decoder_config, unwrap
 from ..pod.explore import Attention, Recorder
 from ..policy import KeyCalibration
 from ..policy.sharing import model_shape

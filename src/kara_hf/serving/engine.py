@@ -21,7 +21,7 @@ from packaging.version import Version
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache.bound_model import Binding
-from ..integration.attention import attach, decoder_config, detach, is_attached, unwrap
+from ..integration.attach import attach, decoder_config, detach, is_attached, unwrap
 from ..policy import KaraPolicy
 from .compressor import Compressor, Cut, Request, blocks
 from .config import ServingConfig

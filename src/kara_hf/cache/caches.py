@@ -1,0 +1,175 @@
+"""The caches by name: Kara, KV-Compress and PoD, each a `CompressedCache` under its own policy."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import KaraConfig, KVCompressConfig
+from ..policy import KaraPolicy, KVCompressPolicy
+from ..policy.sharing import PoDSharing
+from .compressed import CompressedCache
+
+
+class KaraCache(CompressedCache):
+    """Kara (arXiv 2607.01237): keeps the same share of every window of generated tokens and never returns to it.
+
+        out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.25))
+
+    Args:
+        model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
+        retention: share of each window's tokens that every KV head keeps, in (0, 1].
+        window: tokens in a window; a multiple of `block_size`. Sealed once `recent` more tokens stand behind it.
+        recent: newest tokens that are always kept whole.
+        score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens; "mean-square", which
+            holds their second moments instead, or "key-norm", which holds nothing (both ours); or a control: "causal",
+            "random", "random-chunks", "recency"; see `kara_hf.policy.register_score`. Or the folder or hub id of a
+            `KeyCalibration`, which holds nothing either (ours; `kara-hf calibrate` makes one). Drafts of assisted
+            decoding do not count in moments, so that windows may be judged otherwise than without drafts.
+        anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.
+        compress_prompt: walk the prompt in windows too. Otherwise the prompt and every later turn (a step of several
+            tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.
+        block_size: slots per block.
+        max_bytes: cap on resident bytes; the step that would pass it raises `PoolExhausted` and is taken back.
+        sharing: PoD on top: keys of distant tokens stored once for a group of layers; see `PoDCache`.
+        cuda_graph: replays the decode step as a CUDA graph between compressions; see `CompressedCache`.
+        seed: of the random scores.
+
+    Raises:
+        TypeError: `model` is no Transformers model.
+        ValueError: the model or a setting is not supported; the message names it, its value and the remedy.
+        OSError: `score` is a path or a hub id, and there is no key calibration.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        retention: float = KaraConfig.retention,
+        window: int = KaraConfig.window,
+        recent: int = KaraConfig.recent,
+        score: str | Path = KaraConfig.score,
+        anchor_share: float = KaraConfig.anchor_share,
+        compress_prompt: bool = KaraConfig.compress_prompt,
+        block_size: int = KaraConfig.block_size,
+        max_bytes: int | None = None,
+        sharing: PoDSharing | None = None,
+        cuda_graph: bool = False,
+        seed: int = KaraConfig.seed,
+    ):
+        config = KaraConfig(
+            retention=retention,
+            window=window,
+            recent=recent,
+            score=str(score) if isinstance(score, Path) else score,
+            anchor_share=anchor_share,
+            compress_prompt=compress_prompt,
+            block_size=block_size,
+            seed=seed,
+        )
+        super().__init__(model, policy=KaraPolicy(config), sharing=sharing, max_bytes=max_bytes, cuda_graph=cuda_graph)
+
+
+class KVCompressCache(CompressedCache):
+    """KV-Compress (arXiv 2410.00161): every KV head of every layer keeps as much as it is worth, within one budget.
+
+        out = model.generate(**inputs, past_key_values=KVCompressCache(model, max_cache_tokens=512))
+
+    A prompt is cut when decoding begins, and a turn when the answer to it begins; `compress()` does it at once.
+    Exactly one of `max_cache_tokens` and `retention` is given.
+
+    Args:
+        model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
+        max_cache_tokens: tokens per KV head and layer that a sequence holds at most, on average, while it decodes.
+        retention: share of the tokens that is kept, in (0, 1].
+        observation: prompt queries that vote on what is kept, the last ones; None for all, without pooling.
+        protected: newest tokens that are never evicted.
+        sinks: first tokens that are never evicted.
+        pool: width of the max-pool over neighbouring tokens, odd.
+        metric: "l2" sums squared attention probabilities, "l1" probabilities; controls: "random", "recency".
+        floor: further tokens that every head keeps at least.
+        accumulate: whether queries vote while decoding too.
+        continual: whether eviction goes on while decoding; otherwise the cache grows behind the prompt.
+        levels: different lengths, in blocks, that rows may be cut to; None for any, 1 for uniform heads.
+        block_size: slots per block.
+        max_bytes: cap on resident bytes: more is evicted if it takes that, as long as there is something to evict.
+            A prompt that comes at once is held whole outside the cap until decoding begins. Turns and prompts in chunks
+            are not: before one that does not fit, what is there is cut.
+        sharing: PoD on top: keys of distant tokens stored once for a group of layers; see `PoDCache`.
+        cuda_graph: replays the decode step as a CUDA graph between compressions; see `CompressedCache`.
+        seed: of the random metric.
+
+    Raises:
+        TypeError: `model` is no Transformers model.
+        ValueError: the model or a setting is not supported; the message names it, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_cache_tokens: int | None = None,
+        retention: float | None = None,
+        observation: int | None = KVCompressConfig.observation,
+        protected: int = KVCompressConfig.protected,
+        sinks: int = KVCompressConfig.sinks,
+        pool: int = KVCompressConfig.pool,
+        metric: Literal["l2", "l1", "random", "recency"] = KVCompressConfig.metric,
+        floor: int = KVCompressConfig.floor,
+        accumulate: bool = KVCompressConfig.accumulate,
+        continual: bool = KVCompressConfig.continual,
+        levels: int | None = None,
+        block_size: int = KVCompressConfig.block_size,
+        max_bytes: int | None = None,
+        sharing: PoDSharing | None = None,
+        cuda_graph: bool = False,
+        seed: int = KVCompressConfig.seed,
+    ):
+        config = KVCompressConfig(
+            max_cache_tokens=max_cache_tokens,
+            retention=retention,
+            observation=observation,
+            protected=protected,
+            sinks=sinks,
+            pool=pool,
+            metric=metric,
+            floor=floor,
+            accumulate=accumulate,
+            continual=continual,
+            levels=levels,
+            block_size=block_size,
+            seed=seed,
+        )
+        super().__init__(
+            model, policy=KVCompressPolicy(config), sharing=sharing, max_bytes=max_bytes, cuda_graph=cuda_graph
+        )
+
+
+class PoDCache(CompressedCache):
+    """PoD (arXiv 2412.02252): keys of distant tokens are stored once for a group of layers. Every token is kept.
+
+        out = model.generate(**inputs, past_key_values=PoDCache(model, PoDSharing.from_pretrained("folder")))
+
+    Args:
+        model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
+        sharing: who leads whom, and what is proximal; see `kara-hf pod explore` and `kara-hf pod adapt`.
+        block_size: slots per block.
+        max_bytes: cap on resident bytes; the step that would pass it raises `PoolExhausted` and is taken back.
+        cuda_graph: replays the decode step as a CUDA graph while there is room; see `CompressedCache`. Room is then
+            made for `KaraConfig.window` tokens at a time.
+
+    Raises:
+        TypeError: `model` is no Transformers model.
+        ValueError: the model or a setting is not supported, or the sharing is of another model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sharing: PoDSharing,
+        *,
+        block_size: int = KaraConfig.block_size,
+        max_bytes: int | None = None,
+        cuda_graph: bool = False,
+    ):
+        window = -(-KaraConfig.window // block_size) * block_size
+        keep_all = KaraPolicy(KaraConfig(retention=1.0, window=window, block_size=block_size))
+        super().__init__(model, policy=keep_all, sharing=sharing, max_bytes=max_bytes, cuda_graph=cuda_graph)

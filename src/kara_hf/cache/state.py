@@ -1,0 +1,66 @@
+"""What everything in a cache shares: its model, layers, sequences and memory. It is handed out; the cache itself is not."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..policy.sharing import PoDSharing
+from ..storage import MemoryMeter
+from .bound_model import Binding
+from .layer import StoreLayer
+from .sequence import Sequence
+
+
+@dataclass
+class CacheState:
+    """Handed to the compression, the steps and the graph of a cache.
+
+    Attributes:
+        binding: the model.
+        meter: counts every byte.
+        sharing: which layers share keys, or None.
+        steady: whether memory must lie still between compressions.
+        layers: of all kinds, as `transformers.Cache.layers`, which is the same list.
+        store_layers: the compressed layers, in order; once something is stored those that the model runs.
+        sequences: what is known of each sequence.
+        columns: tokens seen, padding included.
+        padding: which of the first columns hold tokens, ``[B, n]`` bool; those behind, and all if it is None, do.
+    """
+
+    binding: Binding
+    meter: MemoryMeter
+    sharing: PoDSharing | None = None
+    steady: bool = False
+    layers: list[Any] = field(default_factory=list)
+    store_layers: list[StoreLayer] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
+    columns: int = 0
+    padding: torch.Tensor | None = None
+
+    @property
+    def compressed(self) -> list[StoreLayer]:
+        """The compressed layers, those that the model never runs among them."""
+        return [layer for layer in self.layers if isinstance(layer, StoreLayer)]
+
+    @property
+    def room(self) -> int:
+        """Tokens that every row can take before memory has to be arranged."""
+        return min(layer.paged().room for layer in self.store_layers)
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` more in every row. Raises `PoolExhausted`; what is stored has not changed then."""
+        for layer in self.store_layers:
+            layer.paged().reserve(tokens)
+
+    def count_columns(self, columns: int) -> None:
+        """Says how many tokens were seen, to the layers too."""
+        self.columns = columns
+        for layer in self.compressed:
+            layer.seen = columns
+
+    def arrange(self, index: list[int]) -> None:
+        """Makes sequence i what sequence ``index[i]`` was, in all that does not lie in layers."""
+        self.sequences = [self.sequences[b] for b in index]
+        if self.padding is not None:
+            self.padding = self.padding[torch.tensor(index, device=self.padding.device)]
