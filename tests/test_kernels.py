@@ -235,7 +235,7 @@ def attend_inputs(case, dtype, block_size, layout, unused=6.0, metric=False):
     )
 
 
-def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sinks):
+def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sinks, visible=None):
     """(b, hq, which queries see something, what they give each token) in plain torch, every step in `dtype`."""
     batch, query_heads, new, _ = query.shape
     group = query_heads // rows.lengths.shape[1]
@@ -245,6 +245,8 @@ def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sinks):
             order = torch.arange(len(keys))
             unseen = torch.arange(new - 1, -1, -1) if hidden is None else hidden[b]
             mask = order < (len(keys) - unseen)[:, None]
+            if visible is not None:
+                mask = mask & visible[b, hq // group % visible.shape[1], :, : len(keys)]
             logits = query[b, hq].to(dtype) @ keys.to(dtype).T * scaling
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
@@ -325,6 +327,68 @@ def test_attend_observes(case, dtype, layout):
             assert_observed(observed, rows, plain, exact)
 
 
+def draw_visible(rows, new, heads):
+    """``[B, heads, S, max_length]`` bool: about half of all slots; of several queries all of the first's and, in one
+    sequence, none of the last's.
+    """
+    visible = torch.rand(len(rows.lengths), heads, new, rows.max_length) < 0.5
+    if new > 1:
+        visible[:, :, 0] = True
+        visible[0, :, -1] = False
+    return visible
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+def test_attend_visible(case, dtype, layout):
+    """Only visible slots take part, beside the causal order; what lies where no token is does not matter."""
+    for observe, each_head, loosely in ((None, True, True), (2, False, False), (1, True, True)):
+        block_size = case.block_sizes[0]
+        query, rows, settings = attend_inputs(case, dtype, block_size, layout, unused=NAN, metric=observe is not None)
+        rows = bounded_loosely(rows) if loosely else rows
+        visible = draw_visible(rows, case.new, rows.lengths.shape[1] if each_head else 1)
+        exact, plain = (attend_plain(query, rows, kind, **settings, visible=visible) for kind in (torch.float64, dtype))
+        for op in (attend, attend_reference) if case.new < 50 else (attend,):
+            observed = clone(rows)
+            got = op(query, observed, **settings, visible=visible, observe=observe)
+            assert got.shape == exact.shape and got.dtype == dtype
+            assert_error_bounded(got, plain, exact)
+            assert case.new == 1 or (got[0, :, -1] == 0).all()
+            if observe is None:
+                assert_same_pools(observed, rows)
+                continue
+            metrics = (
+                observe_plain(query, rows, kind, observe, **settings, visible=visible)
+                for kind in (torch.float32, torch.float64)
+            )
+            assert_observed(observed, rows, *metrics)
+
+
+@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+def test_attend_where_all_is_visible_is_attend(case):
+    query, rows, settings = attend_inputs(case, torch.float32, case.block_sizes[0], "shuffled", metric=True)
+    visible = torch.ones(len(rows.lengths), 1, case.new, rows.max_length, dtype=torch.bool)
+    masked = clone(rows)
+    expected = attend(query, rows, **settings, observe=2)
+    got = attend(query, masked, **settings, visible=visible, observe=2)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(masked.metric, rows.metric, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [((2, 1, 2, 4), torch.bool), ((2, 4, 2, 3), torch.bool), ((2, 2, 1, 3), torch.bool), ((2, 2, 2, 3), torch.int32)],
+    ids=["slots", "heads", "queries", "dtype"],
+)
+def test_attend_refuses_a_mask_that_does_not_fit(shape, dtype):
+    rows = make_rows([[3, 3], [3, 3]], block_size=4)
+    with pytest.raises(
+        ValueError, match=rf"visible of shape \({', '.join(map(str, shape))}\) and {dtype} does not fit"
+    ):
+        attend(torch.zeros(2, 4, 2, 8), rows, scaling=1.0, visible=torch.ones(shape, dtype=dtype))
+
+
 def test_attend_observes_every_step():
     """Over steps that each store a token, a token's metric is the sum of what all queries since gave it."""
     rows = make_rows([[0, 0]], block_size=4, room=9, metric=True)
@@ -344,8 +408,9 @@ def test_attend_observes_every_step():
 def test_attend_observes_many_queries_in_turns(monkeypatch):
     case = AttendCase("", [[20, 9], [8, 40]], group=2, new=8, softcap=3.0, sinks=True)
     query, rows, settings = attend_inputs(case, torch.float32, 4, "shuffled", metric=True)
-    for hidden in (None, torch.tensor([[3, 3, 2, 2, 1, 1, 0, 0], [9] * 8], dtype=torch.int32)):
-        settings |= {"hidden": hidden, "observe": 1}
+    some = torch.tensor([[3, 3, 2, 2, 1, 1, 0, 0], [9] * 8], dtype=torch.int32)
+    for hidden, visible in itertools.product((None, some), (None, draw_visible(rows, 8, 2))):
+        settings |= {"hidden": hidden, "visible": visible, "observe": 1}
         whole, turns = clone(rows), clone(rows)
         expected = attend(query, whole, **settings)
         with monkeypatch.context() as patch:

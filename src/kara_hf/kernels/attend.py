@@ -4,6 +4,8 @@
     rows      Rows            H KV heads; the G = Hq / H query heads of a group follow one another
     hidden    [B, S] int32 or None   how many of a sequence's newest tokens a query may NOT see.
               None: query s does not see the S - 1 - s tokens behind it (plain causal order, no padding)
+    visible   [B, 1 or H, S, T] bool or None   which stored slots a query may see beside that: T = rows.max_length, in
+              slot order as in `rows.dense`; past a row's length it says nothing. Plain torch answers, on every device
     scaling   factor on q.k
     softcap   c: logits become c * tanh(logits / c) (Gemma-2); None: left alone
     sinks     [Hq] or None: a learned logit per query head that takes probability and gives no value (gpt-oss)
@@ -13,6 +15,8 @@
 Returns ``[B, Hq, S, Dv]`` in the query's dtype. A query that sees no token gets zeros, and adds nothing to any metric.
 Nothing is modified but what `observe` asks for; rows that are observed own their value blocks. Softmax and accumulation
 are float32. Shapes that do not fit, and `observe` without a metric or of another value, raise ValueError.
+
+What a query sees, of whatever cause, is one mask for plain torch: `attend_masked` is attention under it.
 """
 
 from typing import Any
@@ -36,6 +40,7 @@ def attend_reference(
     *,
     scaling: float,
     hidden: torch.Tensor | None = None,
+    visible: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     observe: int | None = None,
@@ -51,20 +56,22 @@ def attend_reference(
             keys = gather_rows(rows.keys, rows.key_table[b : b + 1, h : h + 1], length)[0, 0].float()
             values = gather_rows(rows.values, rows.value_table[b : b + 1, h : h + 1], length)[0, 0].float()
             for s in range(new):
-                seen = length - (new - 1 - s if hidden is None else int(hidden[b, s]))
-                if seen <= 0:
+                causal = max(0, length - (new - 1 - s if hidden is None else int(hidden[b, s])))
+                seen = torch.arange(causal)
+                if visible is not None:
+                    seen = seen[visible[b, h % visible.shape[1], s, :causal]]
+                if not len(seen):
                     continue
-                logits = keys[:seen] @ query[b, hq, s].float() * scaling
+                logits = keys[seen] @ query[b, hq, s].float() * scaling
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits / softcap)
                 if sinks is not None:
                     logits = torch.cat([logits, sinks[hq : hq + 1].float()])
-                probability = logits.softmax(0)[:seen]
-                out[b, hq, s] = (probability @ values[:seen]).to(out.dtype)
+                probability = logits.softmax(0)[: len(seen)]
+                out[b, hq, s] = (probability @ values[seen]).to(out.dtype)
                 if observe is not None and rows.metric is not None:
-                    slots = torch.arange(seen)
-                    blocks = rows.value_table[b, h, slots // rows.block_size]
-                    rows.metric[blocks, slots % rows.block_size] += probability**observe
+                    blocks = rows.value_table[b, h, seen // rows.block_size]
+                    rows.metric[blocks, seen % rows.block_size] += probability**observe
     return out
 
 
@@ -74,45 +81,59 @@ def attend(
     *,
     scaling: float,
     hidden: torch.Tensor | None = None,
+    visible: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     observe: int | None = None,
 ) -> torch.Tensor:
     """Attention of the newest tokens over everything their rows store; see the module's contract."""
-    check_fits(query, rows, observe)
+    check_fits(query, rows, observe, visible)
     batch, query_heads, new, key_dim = query.shape
     heads = rows.lengths.shape[1]
-    if rows.max_length == 0:
+    if new == 0 or rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
     settings: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    if observe is not None and new > OBSERVED_CHUNK:
-        hidden = _behind(query) if hidden is None else hidden
-        chunks = zip(query.split(OBSERVED_CHUNK, 2), hidden.split(OBSERVED_CHUNK, 1), strict=True)
-        return torch.cat([attend(q, rows, hidden=h, observe=observe, **settings) for q, h in chunks], 2)
-    if use_triton(query, key_dim, rows.values.shape[-1]):
-        from .triton_.attend import attend as attend_triton
-
-        return attend_triton(query, rows, hidden=hidden, observe=observe, **settings)
-
-    if new == 1 and hidden is None and rows.starts is not None and batch * heads <= FEW_ROWS and not rows.contiguous:
-        return _attend_each(query, rows, observe, **settings)
-    keys, values = rows.dense()
-    if hidden is None and not (new == 1 and rows.uniform):  # else every query sees all there is
-        hidden = _behind(query)
-    if observe is not None:
-        weights = _probabilities(query, keys, None if hidden is None else _seen(rows, hidden), **settings)
+    if visible is None and use_triton(query, key_dim, rows.values.shape[-1]):
+        return _attend_triton(query, rows, hidden, observe, **settings)
+    if new == 1 and hidden is None and visible is None:
+        if rows.starts is not None and batch * heads <= FEW_ROWS and not rows.contiguous:
+            return _attend_each(query, rows, observe, **settings)
+        everything = rows.uniform
+    else:
+        everything = False
+    keys, values = rows.dense() if visible is None else _finite(rows)
+    chunk = QUERY_CHUNK if observe is None else OBSERVED_CHUNK
+    parts = []
+    for first in range(0, new, chunk):
+        queries = slice(first, first + chunk)
+        seen = None if everything else _seen(rows, new, queries, hidden, visible)
+        part = query[:, :, queries]
+        if observe is None:
+            parts.append(attend_masked(part, keys, values, seen, **settings))
+            continue
+        weights = _probabilities(part, keys, seen, **settings)
         add_to_metric(rows, (weights.detach() ** observe).sum((2, 3)))
-        return weighted(weights, values, query.dtype)
-    if hidden is None:
-        return attend_masked(query, keys, values, None, **settings)
-    chunks = zip(query.split(QUERY_CHUNK, 2), hidden.split(QUERY_CHUNK, 1), strict=True)
-    parts = [attend_masked(q, keys, values, _seen(rows, h), **settings) for q, h in chunks]
+        parts.append(weighted(weights, values, query.dtype))
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
-def check_fits(query: torch.Tensor, rows: Rows, observe: int | None) -> None:
-    """Raises ValueError unless `query` can attend over `rows`, and be observed as asked."""
-    batch, query_heads, _, key_dim = query.shape
+def _attend_triton(
+    query: torch.Tensor, rows: Rows, hidden: torch.Tensor | None, observe: int | None, **settings: Any
+) -> torch.Tensor:
+    """The kernel; many queries are observed in turns, because their logits lie in memory."""
+    from .triton_.attend import attend as attend_triton
+
+    new = query.shape[2]
+    if observe is None or new <= OBSERVED_CHUNK:
+        return attend_triton(query, rows, hidden=hidden, observe=observe, **settings)
+    hidden = _behind(query.device, new, slice(0, new)).expand(len(query), -1) if hidden is None else hidden
+    chunks = zip(query.split(OBSERVED_CHUNK, 2), hidden.split(OBSERVED_CHUNK, 1), strict=True)
+    return torch.cat([attend_triton(q, rows, hidden=h, observe=observe, **settings) for q, h in chunks], 2)
+
+
+def check_fits(query: torch.Tensor, rows: Rows, observe: int | None, visible: torch.Tensor | None = None) -> None:
+    """Raises ValueError unless `query` can attend over `rows` under `visible`, and be observed as asked."""
+    batch, query_heads, new, key_dim = query.shape
     heads = rows.lengths.shape[1]
     if query_heads % heads or key_dim != rows.keys.shape[-1] or batch != rows.lengths.shape[0]:
         raise ValueError(
@@ -124,6 +145,13 @@ def check_fits(query: torch.Tensor, rows: Rows, observe: int | None) -> None:
             f"observe={observe!r} of rows {'without' if rows.metric is None else 'with'} a metric is not possible; "
             "expected 1 or 2 and rows with a metric, or None"
         )
+    if visible is not None:
+        shapes = [(batch, some, new, rows.max_length) for some in (1, heads)]
+        if visible.dtype != torch.bool or tuple(visible.shape) not in shapes:
+            raise ValueError(
+                f"visible of shape {tuple(visible.shape)} and {visible.dtype} does not fit; expected "
+                f"{shapes[0]} or {shapes[1]}, [B, 1 or H, S, rows.max_length], of torch.bool"
+            )
 
 
 def attend_masked(
@@ -240,16 +268,27 @@ def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensor.split(KEY_CHUNK, 2) if tensor.itemsize < 4 else (tensor,)
 
 
-def _behind(query: torch.Tensor) -> torch.Tensor:
-    """`hidden` of plain causal order."""
-    batch, _, new, _ = query.shape
-    return torch.arange(new - 1, -1, -1, device=query.device, dtype=torch.int32).expand(batch, new)
+def _behind(device: torch.device, new: int, queries: slice) -> torch.Tensor:
+    """`hidden` of plain causal order, ``[1, n]`` for the n `queries` of `new`."""
+    return torch.arange(new - 1, -1, -1, device=device, dtype=torch.int32)[None, queries]
 
 
-def _seen(rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
-    """Which tokens each query sees, ``[B, H, S, max_length]`` bool."""
-    slots = torch.arange(rows.max_length, device=hidden.device, dtype=torch.int32)
-    return slots < (rows.lengths[:, :, None] - hidden[:, None])[..., None]
+def _seen(
+    rows: Rows, new: int, queries: slice, hidden: torch.Tensor | None, visible: torch.Tensor | None
+) -> torch.Tensor:
+    """Which slots each of the n `queries` of `new` sees, ``[B, H, n, max_length]`` bool."""
+    device = rows.lengths.device
+    unseen = _behind(device, new, queries) if hidden is None else hidden[:, queries]
+    slots = torch.arange(rows.max_length, device=device, dtype=torch.int32)
+    seen = slots < (rows.lengths[:, :, None] - unseen[:, None])[..., None]
+    return seen if visible is None else seen & visible[:, :, queries]
+
+
+def _finite(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows.dense` with zeros where no token is."""
+    empty = torch.arange(rows.max_length, device=rows.lengths.device) >= rows.lengths[..., None]
+    keys, values = rows.dense()
+    return keys.masked_fill(rows.of_keys(empty)[..., None], 0.0), values.masked_fill(empty[..., None], 0.0)
 
 
 def add_to_metric(rows: Rows, received: torch.Tensor) -> None:
