@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from ..config import is_int, require
-from ..integration.attach import Hold, calls_sdpa, check_supported, decoder_config
+from ..integration.attach import Hold, calls_sdpa, check_not_compiled, check_supported, decoder_config
 from ..policy import KeyCalibration
 from ..policy.sharing import PoDSharing, model_shape
 
 _COMPRESSED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # by exact type
-_UNSUPPORTED = {DynamicIndexedLayer: "layers that choose keys by an index of all of them"}
 
 
 class Binding:
@@ -42,14 +41,21 @@ class Binding:
         """What to raise when keys were stored and no attention function of ours took them up."""
         return RuntimeError(
             f"the attention of {self.name} does not answer for this cache (its implementation is "
-            f"{self.config._attn_implementation!r}), or another model was given it; call kara_hf.attach(model) with "
-            "the model that uses the cache, or pass it a cache that was made for it"
+            f"{self.config._attn_implementation!r}): it was detached, computes its attention itself, or another model "
+            "was given the cache; call kara_hf.attach(model) with the model that uses it, or pass it a cache that was "
+            "made for it"
         )
 
     @property
     def answers(self) -> bool:
         """Whether the model's attention reaches a store: nobody has detached it."""
         return self._hold.answers
+
+    def check_not_compiled(self) -> None:
+        """Raises ValueError if `torch.compile` was applied to the model or a part of it."""
+        model = self._hold.model
+        if model is not None:
+            check_not_compiled(model)
 
     def layers(self) -> list[Any]:
         """Transformers' own cache layers for this model; `full_layers` says which of them can be compressed.
@@ -58,15 +64,11 @@ class Binding:
             ValueError: there is none of them, or some layer is of a kind that a compressed cache does not support.
         """
         layers: list[Any] = DynamicCache(config=self.config).layers
-        for kind, what in _UNSUPPORTED.items():
-            if any(isinstance(layer, kind) for layer in layers):
-                raise ValueError(
-                    f"{self.name} has {what} ({kind.__name__}), which a compressed cache does not support; use "
-                    "Transformers' own cache"
-                )
         if not self._full(layers):
+            kinds = sorted({type(layer).__name__ for layer in layers})
             raise ValueError(
-                f"{self.name} has no full-attention layer, so there is nothing to compress; use Transformers' own cache"
+                f"{self.name} has no full-attention layer (its layers are {kinds}), so there is nothing to compress; use "
+                "Transformers' own cache"
             )
         return layers
 
@@ -74,6 +76,14 @@ class Binding:
         # Cross-attention to an image reads the keys of its layer as Transformers holds them.
         crossing = set(getattr(self.config, "cross_attention_layers", None) or ())
         return [i for i, layer in enumerate(layers) if type(layer) in _COMPRESSED and i not in crossing]
+
+    def shares_masks(self, layers: list[Any]) -> bool:
+        """Whether the mask of full-attention layers reaches others too: those of another kind that are neither sliding
+        nor linear, or layers that read the keys of these.
+        """
+        plain = [getattr(layer, "is_sliding", False) or hasattr(layer, "conv_states") for layer in layers]
+        others = any(not (kind or i in self._full(layers)) for i, kind in enumerate(plain))
+        return others or len(layers) < getattr(self.config, "num_hidden_layers", len(layers))
 
     def full_layers(self) -> list[int]:
         """Indices of the layers that can be compressed. Raises as `layers`."""

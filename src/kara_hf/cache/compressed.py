@@ -3,7 +3,8 @@
 What a forward does to it is in `steps`; here is what callers do: read it, rearrange it, cut it back, empty it.
 """
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -66,6 +67,7 @@ class CompressedCache(Cache, StepCache):
         binding = Binding(inner)
         if sharing is not None:
             binding.check_sharing(sharing)
+        binding.layers()  # says if there is nothing to compress
         check_max_bytes(max_bytes, inner, policy.config.block_size)
         self.policy = policy
         self.state = CacheState(binding, MemoryMeter(max_bytes), sharing, cuda_graph)
@@ -73,6 +75,9 @@ class CompressedCache(Cache, StepCache):
         super().__init__(layers=self._make_layers())
         self.state.layers = self.layers
         self.state.store_layers = self.state.compressed
+        shared = self.binding.shares_masks(self.layers)
+        for layer in self.store_layers:
+            layer.mask_is_shared = shared
         self._announced = False  # whether assisted decoding has said that its tokens may be taken back
         if cuda_graph:
             check_graph(inner, len(self.store_layers), len(self.layers))
@@ -255,6 +260,24 @@ class CompressedCache(Cache, StepCache):
                     f"crop({-count}) would reach behind the newest keys that layer {layer.index} has of its own: those "
                     "of tokens that became distant are gone. Crop fewer tokens, or reset() the cache"
                 )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self.steps.look()
+        made = memo[id(self)] = type(self).__new__(type(self))
+        memo["cache"] = made  # type: ignore[index]  # tells its layers that they are copied with it
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    def __copy__(self) -> Self:
+        raise TypeError(
+            f"a copy of a {type(self).__name__} that shares its layers would change with it; use copy.deepcopy(cache)"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} belongs to a model in this process and cannot be pickled or saved by torch.save; "
+            "use copy.deepcopy(cache) here, and let another process read the tokens anew"
+        )
 
     # --------------------------------------------------------------------------------------------------- one step of it
     def update(

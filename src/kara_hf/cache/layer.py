@@ -1,5 +1,6 @@
 """One compressed layer: its store, and its attention over it. It is told everything by the step, and asks nobody."""
 
+import copy
 import math
 from typing import Any, Protocol
 
@@ -52,6 +53,7 @@ class StoreLayer(CacheLayerMixin):
         scaling, softcap, sinks: of the model's attention, once it was called.
         latent: whether the model expands what is stored before it attends (multi-head latent attention).
         present: of expanded keys in this step which hold a token, ``[B, M + S]`` bool; otherwise None.
+        mask_is_shared: see `kara_hf.integration.attention.StoredLength`.
         record_past: whether tokens of the steps to come may be taken back; see `transformers.Cache`.
     """
 
@@ -73,9 +75,33 @@ class StoreLayer(CacheLayerMixin):
         self.latent = False
         self.present: torch.Tensor | None = None
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.mask_is_shared = False
         self.record_past = False
 
     # ------------------------------------------------------------------------------- what Transformers asks of a layer
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """A copy of the keys stored, ``[B, H, T, Dk]`` in slot order, with anything behind a row's length; or None."""
+        return self._dense(0)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """As `keys`, ``[B, H, T, Dv]``."""
+        return self._dense(1)
+
+    @keys.setter
+    def keys(self, keys: None) -> None:
+        """Transformers' constructor says that there are none."""
+
+    @values.setter
+    def values(self, values: None) -> None:
+        """As `keys`."""
+
+    def _dense(self, part: int) -> torch.Tensor | None:
+        if isinstance(self.store, PagedStore):
+            return self.store.rows().dense()[part]
+        return None if self.store is None else (self.store.keys, self.store.values)[part]
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
 
@@ -99,7 +125,9 @@ class StoreLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return StoredLength(self.seen + query_length), 0
+        if torch.compiler.is_compiling():  # ends the attempt, so that the step itself says it in its own words
+            raise ValueError(f"{self.model} is compiled, which a compressed cache does not support")
+        return StoredLength(self.seen + query_length, self.mask_is_shared), 0
 
     def get_max_length(self) -> int:
         return -1
@@ -174,11 +202,14 @@ class StoreLayer(CacheLayerMixin):
 
     def _read(self, step: Step, query: torch.Tensor) -> torch.Tensor:
         rows = self.paged().rows()
+        queries = query.shape[2]  # the newest of the step, where the model computes no others
         if step.visibility is not None:
-            visible = step.visibility.of(rows.dense_positions())
-            nothing = torch.zeros(len(query), step.new, dtype=torch.int32, device=query.device)
+            visible = step.visibility.of(rows.dense_positions())[:, :, -queries:]
+            nothing = torch.zeros(len(query), queries, dtype=torch.int32, device=query.device)
             return attend(query, rows, hidden=nothing, visible=visible, observe=step.observe, **self.settings)
         hidden = None if step.new == 1 and step.observe is None else step.hidden_on(query.device)
+        if hidden is not None:
+            hidden = hidden[:, -queries:]
         return attend(query, rows, hidden=hidden, observe=step.observe, **self.settings)
 
     @property
@@ -288,6 +319,16 @@ class StoreLayer(CacheLayerMixin):
         if self.store is not None:
             self.store.fork(index)
         self.state.fork(index)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StoreLayer":
+        if "cache" not in memo:  # type: ignore[comparison-overlap]
+            raise ValueError(
+                f"{self.model} copies layers of its cache, which a compressed cache does not support; use Transformers' "
+                "own cache"
+            )
+        made = memo[id(self)] = type(self).__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     def empty(self, state: Any) -> None:
         """Gives the memory of the store and of the old state back; `state` is the new one."""

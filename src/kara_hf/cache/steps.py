@@ -84,6 +84,11 @@ class Steps:
             RuntimeError: the model's attention function is not ours, so what is stored would be lost on it.
             ValueError: the batch has another size than the cache, or there is no token.
         """
+        if layer_idx >= len(self.state.layers):
+            raise ValueError(
+                f"{self.state.binding.name} runs a layer {layer_idx}, and its config promises {len(self.state.layers)}; "
+                "mend the config's num_hidden_layers, or use Transformers' own cache"
+            )
         step, layer = self.step, self.state.layers[layer_idx]
         unanswered = step is not None and step.waiting
         if step is None or unanswered or layer_idx <= step.last_layer:
@@ -251,6 +256,8 @@ class Steps:
             )
         if keys.shape[2] == 0:
             raise ValueError("the prompt is empty (0 new tokens); pass at least one token")
+        if keys.shape[2] > 1:
+            state.binding.check_not_compiled()
 
     def _check_module(self, layer: StoreLayer, module: torch.nn.Module | None, transformed: bool) -> None:
         binding = self.state.binding

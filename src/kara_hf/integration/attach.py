@@ -68,7 +68,9 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} is an encoder-decoder, whose cross-attention cache is not supported; use a decoder-only model"
         )
-    if own is None or not (model._can_set_attn_implementation() or calls_sdpa(model)):
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        raise ValueError(f"{name} uses a cache class of its own, so it cannot use a compressed one")
+    if own is None or not (_takes_attention(model) or calls_sdpa(model)):
         raise ValueError(
             f"{name} neither takes its attention function from its config (Transformers' AttentionInterface) nor "
             f"calls scaled_dot_product_attention (attn_implementation={own!r}), so a compressed cache cannot reach "
@@ -76,9 +78,15 @@ def check_supported(model: PreTrainedModel) -> None:
         )
 
 
+def _takes_attention(model: PreTrainedModel) -> bool:
+    """Whether the model, or the decoder inside it, takes its attention function from its config."""
+    kinds = {type(part) for part in (model, _decoder(model)) if isinstance(part, PreTrainedModel)}
+    return any(kind._can_set_attn_implementation() for kind in kinds)
+
+
 def calls_sdpa(model: PreTrainedModel) -> bool:
     """Whether the model bypasses the AttentionInterface and calls `scaled_dot_product_attention` itself (Falcon)."""
-    if model._can_set_attn_implementation() or decoder_config(model)._attn_implementation != "sdpa":
+    if _takes_attention(model) or decoder_config(model)._attn_implementation != "sdpa":
         return False
     return "scaled_dot_product_attention(" in inspect.getsource(sys.modules[type(model).__module__])
 
@@ -151,7 +159,10 @@ def _keeps_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
         cache = kwargs.get(name)
         if not isinstance(cache, StepCache):
             return prepare(self, *args, **kwargs)
-        cache.inputs_prepared(bool(kwargs.get("is_first_iteration")))
+        first = bool(kwargs.get("is_first_iteration"))
+        if first:
+            check_not_compiled(self)
+        cache.inputs_prepared(first)
         inputs = prepare(self, *args, **kwargs)
         if inputs.get("cache", inputs.get("past_key_values")) is cache:
             return inputs
@@ -271,12 +282,14 @@ class Hold:
             _drop_unused(self._model(), self._attached)
 
     @property
+    def model(self) -> PreTrainedModel | None:
+        """The model, or None if it is gone."""
+        return self._model()
+
+    @property
     def answers(self) -> bool:
         """Whether the model is attached now, by this or another holder."""
-        if self._attached.open:
-            return True
-        model = self._model()
-        return model is not None and is_attached(model)
+        return self._attached.open or (self.model is not None and is_attached(self.model))
 
 
 class Attachment:

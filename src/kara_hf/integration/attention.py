@@ -62,7 +62,19 @@ class AttentionHook(Protocol):
 
 
 class StoredLength(int):
-    """The number of keys a compressed layer announces to the mask function: tokens seen, not tokens kept."""
+    """The number of keys a compressed layer announces to the mask function: tokens seen, not tokens kept.
+
+    Attributes:
+        shared: whether the model gives the mask to layers of another kind too, or slices it, so that it must be one of
+            the model's own.
+    """
+
+    shared: bool
+
+    def __new__(cls, length: int, shared: bool = False) -> "StoredLength":
+        made = super().__new__(cls, length)
+        made.shared = shared
+        return made
 
 
 class CarriedKey(torch.Tensor):
@@ -181,7 +193,7 @@ def masking(own: Callable[..., Any]) -> Callable[..., Any]:
     """`own`, but for later steps of a compressed layer what it says of all tokens seen, however it would say it.
 
     The result is then None, the caller's mask over all tokens seen ``[B, C]`` bool where the model's mask is causal, and
-    otherwise who sees whom ``[B, 1, S, C]`` bool.
+    otherwise, or where other layers need it too, who sees whom ``[B, 1, S, C]``.
     """
     if hasattr(own, "answers_for"):
         return own
@@ -191,7 +203,7 @@ def masking(own: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(kv_length, StoredLength):
             return own(*args, **kwargs)
         kwargs["kv_length"] = int(kv_length)
-        if kv_length == kwargs["q_length"]:
+        if kv_length == kwargs["q_length"] or kv_length.shared:
             return own(*args, **kwargs)
         padding = kwargs.get("attention_mask")
         if kwargs.get("mask_function", causal_mask_function) is causal_mask_function:

@@ -20,7 +20,6 @@ from ..policy import Eviction, KVCompressPolicy
 from ..storage import MemoryMeter
 
 
-
 class Press(Protocol):
     """What is asked of a press: kvpress's `ScorerPress` without the rest of it."""
 
