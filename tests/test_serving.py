@@ -28,8 +28,8 @@ from transformers import (
     ContinuousBatchingConfig,
     Gemma2Config,
     GenerationConfig,
-    GenerationMixin,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Qwen3Config,
 )
@@ -66,9 +66,7 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-CACHE = next(
-    name for name in ("cache", "past_key_values") if name in inspect.signature(GenerationMixin.generate).parameters
-)
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 KARA = {"retention": 0.5, "window": 8, "recent": 3, "anchor_share": 0.5}
 
 
