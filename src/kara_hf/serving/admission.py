@@ -91,7 +91,7 @@ class Limits:
             length = "no limit" if max_new_tokens is None else f"up to {max_new_tokens} tokens"
             raise RequestRefused(
                 f"a prompt of {prompt} tokens and an answer of {length} pass the model's {self.positions} positions; "
-                f"set max_new_tokens to {self.positions - prompt} or less, or shorten the prompt"
+                f"ask for {self.positions - prompt} tokens or less (max_new_tokens), or shorten the prompt"
             )
 
 

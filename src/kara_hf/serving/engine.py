@@ -11,6 +11,7 @@ goes, pool and queries, when the last reference to the processor does.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -124,8 +125,9 @@ class Engine:
                 check_sampling(state.logit_processor_kwargs)
                 if key in self.scheduler.active_requests or key in self.scheduler.waiting_requests:
                     raise RequestRefused(f"request {key} is there already; give each request an id of its own")
-            except RequestRefused:
+            except RequestRefused as error:
                 self.metrics.refused += 1
+                self._fail_children(state, error)
                 raise
         _own(self.scheduler, "add_waiting_request")(state)
 
@@ -134,8 +136,8 @@ class Engine:
         self.limits.check(tokens, max_new_tokens)
         if num_children and len(tokens) == 1:
             raise RequestRefused(
-                f"num_return_sequences={num_children + 1} needs a prompt of two tokens or more, since answers share all "
-                "of it but the last; lengthen the prompt, or send it several times"
+                f"num_return_sequences={num_children + 1} needs a prompt of two tokens or more, for answers share all of "
+                "it but the last; lengthen the prompt, or send it several times"
             )
 
     def _schedule(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
@@ -318,9 +320,18 @@ class Engine:
         starved = self.scheduler.starved_requests
         return starved[0][0] if starved else self.scheduler.waiting_requests[self.scheduler.waiting_requests_order[0]]
 
+    def _fail_children(self, state: Any, error: Exception) -> None:
+        """Ends the further answers that a request was to have and that have not begun, for each is waited for."""
+        for number in range(state.num_children):
+            child = copy(state)
+            child.request_id = f"{state.request_id}__child#{number}"
+            self.processor._handle_request_error(error, child)
+        state.num_children = 0
+
     def _fail(self, state: Any, error: Exception) -> None:
         """Ends one request with an error; the others go on."""
         scheduler, key = self.scheduler, state.request_id
+        self._fail_children(state, error)
         self.processor._handle_request_error(error, state)
         self.processor.offloading_manager.free_request_cpu_cache(state)
         scheduler.finish_request(key)
