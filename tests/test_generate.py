@@ -7,7 +7,7 @@ import torch
 from architectures import build
 from transformers import DynamicCache
 
-from kara_hf import KaraCache, KVCompressCache, attach, detach
+from kara_hf import KaraCache, KVCompressCache, attach
 
 SMALL = {"window": 16, "recent": 8, "block_size": 8}
 LONG = {"max_new_tokens": 60, "do_sample": False}

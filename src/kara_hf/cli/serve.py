@@ -1,7 +1,7 @@
 """`kara-hf serve`: Transformers' own OpenAI-compatible server, with Kara in its continuous batching."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -47,6 +47,7 @@ def serve(
     """Starts Transformers' OpenAI-compatible server with Kara inside; GET /metrics says what the pool holds."""
     with readable_errors():
         from ..serving.config import ServingConfig
+        from ..serving.server import count_blocks, run_server
 
         config = ServingConfig.of(
             retention=retention,
@@ -55,8 +56,8 @@ def serve(
             score=score,
             anchor_share=anchor_share,
             period=period,
-            requests=requests,
-            when="pressure" if under_pressure else "periodic",
+            max_requests=requests,
+            trigger="pressure" if under_pressure else "periodic",
         )
         require(dtype in DTYPES, "dtype", dtype, " or ".join(DTYPES))
         name = str(BUNDLED_MODEL) if model is None else model
@@ -77,57 +78,6 @@ def serve(
         )
 
 
-def run_server(config: Any, *, page: int, num_blocks: int | None, max_batch_tokens: int | None, **options: Any) -> None:
-    """Serves until it is told to stop by a signal.
-
-    Args:
-        config: a `ServingConfig`.
-        page: tokens in a block.
-        num_blocks: blocks in the pool, or None for what the engine finds room for.
-        max_batch_tokens: tokens in a step at most, or None.
-        options: of Transformers' `Serve`.
-
-    Raises:
-        ImportError: the server needs packages that are not there, or Transformers is too old.
-    """
-    from transformers.utils.import_utils import is_serve_available
-
-    from ..serving.engine import check_version, serving_models
-
-    check_version()
-    if not is_serve_available():
-        raise ImportError('serving needs packages that are not installed; pip install "kara_hf[serve]"')
-    from transformers.cli.serve import Serve
-    from transformers.cli.serving import server
-
-    build = server.build_server
-    with serving_models(config) as serving:
-
-        def extended(*args: Any, **kwargs: Any) -> Any:
-            """The app with metrics, which tells a client why its request failed."""
-            from fastapi.responses import JSONResponse, PlainTextResponse
-
-            async def failed(_: Any, error: Exception) -> Any:
-                return JSONResponse({"error": {"message": str(error), "type": "server_error"}}, status_code=500)
-
-            app = build(*args, **kwargs)
-            app.add_exception_handler(RuntimeError, failed)
-            app.get("/metrics")(lambda: PlainTextResponse(serving.metrics.to_prometheus()))
-            return app
-
-        server.build_server = extended
-        try:
-            Serve(
-                continuous_batching=True,
-                cb_block_size=page,
-                cb_num_blocks=num_blocks,
-                cb_max_batch_tokens=max_batch_tokens,
-                **options,
-            )
-        finally:
-            server.build_server = build
-
-
 def parse_bytes(text: str) -> int:
     """Bytes of "8GiB", "500 MB" or "123456". Raises ValueError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
@@ -140,17 +90,3 @@ def parse_bytes(text: str) -> int:
     )
     assert found is not None
     return int(float(found[1]) * units[found[2].lower()])
-
-
-def count_blocks(name: str, nbytes: int, page: int, dtype: str, trust_remote_code: bool) -> int:
-    """Whole-model blocks of `page` tokens that `nbytes` hold for the model of that name. Raises ValueError below 1."""
-    import torch
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
-    kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    block = config.num_hidden_layers * 2 * heads * size * kind.itemsize * page
-    require(nbytes >= block, "memory", nbytes, f"at least {block} bytes, one block of {page} tokens of this model")
-    return nbytes // block

@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ServingConfig
-    from .engine import Serving, kara_continuous_batching
     from .metrics import ServingMetrics
+    from .session import Serving, kara_continuous_batching
 
 _PLACES = {
-    "Serving": "engine",
+    "Serving": "session",
     "ServingConfig": "config",
     "ServingMetrics": "metrics",
-    "kara_continuous_batching": "engine",
+    "kara_continuous_batching": "session",
 }
 __all__ = ["Serving", "ServingConfig", "ServingMetrics", "kara_continuous_batching"]
 

@@ -11,7 +11,7 @@ from .queries import QueryPool
 
 
 @dataclass
-class Request:
+class ServedRequest:
     """A request with tokens behind its prompt. Its stored tokens are numbered without gaps; positions count on.
 
     Attributes:
@@ -36,10 +36,10 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Cut:
+class EvictionPlan:
     """What is done to one request: of the first `width` tokens in each of `count` windows `keep` stay in every head."""
 
-    request: Request
+    request: ServedRequest
     count: int
     width: int
     keep: int
@@ -48,9 +48,13 @@ class Cut:
     def dropped(self) -> int:
         return self.count * (self.width - self.keep)
 
+    @property
+    def stored_after(self) -> int:
+        return self.request.stored - self.dropped
+
 
 class Compressor:
-    """Decides which requests are cut, and chooses survivors by the scores of `KaraPolicy`.
+    """Decides which requests are compressed, and chooses survivors by the scores of `KaraPolicy`.
 
     Args:
         config: the settings.
@@ -68,29 +72,29 @@ class Compressor:
         """Tokens behind a prompt from which on a request can be compressed."""
         return self.config.kara.window + self.config.kara.recent
 
-    def cut(self, request: Request) -> Cut | None:
+    def plan(self, request: ServedRequest) -> EvictionPlan | None:
         """What is due in a request, or None."""
         kara, count = self.config.kara, self.policy.windows_due(request.open)
         if not count:
             return None
-        if self.config.scope == "trace":
-            return Cut(request, 1, request.open - kara.recent, kara.kept_per_window)
-        return Cut(request, count, kara.window, kara.kept_per_window)
+        if self.config.unit == "trace":
+            return EvictionPlan(request, 1, request.open - kara.recent, kara.kept_per_window)
+        return EvictionPlan(request, count, kara.window, kara.kept_per_window)
 
-    def due(self, requests: Sequence[Request], page: int) -> list[Cut]:
-        """The cuts of the K requests that give most blocks of `page` tokens back, earlier ones first among equals."""
-        cuts = [cut for request in requests if (cut := self.cut(request)) is not None]
-        cuts.sort(key=lambda cut: blocks(cut.request.stored - cut.dropped, page) - blocks(cut.request.stored, page))
-        return cuts[: self.config.requests]
+    def due(self, requests: Sequence[ServedRequest], page: int) -> list[EvictionPlan]:
+        """The plans of the K requests that give most blocks of `page` tokens back, earlier ones first among equals."""
+        plans = [plan for request in requests if (plan := self.plan(request)) is not None]
+        plans.sort(key=lambda plan: blocks(plan.stored_after, page) - blocks(plan.request.stored, page))
+        return plans[: self.config.max_requests]
 
     def select(
-        self, layer: int, cuts: Sequence[Cut], keys: torch.Tensor, scaling: float, softcap: float | None
+        self, layer: int, plans: Sequence[EvictionPlan], keys: torch.Tensor, scaling: float, softcap: float | None
     ) -> torch.Tensor:
         """Survivors in one layer.
 
         Args:
             layer: its index.
-            cuts: of equal width.
+            plans: of equal width.
             keys: of all their windows, ``[b, H, width, D]``.
             scaling, softcap: of the layer's logits.
 
@@ -100,9 +104,9 @@ class Compressor:
         Raises:
             ValueError: a score is NaN.
         """
-        kara, width = self.config.kara, cuts[0].width
+        kara, width = self.config.kara, plans[0].width
         queries = later = None
-        windows = [(cut.request, number) for cut in cuts for number in range(cut.count)]
+        windows = [(plan.request, number) for plan in plans for number in range(plan.count)]
         if self.policy.needs_queries:
             pool = self.queries.layers[layer]
             places = [request.slots[n * width : (n + 1) * width + kara.recent] for request, n in windows]
@@ -120,24 +124,24 @@ class Compressor:
             sequences=list(range(len(windows))),
             starts=[request.settled + request.evicted + n * width for request, n in windows],
             ordinals=[request.windows + n for request, n in windows],
-            keep=cuts[0].keep,
+            keep=plans[0].keep,
             anchors=kara.anchors,
             seed=kara.seed,
         )
         return self.policy.select(window)
 
-    def done(self, cut: Cut) -> None:
+    def done(self, plan: EvictionPlan) -> None:
         """Books a cut that was carried out."""
-        request, seen = cut.request, cut.count * cut.width
-        request.stored -= cut.dropped
-        request.evicted += cut.dropped
-        request.windows += cut.count
-        if self.config.scope == "window":
-            request.settled += cut.count * cut.keep
+        request, seen = plan.request, plan.count * plan.width
+        request.stored -= plan.dropped
+        request.evicted += plan.dropped
+        request.windows += plan.count
+        if self.config.unit == "window":
+            request.settled += plan.count * plan.keep
         self.queries.give(request.slots[:seen])
         del request.slots[:seen]
 
-    def drop(self, request: Request) -> None:
+    def drop(self, request: ServedRequest) -> None:
         """Forgets a request that is gone."""
         self.queries.give(request.slots)
         request.slots = []

@@ -1,13 +1,16 @@
 """Settings of Kara while serving."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 from ..config import KaraConfig, Settings, is_int, require
 from ..policy import KaraPolicy
 
-When = Literal["periodic", "pressure"]
-Scope = Literal["window", "trace"]
+Trigger = Literal["periodic", "pressure"]
+Unit = Literal["window", "trace"]
+
+_OLD_NAMES = {"when": "trigger", "scope": "unit", "requests": "max_requests"}
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,10 @@ class ServingConfig(Settings):
         kara: what is kept of a window. Prompts are always kept whole, since requests may share their blocks; the
             engine's pages stand for `block_size`.
         period: engine steps from one compression to the next, from 1 on.
-        requests: K, requests compressed at once, those that give most blocks back; None: all that have a window due.
-        when: "periodic" compresses every `period` steps; "pressure" only in such a step in which requests wait for
+        max_requests: K, requests compressed at once, those that give most blocks back; None: all with a window due.
+        trigger: "periodic" compresses every `period` steps; "pressure" only in such a step in which requests wait for
             blocks or would be preempted.
-        scope: "window" seals windows one by one, as Kara does; "trace" takes everything behind the prompt, survivors of
+        unit: "window" seals windows one by one, as Kara does; "trace" takes everything behind the prompt, survivors of
             earlier times too, down to ``retention * window`` tokens whenever `window` more than the recent tokens are
             there: the control, for scores that need no queries.
 
@@ -31,26 +34,38 @@ class ServingConfig(Settings):
 
     kara: KaraConfig = field(default_factory=lambda: KaraConfig(block_size=1))
     period: int = 64
-    requests: int | None = None
-    when: When = "periodic"
-    scope: Scope = "window"
+    max_requests: int | None = None
+    trigger: Trigger = "periodic"
+    unit: Unit = "window"
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
-        """From settings of this class and of `KaraConfig` by name. Raises TypeError where there is no such setting."""
-        own = {name: settings.pop(name) for name in ("period", "requests", "when", "scope") if name in settings}
+        """From settings of this class and of `KaraConfig` by name.
+
+        The old names ``when``, ``scope`` and ``requests`` still work, with a FutureWarning.
+
+        Raises:
+            TypeError: there is no such setting, or it is given under both of its names.
+        """
+        for old, new in _OLD_NAMES.items():
+            if old in settings:
+                if new in settings:
+                    raise TypeError(f"{old} is the old name of {new}; give {new} alone")
+                warnings.warn(f"{old} is called {new} now; the old name goes with the next version", FutureWarning, 3)
+                settings[new] = settings.pop(old)
+        own = {name: settings.pop(name) for name in ("period", *_OLD_NAMES.values()) if name in settings}
         return cls(kara=KaraConfig(**{"block_size": 1} | settings), **own)
 
     def __post_init__(self) -> None:
         require(is_int(self.period) and self.period >= 1, "period", self.period, "a number of steps from 1 on")
         require(
-            self.requests is None or (is_int(self.requests) and self.requests >= 1),
-            "requests",
-            self.requests,
+            self.max_requests is None or (is_int(self.max_requests) and self.max_requests >= 1),
+            "max_requests",
+            self.max_requests,
             "a number of requests from 1 on, or None for all",
         )
-        require(self.when in get_args(When), "when", self.when, " or ".join(get_args(When)))
-        require(self.scope in get_args(Scope), "scope", self.scope, " or ".join(get_args(Scope)))
+        require(self.trigger in get_args(Trigger), "trigger", self.trigger, " or ".join(get_args(Trigger)))
+        require(self.unit in get_args(Unit), "unit", self.unit, " or ".join(get_args(Unit)))
         require(
             not self.kara.compress_prompt,
             "compress_prompt",
@@ -62,8 +77,8 @@ class ServingConfig(Settings):
             not policy.needs_moments, "score", self.kara.score, "one that needs no moments of queries while serving"
         )
         require(
-            self.scope == "window" or not policy.needs_queries,
+            self.unit == "window" or not policy.needs_queries,
             "score",
             self.kara.score,
-            'one that needs no queries with scope="trace", such as key-norm, recency or random',
+            'one that needs no queries with unit="trace", such as key-norm, recency or random',
         )

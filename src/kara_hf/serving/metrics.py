@@ -12,6 +12,7 @@ class ServingMetrics:
         running, waiting: requests in the last step, and those that wait.
         running_sum: requests of all steps together; over `steps` it is the mean.
         preemptions: requests that lost their blocks and were put back to wait.
+        refused: requests that could not be computed and never began.
         failed: requests that ended with an error of ours.
         compressions: requests times how often each was compressed.
         windows: windows sealed.
@@ -27,6 +28,7 @@ class ServingMetrics:
     waiting: int = 0
     running_sum: int = 0
     preemptions: int = 0
+    refused: int = 0
     failed: int = 0
     compressions: int = 0
     windows: int = 0

@@ -1,0 +1,143 @@
+"""The engine's pool of blocks, as far as layers of full attention use it: what is free, and how tokens move in it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+
+from .compressor import EvictionPlan, ServedRequest, blocks
+from .seams import FULL
+
+
+class Pool:
+    """The blocks of one engine's cache in layers of full attention. The cache is held weakly: it belongs to the engine.
+
+    Args:
+        cache: a `PagedAttentionCache`.
+
+    Attributes:
+        page: tokens in a block.
+        num_blocks: blocks in all.
+
+    Raises:
+        ValueError: the model has no layer of full attention.
+    """
+
+    def __init__(self, cache: Any):
+        if FULL not in cache.cache_allocators:
+            raise ValueError("the model has no layer of full attention: there is nothing to compress")
+        self._cache = ref(cache)
+        self.page: int = self.allocator.tokens_per_page
+        self.num_blocks: int = self.allocator.num_blocks
+
+    @property
+    def cache(self) -> Any:
+        """The engine's cache.
+
+        Raises:
+            ReferenceError: the engine is gone.
+        """
+        cache = self._cache()
+        if cache is None:
+            raise ReferenceError("the engine is gone, and its pool with it")
+        return cache
+
+    @property
+    def allocator(self) -> Any:
+        """Of the blocks of full attention layers."""
+        return self.cache.cache_allocators[FULL]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the pool holds if it holds nothing else."""
+        return self.num_blocks * self.page
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers."""
+        layers: list[int] = self.allocator.layer_indices
+        return layers
+
+    def free_blocks(self) -> int:
+        """Blocks that could be had at once."""
+        pool, full = self.cache.pool, self.allocator
+        free: int = pool.count_free_blocks(full.index) + pool.num_free_sectors * full.blocks_per_sector
+        return free
+
+    def forgettable_blocks(self) -> int:
+        """Blocks of prefixes that no request uses."""
+        return len(self.allocator.ledger.cached_blocks)
+
+    def needed(self, state: Any) -> int:
+        """Blocks that a request of the engine needs for its next tokens."""
+        tokens = state.tokens_to_process if state.status.name == "DECODING" else state.remaining_prefill_tokens
+        length = min(len(tokens), self.cache.max_batch_tokens)
+        needed: int = self.allocator.needs_new_blocks(state.request_id, state.current_len(), length)
+        return needed
+
+    def open_rows(self, request: ServedRequest) -> list[int]:
+        """Rows of the pool's views in which the open tokens of a request are."""
+        rows: list[int] = self.allocator.get_read_indices(request.key, 0, request.stored)
+        return rows[request.settled :]
+
+    def keys(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """The keys of a layer in `rows` ``[T]`` int64, as ``[T, H, D]``."""
+        keys: torch.Tensor = self.allocator._kv_token_views[layer][0][rows]
+        return keys
+
+    def unshare(self, plan: EvictionPlan) -> bool:
+        """Makes the blocks that a plan writes to the request's own, by copying those it shares. False without room."""
+        request, full, pool = plan.request, self.allocator, self.cache.pool
+        ledger, table, first = full.ledger, full.block_table[request.key], request.settled // self.page
+        written = range(first, blocks(plan.stored_after, self.page))
+        shared = [place for place in written if ledger.shared_ref_counts.get(table[place], 1) > 1]
+        if len(shared) > self.free_blocks():
+            return False
+        while pool.count_free_blocks(full.index) < len(shared):
+            pool.allocate_sector(full.index)
+        copies = pool.get_free_blocks(full.index, len(shared))
+        full.copy_blocks([table[place] for place in shared], copies)
+        for place, copy_of in zip(shared, copies, strict=True):
+            ledger.release(table[place])
+            table[place] = copy_of
+        for place in written:  # what is written over is no prefix of anything
+            block_hash = ledger.block_to_hash.pop(table[place], None)
+            if block_hash is not None:
+                del ledger.hash_to_block[block_hash]
+        return True
+
+    def move(self, plans: Sequence[EvictionPlan], chosen: Mapping[str, Mapping[int, torch.Tensor]]) -> None:
+        """Moves survivors and the tokens behind the windows together, in every layer. Lengths stay as they are.
+
+        Args:
+            plans: of different requests, whose blocks are unshared.
+            chosen: by key of the request and layer: the survivors as places in its windows, ``[count, H, keep]`` int64.
+        """
+        device = self.cache.device
+        rows = [self.open_rows(plan.request) for plan in plans]
+        starts = [sum(len(part) for part in rows[:number]) for number in range(len(rows))]
+        sources = torch.tensor([row for part in rows for row in part], device=device)
+        kept_rows = [part[: len(part) - plan.dropped] for plan, part in zip(plans, rows, strict=True)]
+        targets = torch.tensor([row for part in kept_rows for row in part], device=device)
+        for layer in self.layers:
+            order = []
+            for plan, part, start in zip(plans, rows, starts, strict=True):
+                places = chosen[plan.request.key][layer]
+                windows = torch.arange(plan.count, device=device)[:, None, None] * plan.width + start
+                survivors = (places + windows).transpose(1, 2).flatten(0, 1)  # [count * keep, H]
+                behind = torch.arange(start + plan.count * plan.width, start + len(part), device=device)
+                order += [survivors, behind[:, None].expand(-1, places.shape[1])]
+            index = torch.cat(order)[:, :, None]
+            for view in self.allocator._kv_token_views[layer]:
+                tokens = view.index_select(0, sources)
+                view.index_copy_(0, targets, tokens.gather(0, index.expand(-1, -1, tokens.shape[2])))
+
+    def shrink(self, request: ServedRequest) -> int:
+        """Gives the blocks behind a request's stored tokens back. Returns how many."""
+        full = self.allocator
+        table = full.block_table[request.key]
+        spare = table[blocks(request.stored, self.page) :]
+        del table[len(table) - len(spare) :]
+        self.cache.pool.free_blocks(full.index, [block for block in spare if full.ledger.release(block, True)])
+        return len(spare)
