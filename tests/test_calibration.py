@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner
 
 from kara_hf import KaraCache, KeyCalibration, attach, calibrate, detach
+from kara_hf.bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from kara_hf.cli.app import app
 from kara_hf.cli.calibrate import BUNDLED
-from kara_hf.cli.options import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from kara_hf.config import KaraConfig
 from kara_hf.integration.attention import is_attached
-from kara_hf.pod.explore import Recorder
 from kara_hf.policy import KaraPolicy
 from kara_hf.policy.calibrated import FILE, predict
 from kara_hf.probing import calibrate as fit
+from kara_hf.probing.attention import Recorder
 from kara_hf.probing.calibrate import QuadraticFit, future_shares
 from kara_hf.serving import ServingConfig
 from kara_hf.tasks import reasoner_tasks  # noqa: F401  registers them

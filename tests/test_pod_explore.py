@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from kara_hf import PoDSharing
 from kara_hf.cli import app as cli
 from kara_hf.integration.attention import decoder_config, is_attached
+from kara_hf.integration.shape import layer_kinds, model_shape
 from kara_hf.pod import explore as exploring
 from kara_hf.pod import plot as plotting
 from kara_hf.pod.explore import LayerSimilarity, explore, js_divergence
@@ -201,7 +202,8 @@ def test_what_is_measured_is_written_down():
     assert sharing.model == found.model and (sharing.sinks, sharing.recent) == (1, 5)
     wanted = {"samples": 2, "tokens": 50, "queries": 3, "region": "all", "threshold": 0.0, "compare": "lead"}
     assert sharing.origin.items() >= wanted.items()
-    sharing.check(decoder_config(build("llama")))
+    config = decoder_config(build("llama"))
+    sharing.check(model_shape(config), layer_kinds(config))
     with SharedForward(build("llama"), sharing) as shared:
         shared.model(ids(20)[None], use_cache=False)
 

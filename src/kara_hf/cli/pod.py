@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import require
 from ..pod.config import AdaptConfig
-from ..policy.sharing import PoDSharing
 from .options import BUNDLED_MODEL, DTYPES, readable_errors
 
 if TYPE_CHECKING:
@@ -112,6 +111,8 @@ def explore(
         require(fits, "saving", saving, "a number between 0 and 0.5, since values are never shared")
         require(saving is not None or at_tokens is None, "at_tokens", at_tokens, "given with --saving, or left out")
         require(compare in ("lead", "all", "prev"), "compare", compare, "'lead', 'all' or 'prev'")
+        from ..policy.sharing import PoDSharing
+
         near = given(sinks=sinks, recent=recent)
         PoDSharing.none(1, 1, distant_query=distant_query, **near)  # refuses what is out of range before a model runs
         measured = given(
@@ -267,6 +268,8 @@ def adapt(
             save_every=save_every,
             held_out=held_out,
         )
+        from ..policy.sharing import PoDSharing
+
         shared = PoDSharing.from_pretrained(sharing)
         data = data or BUNDLED["data"]
 

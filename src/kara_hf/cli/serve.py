@@ -147,10 +147,11 @@ def count_blocks(name: str, nbytes: int, page: int, dtype: str, trust_remote_cod
     import torch
     from transformers import AutoConfig
 
+    from ..integration.shape import head_dim
+
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
     kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    block = config.num_hidden_layers * 2 * heads * size * kind.itemsize * page
+    block = config.num_hidden_layers * 2 * heads * head_dim(config) * kind.itemsize * page
     require(nbytes >= block, "memory", nbytes, f"at least {block} bytes, one block of {page} tokens of this model")
     return nbytes // block

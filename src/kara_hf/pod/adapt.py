@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from ..integration.attention import decoder_config, detach, unwrap
+from ..integration.shape import layer_kinds, model_shape
 from ..policy.sharing import PoDSharing
 from .config import AdaptConfig
 from .forward import SharedForward
@@ -228,7 +229,7 @@ def check_model(model: Any, sharing: PoDSharing, config: AdaptConfig) -> None:
             "out (model = model.unload())"
         )
     decoder = decoder_config(unwrap(model))
-    sharing.check(decoder)
+    sharing.check(model_shape(decoder), layer_kinds(decoder))
     if not sharing.followers_share:
         raise ValueError(
             "this sharing has no followers: every layer uses its own keys, and there is nothing to learn; make one "

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..integration.attention import unwrap
+from ..integration.shape import model_name
 from ..policy.sharing import PoDSharing
 from .config import AdaptConfig
 
@@ -47,19 +49,13 @@ def write(
     sharing.save_pretrained(folder)
     settings = {
         "kara_hf": __version__,
-        "base_model": base_name(model),
+        "base_model": model_name(unwrap(model)),
         "config": asdict(config),
         "tokens": tokens,
         "held_out_loss": measured,
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "README.md").write_text(card(base_name(model), sharing, config, measured, tokens))
-
-
-def base_name(model: Any) -> str:
-    """Hub id that the model was loaded from, or the name of its folder; empty if it was made."""
-    name = getattr(model.config, "name_or_path", "") or ""
-    return Path(name).name if Path(name).exists() else name
+    (folder / "README.md").write_text(card(model_name(unwrap(model)), sharing, config, measured, tokens))
 
 
 def card(base: str, sharing: PoDSharing, config: AdaptConfig, measured: dict[str, float], tokens: int) -> str:
