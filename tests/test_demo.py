@@ -22,14 +22,16 @@ from kara_hf import PoDSharing
 from kara_hf.cli.app import BUNDLED_SETTINGS
 from kara_hf.cli.app import app as command
 from kara_hf.demo.app import build, launch
-from kara_hf.demo.models import BUNDLED, Models, Turns
+from kara_hf.demo.control import FifoLock
+from kara_hf.demo.generation import GumbelNoise
+from kara_hf.demo.models import BUNDLED, Models
 from kara_hf.demo.page import make_page
-from kara_hf.demo.presets import CHOICES, DEFAULTS, FULL, KARA, NEEDLE, OWN, RANDOM, TASKS, TRACE
-from kara_hf.demo.recorder import Recorder
+from kara_hf.demo.presets import DEFAULTS, FULL, KARA, METHOD_PRESETS, NEEDLE, OWN, RANDOM, TASK_PRESETS, TRACE
+from kara_hf.demo.recorder import CacheRecorder
 from kara_hf.demo.recording import Recording, rounded, runs_of, spread
-from kara_hf.demo.request import Limits, Wish, show_for
-from kara_hf.demo.runs import Noise, Texts
-from kara_hf.demo.sessions import Shows
+from kara_hf.demo.request import DemoRequest, Limits, open_session
+from kara_hf.demo.runs import TokenTexts
+from kara_hf.demo.sessions import Sessions
 
 # Its name in newer versions of Transformers is unknown to older ones.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
@@ -42,7 +44,7 @@ def models():
     return Models(device="cpu")
 
 
-def wish(**changes):
+def request(**changes):
     values = {
         "model": TINY,
         "task": TRACE,
@@ -57,26 +59,26 @@ def wish(**changes):
         "pace": "full speed",
         "settings": {**SETTINGS, **changes.pop("settings", {})},
     }
-    return Wish(**{**values, **changes})
+    return DemoRequest(**{**values, **changes})
 
 
 def make(models, paused=False, limits=None, **changes):
-    return show_for(wish(**changes), models, limits or Limits(), paused)
+    return open_session(request(**changes), models, limits or Limits(), paused)
 
 
-def finished(show):
-    show.start()
-    for run in show.runs:
+def finished(session):
+    session.start()
+    for run in session.runs:
         run.join(60)
-    assert show.done
-    return show
+    assert session.done
+    return session
 
 
 @pytest.fixture
 def watched(monkeypatch):
     """What caches themselves say after every step, by recording: tokens seen, what rows hold, and the report."""
     seen = {}
-    step = Recorder.step
+    step = CacheRecorder.step
 
     def watch(self, text, seconds):
         step(self, text, seconds)
@@ -92,7 +94,7 @@ def watched(monkeypatch):
                 )
             )
 
-    monkeypatch.setattr(Recorder, "step", watch)
+    monkeypatch.setattr(CacheRecorder, "step", watch)
     return seen
 
 
@@ -127,8 +129,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_derived_is_what_the_cache_held_at_every_step(models, watched, case):
-    show = finished(make(models, **CASES[case]))
-    (run,) = show.runs
+    session = finished(make(models, **CASES[case]))
+    (run,) = session.runs
     recording = Recording.from_dict(json.loads(json.dumps(run.recording.to_dict())))
     assert recording == run.recording
     assert recording.end["reason"] in ("end", "limit"), recording.end
@@ -157,24 +159,24 @@ def test_any_model_and_its_own_words(watched, tmp_path, name, choice):
     model.save_pretrained(tmp_path / name)
     words.save_pretrained(tmp_path / name)
     models = Models([str(tmp_path / name)], device="cpu")
-    show = finished(make(models, model=name, task=NEEDLE, length=200, new=60, choice=choice))
-    recording = show.runs[0].recording
+    session = finished(make(models, model=name, task=NEEDLE, length=200, new=60, choice=choice))
+    recording = session.runs[0].recording
     assert recording.end["reason"] == "limit" and recording.end["score"] == 0, recording.end
     full_attention = {
         i for i, kind in enumerate(getattr(model.config, "layer_types", None) or ()) if kind == "full_attention"
     }
     assert {layer for layer, _ in recording.rows} == (full_attention or set(range(model.config.num_hidden_layers)))
-    agree(recording, watched.get(id(show.runs[0].recording), []))
+    agree(recording, watched.get(id(session.runs[0].recording), []))
     assert bool(recording.changes) == (choice != FULL)
-    assert "".join(show.to_dict()["prompt"]) == words.decode(show.runs[0].plan.ids[0])
+    assert "".join(session.to_dict()["prompt"]) == words.decode(session.runs[0].generation.ids[0])
     with pytest.raises(ValueError, match="PoD needs a map"):
         make(models, model=name, task=NEEDLE, length=200, choice="PoD")
 
 
 @pytest.mark.parametrize("case", ["kara", "kara and pod", "kv-compress", "kv-compress and pod"])
 def test_evicted_tokens_have_the_score_they_were_judged_by(models, case):
-    show = finished(make(models, **CASES[case]))
-    recording = show.runs[0].recording
+    session = finished(make(models, **CASES[case]))
+    recording = session.runs[0].recording
     for row in range(len(recording.rows)):
         scores = {}
         for change in recording.changes:
@@ -201,16 +203,16 @@ def test_runs_and_scores_are_written_short():
 
 
 def test_a_reader_that_comes_again_gets_what_is_new(models):
-    show = make(models, beside=True, paused=True)
-    show.start()
+    session = make(models, beside=True, paused=True)
+    session.start()
     have, parts = [], []
     for allowed in (3, 20, None):
-        show.remote.allow(allowed)
+        session.control.allow(allowed)
         for _ in range(2000):
-            if show.done or (allowed and all(len(run.recording.tokens) == allowed for run in show.runs)):
+            if session.done or (allowed and all(len(run.recording.tokens) == allowed for run in session.runs)):
                 break
             time.sleep(0.01)
-        part = json.loads(json.dumps(show.since(have)))
+        part = json.loads(json.dumps(session.since(have)))
         parts.append(part)
         have = [
             {name: sum(len(p["runs"][i][name]) for p in parts) for name in ("tokens", "micros", "changes", "samples")}
@@ -218,16 +220,16 @@ def test_a_reader_that_comes_again_gets_what_is_new(models):
         ]
     assert "prompt" in parts[0] and "prompt" not in parts[1] and parts[1]["paused"] and parts[2]["done"]
     assert len(parts[1]["runs"][0]["tokens"]) == 17
-    for i, run in enumerate(show.runs):
+    for i, run in enumerate(session.runs):
         for name in ("tokens", "micros", "changes", "samples"):
             assert [entry for part in parts for entry in part["runs"][i][name]] == getattr(run.recording, name)
-    assert "".join(parts[0]["prompt"]) == show.runs[0].loaded.tokenizer.decode(show.runs[0].plan.ids[0])
+    assert "".join(parts[0]["prompt"]) == session.runs[0].loaded.tokenizer.decode(session.runs[0].generation.ids[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
 def test_both_caches_get_the_same_and_the_answer_is_checked(models):
-    show = finished(make(models, beside=True))
-    full, kara = (run.recording for run in show.runs)
+    session = finished(make(models, beside=True))
+    full, kara = (run.recording for run in session.runs)
     assert (full.title, kara.title) == (FULL, KARA)
     assert full.end["score"] == 1 and full.end["answer"] == full.end["expected"]
     assert full.samples[-1][4] == full.samples[-1][2] == kara.samples[-1][4] * full.seen // kara.seen
@@ -238,7 +240,7 @@ def test_both_caches_get_the_same_and_the_answer_is_checked(models):
 def test_what_is_shown_at_first_tells_the_story(models):
     """As docs/demo.md says: the first problem survives Kara, set as `kara-hf generate` sets it, and not chance."""
     assert BUNDLED_SETTINGS.items() <= DEFAULTS.items()
-    first = {"length": TASKS[TRACE].length, "settings": DEFAULTS}
+    first = {"length": TASK_PRESETS[TRACE].length, "settings": DEFAULTS}
     kara, random = finished(make(models, beside=True, **first)), finished(make(models, choice=RANDOM, **first))
     assert [run.recording.end["score"] for run in (*kara.runs, *random.runs)] == [1, 1, 0]
 
@@ -251,91 +253,91 @@ def test_equal_seeds_draw_alike_whatever_runs_beside(models):
     beside, exact = texts(beside=True, seed=5, settings={"retention": 1.0})
     assert full == beside == exact
     assert texts(choice=FULL, seed=6) != [full]
-    draws = torch.stack([Noise(1.0, seed)(None, torch.zeros(1, 4)).argmax() for seed in range(400)])
+    draws = torch.stack([GumbelNoise(1.0, seed)(None, torch.zeros(1, 4)).argmax() for seed in range(400)])
     assert torch.bincount(draws).min() > 60
 
 
 def test_steps_pause_and_stop(models):
-    show = make(models, paused=True, beside=True)
-    show.start()
+    session = make(models, paused=True, beside=True)
+    session.start()
     time.sleep(0.2)
-    assert show.generated == 0 and not show.done
+    assert session.generated == 0 and not session.done
     for wanted in (1, 2, 3):
-        show.remote.allow(show.generated + 1)
-        for run in show.runs:
+        session.control.allow(session.generated + 1)
+        for run in session.runs:
             for _ in range(500):
                 if len(run.recording.tokens) == wanted:
                     break
                 time.sleep(0.01)
         time.sleep(0.05)
-        assert [len(run.recording.tokens) for run in show.runs] == [wanted, wanted]
-    show.remote.stop()
-    for run in show.runs:
+        assert [len(run.recording.tokens) for run in session.runs] == [wanted, wanted]
+    session.control.stop()
+    for run in session.runs:
         run.join(10)
-    assert show.done and [run.recording.end["reason"] for run in show.runs] == ["stopped", "stopped"]
-    assert "score" not in show.runs[0].recording.end
+    assert session.done and [run.recording.end["reason"] for run in session.runs] == ["stopped", "stopped"]
+    assert "score" not in session.runs[0].recording.end
 
 
 def test_a_pace_is_kept_and_does_not_count_as_time_of_a_step(models, monkeypatch):
     monkeypatch.setattr("kara_hf.demo.request.PACES", {"slow": 100.0})
-    show, begun = make(models, new=20, pace="slow"), time.perf_counter()
-    finished(show)
+    session, begun = make(models, new=20, pace="slow"), time.perf_counter()
+    finished(session)
     assert time.perf_counter() - begun > 0.19
-    assert sorted(show.runs[0].recording.micros)[10] < 9_000
+    assert sorted(session.runs[0].recording.micros)[10] < 9_000
 
 
 def test_a_cache_is_freed_when_its_run_ends_and_when_its_visitor_goes(models):
-    shows = Shows()
+    sessions = Sessions()
     first, second = make(models, paused=True, beside=True), make(models, paused=True)
-    caches = [weakref.ref(run.cache) for show in (first, second) for run in show.runs]
-    shows.put("tab", first)
-    shows.put("other tab", second)
-    assert shows.live == 3 and shows.find(first.key) is first and shows.find("guess") is None
-    shows.close("tab")
+    caches = [weakref.ref(run.cache) for session in (first, second) for run in session.runs]
+    sessions.put("tab", first)
+    sessions.put("other tab", second)
+    assert sessions.live == 3 and sessions.find(first.key) is first and sessions.find("guess") is None
+    sessions.close("tab")
     for run in first.runs:
         run.join(10)
     gc.collect()
-    assert [cache() is None for cache in caches] == [True, True, False] and shows.live == 1
+    assert [cache() is None for cache in caches] == [True, True, False] and sessions.live == 1
     third = make(models)
-    shows.put("other tab", third)  # starting again ends what went on
+    sessions.put("other tab", third)  # starting again ends what went on
     for run in (*second.runs, *third.runs):
         run.join(60)
     gc.collect()
-    assert caches[2]() is None and shows.live == 0
-    assert third.since([])["done"] and shows.of("other tab") is third
+    assert caches[2]() is None and sessions.live == 0
+    assert third.since([])["done"] and sessions.of("other tab") is third
 
 
 def test_an_error_on_the_way_is_shown_and_frees_the_cache(models, monkeypatch):
-    show = make(models)
-    monkeypatch.setattr(show.runs[0].loaded.model, "generate", lambda **kwargs: 1 / 0)
-    (run,) = finished(show).runs
+    session = make(models)
+    monkeypatch.setattr(session.runs[0].loaded.model, "generate", lambda **kwargs: 1 / 0)
+    (run,) = finished(session).runs
     assert run.recording.end["error"].startswith("ZeroDivisionError") and run.cache is None
 
 
 def test_runs_on_one_model_do_not_disturb_each_other(models):
     alone = [finished(make(models, choice=choice)).runs[0].recording.tokens for choice in (FULL, KARA, "KV-Compress")]
     together = [make(models, choice=choice) for choice in (FULL, KARA, "KV-Compress")]
-    for show in together:
-        show.start()
-    for show in together:
-        show.runs[0].join(60)
-    assert [show.runs[0].recording.tokens for show in together] == alone
+    for session in together:
+        session.start()
+    for session in together:
+        session.runs[0].join(60)
+    assert [session.runs[0].recording.tokens for session in together] == alone
 
 
 def test_turns_are_given_in_order():
-    turns, order = Turns(), []
-    turns.take()
+    lock, order = FifoLock(), []
+    lock.acquire()
 
     def take(name):
-        turns.take()
+        lock.acquire()
         order.append(name)
-        turns.pass_on()
+        lock.release()
 
     threads = [threading.Thread(target=take, args=(name,)) for name in "abc"]
     for thread in threads:
         thread.start()
         time.sleep(0.05)
-    turns.pass_on()
+    lock.release()
     for thread in threads:
         thread.join()
     assert order == ["a", "b", "c"]
@@ -412,7 +414,9 @@ def test_limits_hold(models):
     with pytest.raises(ValueError, match="length must be a whole number from 1 to 50"):
         make(models, limits=Limits(new=50), length=80)
     assert (
-        make(models, limits=Limits(new=20), task=OWN, text="ba : 8 ; xa : 4 ; ? ba xa >").runs[0].plan.max_new_tokens
+        make(models, limits=Limits(new=20), task=OWN, text="ba : 8 ; xa : 4 ; ? ba xa >")
+        .runs[0]
+        .generation.max_new_tokens
         == 20
     )
     with pytest.raises(ValueError, match="10 tokens at most"):
@@ -473,19 +477,19 @@ def test_code_of_a_model_runs_only_if_a_flag_says_so(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ the page
 def test_the_saved_page_needs_nothing_else(models):
-    show = finished(make(models, beside=True))
-    page = make_page({**show.to_dict(), "task": "</script><script>alert(1)</script>"})
+    session = finished(make(models, beside=True))
+    page = make_page({**session.to_dict(), "task": "</script><script>alert(1)</script>"})
     assert not re.search(r"(src|href)\s*=\s*['\"]|@import|url\(|https?://|import\(", page)
     assert page.count("<script") == 2 and "alert(1)</script>" not in page
     (data,) = re.findall(r"<script type='application/json' id='run'>(.*?)</script>", page, flags=re.S)
-    assert json.loads(data)["runs"][1] == json.loads(json.dumps(show.runs[1].recording.to_dict()))
+    assert json.loads(data)["runs"][1] == json.loads(json.dumps(session.runs[1].recording.to_dict()))
     assert str(Path.home()) not in page
 
 
 @pytest.mark.parametrize("choice", [KARA, "KV-Compress"])
 def test_a_run_is_small_as_data(models, choice):
-    show = finished(make(models, choice=choice, length=300))
-    assert len(json.dumps(show.to_dict())) < 200 * show.runs[0].recording.seen  # bytes a token, of 8 rows
+    session = finished(make(models, choice=choice, length=300))
+    assert len(json.dumps(session.to_dict())) < 200 * session.runs[0].recording.seen  # bytes a token, of 8 rows
 
 
 def test_texts_of_tokens_add_up():
@@ -495,7 +499,7 @@ def test_texts_of_tokens_add_up():
         def decode(self, ids, **options):
             return "".join(self.words[i] for i in ids).replace("▁", " ").removeprefix(" ")
 
-    texts = Texts(Joining())
+    texts = TokenTexts(Joining())
     assert [texts.next(i) for i in (0, 1, 2, 0)] == ["Hello", " wor", "ld", " Hello"]
 
 
@@ -562,8 +566,8 @@ def call(function, *arguments):
 
 
 def test_each_visitor_drives_their_own_run(models):
-    shows = Shows()
-    app = build(models, Limits(runs=2), shows)
+    sessions = Sessions()
+    app = build(models, Limits(runs=2), sessions)
     handlers = {getattr(fn.fn, "__name__", ""): fn.fn for fn in app.fns.values()}
     (player,) = (block for block in app.blocks.values() if getattr(block, "elem_id", None) == "player")
 
@@ -572,33 +576,33 @@ def test_each_visitor_drives_their_own_run(models):
             self.session_hash = name
 
     mine, other = Visitor("mine"), Visitor("other")
-    shows.put("mine", make(models, paused=True))
+    sessions.put("mine", make(models, paused=True))
     assert call(handlers["start"], other)[1] == ""
-    shows.put("other", make(models, paused=True))
-    keys = shows.of("mine").key, shows.of("other").key
+    sessions.put("other", make(models, paused=True))
+    keys = sessions.of("mine").key, sessions.of("other").key
     call(handlers["step"], mine)
     for _ in range(500):
-        if shows.of("mine").generated == 1:
+        if sessions.of("mine").generated == 1:
             break
         time.sleep(0.01)
-    assert (shows.of("mine").generated, shows.of("other").generated) == (1, 0)
+    assert (sessions.of("mine").generated, sessions.of("other").generated) == (1, 0)
     part = call(player.poll, [keys[0], []])
     assert len(part["runs"][0]["tokens"]) == 1 and part["paused"]
     assert call(player.poll, ["guess", []]) is None and call(player.standalone, "guess") == ""
     message = "All 2 places are taken; your run starts when one is free."
     assert call(handlers["start"], Visitor("third"))[1] == call(handlers["step"], Visitor("third"))[1] == message
     call(handlers["stop"], mine)
-    shows.of("mine").runs[0].join(10)
-    assert shows.of("mine").done and not shows.of("other").done
+    sessions.of("mine").runs[0].join(10)
+    assert sessions.of("mine").done and not sessions.of("other").done
     assert "not yet" not in call(player.standalone, keys[0])[:100]
     handlers["close"](other)
     handlers["close"](mine)
-    assert shows.of("other") is None and call(player.poll, [keys[1], []]) is None
+    assert sessions.of("other") is None and call(player.poll, [keys[1], []]) is None
     for _ in range(500):
-        if not shows.live:
+        if not sessions.live:
             break
         time.sleep(0.01)
-    assert shows.live == 0
+    assert sessions.live == 0
 
 
 def test_the_bundled_map_is_the_explored_one():
@@ -607,5 +611,5 @@ def test_the_bundled_map_is_the_explored_one():
 
 
 def test_methods_show_the_settings_that_they_have(models):
-    for name, choice in CHOICES.items():
+    for name, choice in METHOD_PRESETS.items():
         assert choice.about and set(choice.settings) <= set(DEFAULTS), name

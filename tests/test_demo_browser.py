@@ -18,10 +18,10 @@ pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'kara_h
 
 from kara_hf.demo.app import launch
 from kara_hf.demo.models import BUNDLED, Models
-from kara_hf.demo.recorder import Recorder
+from kara_hf.demo.recorder import CacheRecorder
 from kara_hf.demo.recording import Recording
 from kara_hf.demo.request import Limits
-from kara_hf.demo.sessions import Shows
+from kara_hf.demo.sessions import Sessions
 
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 TINY, DEEP = BUNDLED
@@ -30,12 +30,12 @@ SLOW = 40_000  # milliseconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
-def shows():
-    return Shows()
+def sessions():
+    return Sessions()
 
 
 @pytest.fixture(scope="module")
-def address(shows):
+def address(sessions):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,7 +43,7 @@ def address(shows):
     app = launch(
         Models(device="cpu"),
         limits,
-        shows,
+        sessions,
         server_name="127.0.0.1",
         server_port=port,
         prevent_thread_lock=True,
@@ -56,7 +56,7 @@ def address(shows):
 @pytest.fixture(autouse=True)
 def last_reports(monkeypatch):
     """What each recording's cache reported and held after its last step."""
-    last, step = {}, Recorder.step
+    last, step = {}, CacheRecorder.step
 
     def watch(self, text, seconds):
         step(self, text, seconds)
@@ -67,7 +67,7 @@ def last_reports(monkeypatch):
                 [self.cache.kept_positions(layer, 0, head).tolist() for layer, head in rows],
             )
 
-    monkeypatch.setattr(Recorder, "step", watch)
+    monkeypatch.setattr(CacheRecorder, "step", watch)
     return last
 
 
@@ -117,30 +117,30 @@ def run(page, wait=True):
         page.wait_for_function(ENDED)
 
 
-def gone(shows, caches=()):
+def gone(sessions, caches=()):
     """Whether all runs let go of their caches soon."""
     for _ in range(150):
         gc.collect()
-        if not shows.live and not any(cache() for cache in caches):
+        if not sessions.live and not any(cache() for cache in caches):
             return True
         time.sleep(0.1)
     return False
 
 
-def the_show(shows):
-    (show,) = shows._of.values()
-    return show
+def the_session(sessions):
+    (session,) = sessions._of.values()
+    return session
 
 
-def test_what_is_drawn_is_what_the_cache_holds(visit, shows, last_reports, tmp_path):
+def test_what_is_drawn_is_what_the_cache_holds(visit, sessions, last_reports, tmp_path):
     page = visit()
     fill(page, "length", 240)
     pace(page, "full speed")
     run(page, wait=False)
     page.wait_for_selector(".kh-pane:last-child .t.sealed")
     page.wait_for_function(ENDED)
-    show = the_show(shows)
-    full, kara = (run.recording for run in show.runs)
+    session = the_session(sessions)
+    full, kara = (run.recording for run in session.runs)
     report, positions = last_reports[id(kara)]
 
     # numbers
@@ -239,10 +239,10 @@ def test_what_is_drawn_is_what_the_cache_holds(visit, shows, last_reports, tmp_p
     alone.click("text=Replay")
     alone.wait_for_function("() => player.at > 3")
     offline.close()
-    assert gone(shows)
+    assert gone(sessions)
 
 
-def test_stop_step_and_start_again(visit, shows):
+def test_stop_step_and_start_again(visit, sessions):
     page = visit()
     pace(page, "20 tokens/s")
     run(page, wait=False)
@@ -250,24 +250,24 @@ def test_stop_step_and_start_again(visit, shows):
     page.click("#pause")
     page.wait_for_function("() => player.paused")
     page.wait_for_timeout(300)
-    at = the_show(shows).generated
+    at = the_session(sessions).generated
     for more in (1, 2):
         page.click("#step")
         page.wait_for_function("n => player.runs.every(run => run.tokens.length === n)", arg=at + more)
     run(page, wait=False)  # ends that one, although it waits
     page.wait_for_function("() => player.generated > 1 && !player.paused")
-    caches = [weakref.ref(each.cache) for each in the_show(shows).runs]
+    caches = [weakref.ref(each.cache) for each in the_session(sessions).runs]
     page.click("#stop")
     page.wait_for_function(ENDED)
     assert page.locator(".kh-verdict").all_inner_texts()[1].startswith("stopped")
-    assert gone(shows, caches)
+    assert gone(sessions, caches)
     page.click("#step")  # without a run, the first step of a new one
     page.wait_for_function("() => player.paused && !player.done && player.generated <= 1")
     page.click("#step")
     page.wait_for_function("() => player.generated === 1")
 
 
-def test_bad_input_is_explained_and_the_page_goes_on(visit, shows):
+def test_bad_input_is_explained_and_the_page_goes_on(visit, sessions):
     page = visit()
     pace(page, "full speed")
     message = page.locator("#status .error")
@@ -305,7 +305,7 @@ def test_bad_input_is_explained_and_the_page_goes_on(visit, shows):
     assert message.count() == 0 and "ans" in page.locator(".kh-text").last.inner_text()
 
 
-def test_visitors_have_their_own_runs_and_leave_nothing_behind(visit, shows):
+def test_visitors_have_their_own_runs_and_leave_nothing_behind(visit, sessions):
     pages = [visit(), visit()]
     for page, length in zip(pages, (300, 200), strict=True):
         fill(page, "length", length)
@@ -313,15 +313,15 @@ def test_visitors_have_their_own_runs_and_leave_nothing_behind(visit, shows):
         run(page, wait=False)
     for page in pages:
         page.wait_for_function("() => player.generated > 2")
-    assert shows.live == 4
+    assert sessions.live == 4
     prompts = [page.evaluate("() => player.prompt.length") for page in pages]
     assert prompts[0] > prompts[1]
-    caches = [weakref.ref(each.cache) for show in shows._of.values() for each in show.runs]
+    caches = [weakref.ref(each.cache) for session in sessions._of.values() for each in session.runs]
     third = visit()
     fill(third, "length", 80)
     third.click("#start")
     third.wait_for_function("() => document.querySelector('#status').innerText.includes('All 2 places are taken')")
-    assert shows.live == 4
+    assert sessions.live == 4
     third.click("#stop")  # gives up waiting
     third.click("#start")
     third.click("#start")
@@ -329,14 +329,14 @@ def test_visitors_have_their_own_runs_and_leave_nothing_behind(visit, shows):
     third.wait_for_function("() => player.generated > 2")
     third.close()
     for _ in range(150):
-        if shows.live == 2:
+        if sessions.live == 2:
             break
         time.sleep(0.1)
-    assert shows.live == 2
+    assert sessions.live == 2
     before = pages[1].evaluate("() => player.generated")
     pages[1].wait_for_function("n => player.generated > n", arg=before)
     pages[1].goto("about:blank")
-    assert gone(shows, caches)
+    assert gone(sessions, caches)
 
 
 def test_no_file_is_read_for_a_visitor(address):
@@ -361,7 +361,7 @@ def test_no_file_is_read_for_a_visitor(address):
     assert refused.value.code == 413
 
 
-def test_other_methods_and_shared_keys(visit, shows):
+def test_other_methods_and_shared_keys(visit, sessions):
     page = visit()
     pace(page, "full speed")
     page.get_by_label("Needle").click()
@@ -377,7 +377,7 @@ def test_other_methods_and_shared_keys(visit, shows):
     fill(page, "length", 300)
     page.locator("#set-compress_prompt input").check()
     run(page)
-    recording = the_show(shows).runs[-1].recording
+    recording = the_session(sessions).runs[-1].recording
     keys = [
         int(text.split()[0].replace(",", ""))
         for text in page.locator(".kh-heads").last.locator(".cell").all_inner_texts()

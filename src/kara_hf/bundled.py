@@ -1,4 +1,4 @@
-"""Where the bundled models and what belongs to them lie."""
+"""Where the models and the calibration are that come with this package."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ BYTES = ("nominal_bytes", "resident_bytes", "peak_bytes", "full_bytes")
 Scored = tuple[np.ndarray, np.ndarray]  # positions, ascending, and their scores
 
 
-class Recorder:
+class CacheRecorder:
     """Writes down what the cache of one run does. The policy of the cache is watched until the recorder is finished.
 
     Args:
