@@ -413,12 +413,8 @@ def test_an_unknown_model_is_named_soon(models):
 def test_limits_hold(models):
     with pytest.raises(ValueError, match="length must be a whole number from 1 to 50"):
         make(models, limits=Limits(new=50), length=80)
-    assert (
-        make(models, limits=Limits(new=20), task=OWN, text="ba : 8 ; xa : 4 ; ? ba xa >")
-        .runs[0]
-        .generation.max_new_tokens
-        == 20
-    )
+    session = make(models, limits=Limits(new=20), task=OWN, text="ba : 8 ; xa : 4 ; ? ba xa >")
+    assert session.runs[0].generation.max_new_tokens == 20
     with pytest.raises(ValueError, match="10 tokens at most"):
         make(models, limits=Limits(prompt=10), task=OWN, text="ba : 8 ; xa : 4 ; qo : ba + xa ; ? qo xa >")
 

@@ -1,4 +1,4 @@
-"""What a run generates, and the one call of `generate`: greedy or sampled as the page says, whatever the model brings."""
+"""What a run generates, and the one call of `generate`: as the page says, whatever settings a model brings."""
 
 import inspect
 from collections.abc import Sequence
@@ -91,17 +91,11 @@ def generate(
 ) -> torch.Tensor:
     """Continues a prompt with `cache`, by a model whose settings were taken over: ids ``[1, S + new]`` int64."""
     noise = [GumbelNoise(generation.temperature, generation.seed)] if generation.temperature else []
-    config = GenerationConfig(
-        max_new_tokens=generation.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        return_dict_in_generate=False,
-    )
+    settings = GenerationConfig(max_new_tokens=generation.max_new_tokens, do_sample=False, num_beams=1, use_cache=True)
     return model.generate(
         input_ids=generation.ids,
         attention_mask=torch.ones_like(generation.ids),
-        generation_config=config,
+        generation_config=settings,
         logits_processor=LogitsProcessorList(noise),
         stopping_criteria=StoppingCriteriaList(stopping),
         **{CACHE_ARGUMENT: cache},
@@ -113,6 +107,6 @@ def check_in_use(cache: Cache, tokens: int) -> None:
     given = cache.get_seq_length()
     if given != tokens:
         raise ValueError(
-            f"the model stopped using the cache that it was given: it has read {tokens:,} tokens, and {given:,} of them "
-            "went into the cache, so there is nothing true to show; ask for fewer tokens or choose another model"
+            f"the model does not use the cache that it was given: it has read {tokens:,} tokens, of which {given:,} "
+            "went into the cache, so there is nothing true to show; ask for fewer tokens, or choose another model"
         )
