@@ -26,6 +26,7 @@ from kara_hf.pod import explore as exploring
 from kara_hf.pod import plot as plotting
 from kara_hf.pod.explore import LayerSimilarity, explore, js_divergence
 from kara_hf.pod.forward import SharedForward
+from kara_hf.pod.picture import picture_of
 from kara_hf.pod.similarity import groups_of
 from kara_hf.probing.data import token_samples
 from kara_hf.tasks.reasoner import VOCABULARY, final_answer, split_of
@@ -536,7 +537,7 @@ def test_a_picture_shows_the_groups():
     values = GOLDEN.clone()
     values[2] = values[:, 2] = math.nan
     found = made(values, kinds=kinds, origin={"model_name": "<it>"})
-    drawn_ = plotting.picture_of(found, found.group(0.5))
+    drawn_ = picture_of(found, found.group(0.5))
     assert drawn_.groups == [[[0, 1], [2], [3], [4]]] and drawn_.roles[:, 0].tolist() == [2, 1, 0, 0, 0]
     assert drawn_.name(0) == "KV head 0: 1 of 5 follow" and drawn_.low == 0.0
     assert "<it>" in drawn_.title and "2 samples of 64 tokens" in drawn_.lines[0]
@@ -550,7 +551,7 @@ def test_pictures_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
             plotting.plot(found, found.group(0.5), path)
     for library, suffix in (("plotly", "html"), ("matplotlib", "png")):
         monkeypatch.setitem(sys.modules, library, None)
-        with pytest.raises(ImportError, match=rf"need {library}, .* pip install 'kara_hf\[plot\]'"):
+        with pytest.raises(ImportError, match=rf"needs {library}, .* pip install 'kara_hf\[plot\]'"):
             plotting.plot(found, found.group(0.5), tmp_path / f"it.{suffix}")
 
 

@@ -137,11 +137,15 @@ def explore(
                 f"{', '.join(measured)} cannot be changed with --from: what was measured in {source} is taken as it is"
             )
 
-        from ..pod.plot import find_writer
+        from ..pod.plot import packages_of as packages_of_plot
+        from ..pod.plot import plot as draw
         from ..pod.similarity import LayerSimilarity
+        from ..probing.data import packages_of
+        from ..requirements import require_packages
         from .pod_tables import show_sharing
 
-        draw = find_writer(plot) if plot else None
+        needed = packages_of_plot(plot) if plot else {}
+        require_packages("exploring", needed | (packages_of(data) if data else {}))
         console = Console(highlight=False)
         similarity = LayerSimilarity.load(source) if source else measure(**measured, **near)
         if folder != source:
@@ -154,8 +158,8 @@ def explore(
             tokens = at_tokens or 8 * similarity.group(0, **settings).proximal
             sharing = similarity.group_for(saving, tokens, **settings)
         sharing.save_pretrained(folder)
-        if draw is not None:
-            draw(similarity, sharing)
+        if plot is not None:
+            draw(similarity, sharing, plot)
         show_sharing(console, similarity, sharing)
         console.print(f"Written to {folder}{f' and {plot}' if plot else ''}", markup=False)
 
@@ -275,10 +279,10 @@ def adapt(
 
         from ..integration.loading import Runner
         from ..pod.adapt import adapt as adapt_model
-        from ..pod.adapt import check_packages
+        from ..pod.refusals import check_requirements
         from ..pod.samples import opener
 
-        check_packages(config, log)
+        check_requirements(config, data, out, log, push_to_hub)
         # accelerate moves it to the device of the process
         runner = Runner(
             model or str(BUNDLED_MODEL),
@@ -395,8 +399,11 @@ def open_samples(
     require(model is not None or data.startswith("problems:"), "data", data, own)
 
     from ..integration.loading import Runner
-    from ..probing.data import token_samples
+    from ..probing.data import files_of, packages_of, token_samples
+    from ..requirements import require_packages
 
+    require_packages(f"data={data!r}", packages_of(data))
+    files_of(data)  # refuses what is not there before a model is loaded
     runner = Runner(model or str(BUNDLED_MODEL), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     require(length <= runner.limit, "length", length, f"at most the {runner.limit} positions of the model")
     text = token_samples(

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..bundled import ASSETS, BUNDLED_MODEL
 from ..integration.attention import attach
-from ..integration.loading import Runner
-from ..policy.sharing import FILE
+from ..integration.loading import Runner, find_device, is_folder
+from ..policy.sharing import FILE, PoDSharing
 from .control import FifoLock
 from .generation import take_over_settings
 
@@ -72,17 +72,21 @@ class Models:
         options: of `kara_hf.integration.loading.Runner`.
 
     Raises:
-        ValueError: two folders have one name.
+        ValueError: a folder has no model, two folders have one name, or the device is not there.
+        OSError: there is no such map.
     """
 
     def __init__(self, folders: Sequence[str] = (), *, sharing: str | None = None, hub: bool = True, **options: Any):
+        find_device(options.get("device"))
         self.places: dict[str, str] = {}
         for place in folders:
-            name = Path(place).resolve().name if Path(place).is_dir() else place
+            name = Path(place).resolve().name if is_folder(place) else place
             if name in self.places or name in BUNDLED:
                 raise ValueError(f"model={place!r} is not possible: another model is called {name}; rename its folder")
             self.places[name] = place
         self.places |= {name: str(folder) for name, folder in BUNDLED.items()}
+        if sharing is not None:
+            PoDSharing.from_pretrained(sharing)  # refuses one that is not there, or says what is not possible
         self.sharing = {next(iter(self.places)): sharing} if folders and sharing else {}
         self.hub, self.options = hub, options
         self._loaded: dict[str, Loaded] = {}
