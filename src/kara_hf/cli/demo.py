@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..config import require
-from ..requirements import require_packages
+from ..needs import Package, check_needs, extra
 from .options import DTYPES, readable_errors
 
 
@@ -47,7 +47,7 @@ def demo(
             require(value >= 1, name, value, "a whole number from 1 on")
         require(0 <= port < 65536, "port", port, "a port, from 0 to 65535")
         require(sharing is None or bool(model), "sharing", sharing, "given with the --model that it is for")
-        require_packages("the demo", {"gradio": "kara_hf[demo]"})
+        check_needs({"": [Package("gradio", extra("demo"))]})
         with socket() as asked:
             asked.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
             try:

@@ -137,15 +137,16 @@ def explore(
                 f"{', '.join(measured)} cannot be changed with --from: what was measured in {source} is taken as it is"
             )
 
-        from ..pod.plot import packages_of as packages_of_plot
+        from ..needs import check_needs
+        from ..pod.plot import needs_of as needs_of_plot
         from ..pod.plot import plot as draw
         from ..pod.similarity import LayerSimilarity
-        from ..probing.data import packages_of
-        from ..requirements import require_packages
+        from ..probing.data import needs_of
         from .pod_tables import show_sharing
 
-        needed = packages_of_plot(plot) if plot else {}
-        require_packages("exploring", needed | (packages_of(data) if data else {}))
+        # Of other text than the bundled model's own `measure` says that it is not possible.
+        reads = needs_of(data) if data and model else []
+        check_needs({"plot": needs_of_plot(plot) if plot else [], "data": reads})
         console = Console(highlight=False)
         similarity = LayerSimilarity.load(source) if source else measure(**measured, **near)
         if folder != source:
@@ -399,11 +400,10 @@ def open_samples(
     require(model is not None or data.startswith("problems:"), "data", data, own)
 
     from ..integration.loading import Runner
-    from ..probing.data import files_of, packages_of, token_samples
-    from ..requirements import require_packages
+    from ..needs import check_needs
+    from ..probing.data import needs_of, token_samples
 
-    require_packages(f"data={data!r}", packages_of(data))
-    files_of(data)  # refuses what is not there before a model is loaded
+    check_needs({"data": needs_of(data)})
     runner = Runner(model or str(BUNDLED_MODEL), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     require(length <= runner.limit, "length", length, f"at most the {runner.limit} positions of the model")
     text = token_samples(

@@ -1,28 +1,23 @@
 """What a run generates, and the one call of `generate`: as the page says, whatever settings a model brings."""
 
-import inspect
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import (
-    GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache
 
+from ..integration.generation import check_used, for_generate, greedy
 from ..tasks.task import Example
-
-# What `generate` calls the cache; older versions of Transformers know the second name only.
-TAKES_CACHE = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-CACHE_ARGUMENT = "cache" if TAKES_CACHE else "past_key_values"
-# All that is taken from the settings which come with a model: how its texts end.
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -62,17 +57,17 @@ class GumbelNoise(LogitsProcessor):
         return scores.float() / self.temperature + gumbel.to(scores.device, torch.float32)  # type: ignore[return-value]
 
 
-def take_over_settings(model: PreTrainedModel, name: str) -> None:
-    """Replaces the generation settings that came with `model`, except for its special tokens.
+def take_over_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Puts greedy settings where those are that came with `model`, of which only its special tokens are kept.
 
     They may switch the cache off, choose another one, return several texts or change what is likely; and `generate`
-    fills in from them whatever a caller leaves out.
+    fills in from them whatever a caller leaves out. This is done once, since runs on one model alternate.
 
     Args:
         name: what the model was chosen by, for messages.
 
     Raises:
-        ValueError: the model brings a `generate` of its own, or none.
+        ValueError: the model brings a `generate` of its own, or none, or end tokens that are none.
     """
     if not isinstance(model, GenerationMixin):
         raise ValueError(f"model={name!r} is not possible: {type(model).__name__} cannot generate; choose a causal LM")
@@ -82,24 +77,29 @@ def take_over_settings(model: PreTrainedModel, name: str) -> None:
             "need not use the cache that is watched; start the demo without --trust-remote-code, or choose another "
             "model"
         )
-    own = model.generation_config
-    model.generation_config = GenerationConfig(**{token: getattr(own, token, None) for token in SPECIAL_TOKENS})
+    model.generation_config = greedy(model, tokenizer)
 
 
 def generate(
     model: PreTrainedModel, cache: Cache, generation: Generation, stopping: Sequence[StoppingCriteria]
 ) -> torch.Tensor:
-    """Continues a prompt with `cache`, by a model whose settings were taken over: ids ``[1, S + new]`` int64."""
+    """Continues a prompt with `cache`, by a model whose settings were taken over: ids ``[1, S + new]`` int64.
+
+    Raises:
+        ValueError: the model went on with another cache.
+    """
     noise = [GumbelNoise(generation.temperature, generation.seed)] if generation.temperature else []
-    settings = GenerationConfig(max_new_tokens=generation.max_new_tokens, do_sample=False, num_beams=1, use_cache=True)
-    return model.generate(
+    settings = copy.deepcopy(model.generation_config)
+    settings.max_new_tokens = generation.max_new_tokens
+    out = model.generate(
         input_ids=generation.ids,
         attention_mask=torch.ones_like(generation.ids),
         generation_config=settings,
         logits_processor=LogitsProcessorList(noise),
         stopping_criteria=StoppingCriteriaList(stopping),
-        **{CACHE_ARGUMENT: cache},
+        **for_generate(cache),
     )
+    return check_used(model, cache, out)
 
 
 def check_in_use(cache: Cache, tokens: int) -> None:

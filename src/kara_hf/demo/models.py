@@ -53,7 +53,7 @@ class Loaded:
         beside = Path(place) / FILE
         self.sharing = sharing or (str(beside) if beside.is_file() else None)
         self.turn = FifoLock()
-        take_over_settings(self.model, name)
+        take_over_settings(self.model, self.tokenizer, name)
         try:
             attach(self.model)
         except ValueError:

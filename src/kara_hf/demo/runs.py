@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from ..cache.compressed import CompressedCache
 from ..config import KaraConfig
+from ..integration.generation import end_tokens
 from ..methods.caches import Full, Method
 from ..tasks.reasoner import final_answer
 from .control import RunControl
@@ -116,8 +117,7 @@ class StepGate(StoppingCriteria):
         self.run, self.generated = run, 0
         self.begun = 0.0
         self.last = False
-        ends = run.loaded.model.generation_config.eos_token_id
-        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self.ends = end_tokens(run.loaded.model)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         run, token = self.run, int(input_ids[0, -1])

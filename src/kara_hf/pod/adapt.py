@@ -89,7 +89,6 @@ def adapt(
     Raises:
         TypeError: `model` is no Transformers model.
         ValueError: what was asked is not possible, and nothing was changed; or the loss became infinite.
-        FileNotFoundError: the data's files are not there.
         ImportError: packages are missing; the message names all of them and says how they are installed.
     """
     output = Path(output)

@@ -101,7 +101,7 @@ def card(base: str, sharing: PoDSharing, config: AdaptConfig, measured: dict[str
             "",
             *load,
             "cache = PoDCache(model, PoDSharing.from_pretrained(folder))",
-            "model.generate(**inputs, past_key_values=cache)",
+            "model.generate(**inputs, cache=cache)  # past_key_values=cache where Transformers does not know it yet",
             "```",
             "",
         ]

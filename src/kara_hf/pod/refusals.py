@@ -1,7 +1,6 @@
 """What adaptation needs and what it cannot do, found out before anything is changed."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -12,15 +11,14 @@ from transformers import PreTrainedModel
 from ..config import require
 from ..integration.attention import decoder_config, unwrap
 from ..integration.shape import layer_kinds, model_shape
+from ..needs import Check, Need, Package, check_needs, extra
 from ..policy.sharing import PoDSharing
-from ..probing.data import files_of, packages_of
-from ..requirements import require_packages
+from ..probing.data import needs_of
 from .config import AdaptConfig
 from .samples import Sample, Start, ids_of
 from .student import lora_targets
 
-EXTRA = "kara_hf[train]"
-TRACKERS = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}  # any one of them
+TRACKERS = {"none": "", "tensorboard": "tensorboard|tensorboardX", "trackio": "trackio"}
 
 
 def check_requirements(
@@ -33,19 +31,25 @@ def check_requirements(
     """Looks up what `adapt` needs, with arguments as there; knows nothing of a model yet.
 
     Raises:
-        ValueError: there is no such tracker, the output is no folder, or nobody is logged in to the hub.
-        ImportError: packages are missing; the message names all of them and says how they are installed.
-        FileNotFoundError: the data's files are not there.
+        ImportError: packages are missing, and perhaps something else; the message names all of it, with the remedies.
+        ValueError: there is no such tracker or file, the output is no folder, or nobody is logged in to the hub.
     """
     require(log in TRACKERS, "log", log, f"one of {', '.join(TRACKERS)}")
-    needed = {"accelerate": EXTRA} | ({"peft": EXTRA} if config.rank else {})
-    needed |= packages_of(data) if isinstance(data, str) else {}
-    if all(find_spec(name) is None for name in TRACKERS[log]):
-        needed |= {name: name for name in TRACKERS[log][:1]}
-    require_packages("adaptation", needed)
-    if isinstance(data, str):
-        files_of(data)
+    needs: list[Need] = [Package("accelerate", extra("train"))]
+    needs += [Package("peft", extra("train"))] if config.rank else []
+    needs += [Package(TRACKERS[log], f"pip install {log}")] if TRACKERS[log] else []
+    needs += needs_of(data) if isinstance(data, str) else []
+    needs += [Check(lambda: check_output(output)), Check(lambda: check_login(push_to_hub))]
+    check_needs({"adaptation": needs})
+
+
+def check_output(output: Path) -> None:
+    """Raises ValueError if `output` is something else than a folder."""
     require(output.is_dir() or not output.exists(), "output", str(output), "a folder, or the name of a new one")
+
+
+def check_login(push_to_hub: str | None) -> None:
+    """Raises ValueError if something is to be uploaded and nobody is logged in."""
     if push_to_hub is not None and get_token() is None:
         raise ValueError(
             f"push_to_hub={push_to_hub!r} is not possible: nobody is logged in to the hub; run: hf auth login, or set "

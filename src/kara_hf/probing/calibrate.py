@@ -2,7 +2,7 @@
 
 calibration = calibrate(model, samples)
 calibration.save_pretrained("calibration")
-out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.25, score="calibration"))
+out = model.generate(**inputs, cache=KaraCache(model, retention=0.25, score="calibration"))
 """
 
 from collections.abc import Callable, Iterable

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..config import is_int, require
-from ..requirements import require_packages
+from ..needs import Check, Need, Package, check_needs, extra
 from ..tasks.reasoner import TASKS, make_problem
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def token_samples(
         require(split in ("train", "test"), "split", split, "'train' or 'test' for problems")
         endless = (_problems(mix, tokenizer, length, split, seed or 0, index) for index in count_from(skip))
         return islice(endless, count)
-    require_packages(f"data={str(data)!r}", packages_of(data))
+    check_needs({"data": needs_of(str(data))[:1]})  # what reads it; files are looked up as they are opened
     dataset = _open(str(data), split, text_column)
     samples = _pack(dataset, tokenizer, length, text_column, seed, str(data), None if count is None else skip + count)
     return islice(samples, skip, None if count is None else skip + count)
@@ -116,20 +116,18 @@ def _problems(
     raise AssertionError
 
 
-def packages_of(data: str | Path) -> dict[str, str]:
-    """What reading such data needs, as `require_packages` takes it."""
-    return {} if str(data).startswith(PROBLEMS) else {"datasets": "kara_hf[train]"}
+def needs_of(data: str) -> list[Need]:
+    """What reading such data needs: a package and files, or nothing."""
+    return [] if data.startswith(PROBLEMS) else [Package("datasets", extra("train")), Check(lambda: files_of(data))]
 
 
 def files_of(data: str) -> list[Path]:
-    """The files that such data is; none where it is a dataset of a hub, or problems.
+    """The files that such data is; none where it is a dataset of a hub.
 
     Raises:
         FileNotFoundError: there are no such files.
     """
     path = Path(data).expanduser()
-    if data.startswith(PROBLEMS):
-        return []
     if not path.exists():
         if data[:1] in ("", ".", "/", "~") or path.suffix in SUFFIXES or data.count("/") > 1:
             raise FileNotFoundError(f"data={data!r} is not there; give a file, a folder or a dataset of a hub")

@@ -8,7 +8,7 @@ from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_generate import left_padded
+from support.batches import ids, left_padded
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner
 
@@ -18,6 +18,7 @@ from kara_hf.cli.app import app
 from kara_hf.cli.calibrate import BUNDLED
 from kara_hf.config import KaraConfig
 from kara_hf.integration.attention import is_attached
+from kara_hf.integration.generation import for_forward, for_generate
 from kara_hf.policy import KaraPolicy
 from kara_hf.policy.calibrated import FILE, predict
 from kara_hf.probing import calibrate as fit
@@ -28,10 +29,6 @@ from kara_hf.tasks import reasoner_tasks  # noqa: F401  registers them
 from kara_hf.tasks.task import make_task
 
 WINDOWS = {"window": 8, "recent": 3}
-
-
-def ids(tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1, 128, (tokens,), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +125,8 @@ def test_a_cache_keeps_what_the_quadratic_ranks_highest(name, tmp_path):
     cache = KaraCache(model, score=tmp_path, **settings)
     plain = KaraCache(model, score="key-norm", **settings)
     with torch.no_grad():
-        model(sample, past_key_values=cache)
-        model(sample, past_key_values=plain)
+        model(sample, **for_forward(model, cache))
+        model(sample, **for_forward(model, plain))
     assert cache.report().resident_bytes == plain.report().resident_bytes  # nothing is held but keys and values
     for layer, scores in dense.items():
         rows = cache.layers[layer].stored().lengths.shape[1]
@@ -147,10 +144,10 @@ def test_batches_keep_what_single_runs_keep(folder):
     texts = [ids(5, 1), ids(9, 2), ids(13, 3)]
     inputs = left_padded(texts)
     cache = KaraCache(model, **settings)
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    out = model.generate(**inputs, **for_generate(cache), max_new_tokens=40, do_sample=False)
     for row, text in enumerate(texts):
         alone = KaraCache(model, **settings)
-        single = model.generate(text[None], past_key_values=alone, max_new_tokens=40, do_sample=False)
+        single = model.generate(text[None], **for_generate(alone), max_new_tokens=40, do_sample=False)
         assert out[row, -40:].tolist() == single[0, -40:].tolist()
         for layer, head in itertools.product(range(3), range(2)):
             assert torch.equal(cache.kept_positions(layer, row, head), alone.kept_positions(layer, 0, head))
@@ -159,10 +156,10 @@ def test_batches_keep_what_single_runs_keep(folder):
 def test_where_everything_is_kept_it_changes_nothing(folder):
     model = build("llama")
     cache = KaraCache(model, retention=1.0, score=folder, block_size=4, **WINDOWS)
-    out = model.generate(ids(9)[None], past_key_values=cache, max_new_tokens=40, do_sample=False)
+    out = model.generate(ids(9)[None], **for_generate(cache), max_new_tokens=40, do_sample=False)
     detach(model)
     wanted = model.generate(
-        ids(9)[None], past_key_values=DynamicCache(config=model.config), max_new_tokens=40, do_sample=False
+        ids(9)[None], **for_generate(DynamicCache(config=model.config)), max_new_tokens=40, do_sample=False
     )
     assert out.tolist() == wanted.tolist()
 

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 import kara_hf
 from kara_hf import KVCompressCache
+from kara_hf.integration.generation import for_generate
 from kara_hf.tasks.reasoner import make_problem
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "kept_map.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "kept_map.py"
 
 
 def load_example():
@@ -37,7 +38,7 @@ def run():
     model = AutoModelForCausalLM.from_pretrained(kept_map.BUNDLED_MODEL).eval()
     cache = KVCompressCache(model, retention=kept_map.RETENTION)
     inputs = tokenizer(make_problem(**kept_map.BUNDLED_PROBLEM).prompt, return_tensors="pt")
-    ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=64, do_sample=False)
+    ids = model.generate(**inputs, **for_generate(cache), max_new_tokens=64, do_sample=False)
     length = inputs["input_ids"].shape[1]
     return cache, length, tokenizer.decode(ids[0, length:], skip_special_tokens=True)
 

@@ -340,7 +340,7 @@ def test_visitors_have_their_own_runs_and_leave_nothing_behind(visit, sessions):
 
 
 def test_no_file_is_read_for_a_visitor(address):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     for path in (
         "/etc/passwd",
         root / "pyproject.toml",
