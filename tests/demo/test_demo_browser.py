@@ -1,56 +1,19 @@
 """The demo in a real browser: what is drawn agrees with the cache, and whatever visitors do, the page goes on."""
 
-import gc
-import itertools
 import json
-import socket
 import time
 import urllib.error
 import urllib.request
 import weakref
 from pathlib import Path
 
-import numpy as np
 import pytest
+from support.demo import TINY
+from support.demo_browser import ENDED, PHONE, fill, gone, pace, run, the_session
 
-pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'kara_hf[demo]'")
-
-
-from kara_hf.demo.app import launch
-from kara_hf.demo.models import BUNDLED, Models
+from kara_hf.demo.models import BUNDLED
 from kara_hf.demo.recorder import CacheRecorder
 from kara_hf.demo.recording import Recording
-from kara_hf.demo.request import Limits
-from kara_hf.demo.sessions import Sessions
-
-WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-TINY, DEEP = BUNDLED
-ENDED = "() => player.runs.length && player.done && player.runs.every(run => run.head.end) && player.at === null"
-SLOW = 40_000  # milliseconds, on a busy machine
-
-
-@pytest.fixture(scope="module")
-def sessions():
-    return Sessions()
-
-
-@pytest.fixture(scope="module")
-def address(sessions):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    limits = Limits(new=800, prompt=1200, runs=2)
-    app = launch(
-        Models(device="cpu"),
-        limits,
-        sessions,
-        server_name="127.0.0.1",
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-    )
-    yield app.local_url
-    app.close()
 
 
 @pytest.fixture(autouse=True)
@@ -69,67 +32,6 @@ def last_reports(monkeypatch):
 
     monkeypatch.setattr(CacheRecorder, "step", watch)
     return last
-
-
-@pytest.fixture
-def visit(browser, address):
-    """Opens the app in a tab of its own; nothing but the server may be asked for anything, and no script may fail."""
-    tabs, faults = [], []
-
-    def opened(viewport=WIDE, **options):
-        context = browser.new_context(viewport=viewport, accept_downloads=True, **options)
-        page = context.new_page()
-        page.set_default_timeout(SLOW)
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                request.url.startswith((address, "data:", "blob:")) or faults.append(f"asked for {request.url}")
-            ),
-        )
-        page.goto(address)
-        page.wait_for_function("() => window.player")
-        page.wait_for_selector("#start")
-        tabs.append(context)
-        return page
-
-    yield opened
-    for context in tabs:
-        context.close()
-    assert not faults
-
-
-def fill(page, name, value):
-    box = page.locator(f"#{name} input, #{name} textarea").first
-    box.fill(str(value))
-    box.blur()
-
-
-def pace(page, name):
-    page.get_by_role("button", name="Sampling, limits, speed").click()
-    page.get_by_label(name).click()
-
-
-def run(page, wait=True):
-    page.evaluate("() => { player.key = null; player.runs = []; }")
-    page.click("#start")
-    if wait:
-        page.wait_for_function(ENDED)
-
-
-def gone(sessions, caches=()):
-    """Whether all runs let go of their caches soon."""
-    for _ in range(150):
-        gc.collect()
-        if not sessions.live and not any(cache() for cache in caches):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def the_session(sessions):
-    (session,) = sessions._of.values()
-    return session
 
 
 def test_what_is_drawn_is_what_the_cache_holds(visit, sessions, last_reports, tmp_path):
@@ -389,67 +291,3 @@ def test_other_methods_and_shared_keys(visit, sessions):
     assert (sum(keys) + values) * 32 * 4 == recording.samples[-1][1]  # float32 in 32 dimensions: what the cache reports
     assert page.locator(".kh-heads .follows").count() == sum(follows) > 0
     assert page.locator(".t.shared").count() > 50
-
-
-LOOKS = """() => {
-  const pen = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const ground = getComputedStyle(player.root).backgroundColor;
-  const over = colour => {
-    for (const each of [ground, colour]) { pen.fillStyle = each; pen.fillRect(0, 0, 1, 1); }
-    return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map(part => part / 255);
-  };
-  return Object.fromEntries([...document.querySelectorAll(".kh-legend .t")].map(span => {
-    const style = getComputedStyle(span), cues = ["borderTopWidth", "borderBottomWidth", "borderBottomStyle",
-      "textDecorationLine", "outlineStyle"].map(name => style[name]).join(" ");
-    return [span.classList[1], {ground: over(style.backgroundColor), text: over(style.color), style: cues}];
-  }));
-}"""
-CONES = {  # what is left of linear RGB without one kind of cones (Machado, Oliveira and Fernandes, 2009)
-    "full colour": np.eye(3),
-    "protanopia": np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]),
-    "deuteranopia": np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]),
-    "tritanopia": np.array([[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]]),
-}
-
-
-def lab(colour, cones):
-    linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
-    linear = np.clip(cones @ linear, 0, 1)
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
-    f = np.cbrt(xyz / np.array([0.9505, 1.0, 1.089]))
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])]), linear @ np.array(
-        [0.2126, 0.7152, 0.0722]
-    )
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_can_be_told_apart_and_texts_read(visit, scheme):
-    page = visit(color_scheme=scheme)
-    got = page.evaluate(LOOKS)
-    tinted = {name: np.array(each["ground"]) for name, each in got.items() if name not in ("evicted", "fresh", "whole")}
-    assert set(tinted) == {"prompt", "sealed", "open", "recent", "shared"}
-    for kind, cones in CONES.items():
-        for (a, one), (b, other) in itertools.combinations(tinted.items(), 2):
-            apart = np.linalg.norm(lab(one, cones)[0] - lab(other, cones)[0])
-            assert apart > 9 or got[a]["style"] != got[b]["style"], (kind, a, b, apart)
-    assert len({each["style"] for each in got.values()}) >= 6  # a second cue, for those who see no colours at all
-    for name, each in got.items():
-        if name != "evicted":
-            light, dark = sorted((lab(np.array(each[part]), np.eye(3))[1] for part in ("ground", "text")), reverse=True)
-            assert (light + 0.05) / (dark + 0.05) > 4.5, name
-
-
-def test_it_fits_a_laptop_and_a_phone(visit):
-    for viewport in (WIDE, PHONE):
-        page = visit(viewport=viewport)
-        fill(page, "length", 80)
-        pace(page, "full speed")
-        run(page)
-        assert page.evaluate("() => document.documentElement.scrollWidth") <= viewport["width"]
-        for name in ("#start", "#stop", "#step", "#pause"):
-            box = page.locator(name).bounding_box()
-            assert box["x"] >= 0 and box["x"] + box["width"] <= viewport["width"] and box["height"] >= 24
-        panes = [page.locator(".kh-pane").nth(i).bounding_box() for i in (0, 1)]
-        assert all(box["width"] > 250 for box in panes)
-        beside = panes[0]["y"] == panes[1]["y"]
-        assert beside == (viewport is WIDE)

@@ -32,7 +32,7 @@ def test_the_saved_page_needs_nothing_else(models):
 
 @pytest.mark.parametrize("choice", [KARA, "KV-Compress"])
 def test_a_run_is_small_as_data(models, choice):
-    session = finished(make(models, choice=choice, length=300))
+    session = finished(make(models, choice=choice, length=160))
     assert len(json.dumps(session.to_dict())) < 200 * session.runs[0].recording.seen  # bytes a token, of 8 rows
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from kara_hf.demo.recorder import CacheRecorder
 from kara_hf.demo.recording import Recording, rounded, runs_of, spread
 
 
-@pytest.fixture
-def watched(monkeypatch):
+@contextmanager
+def watching():
     """What caches themselves say after every step, by recording: tokens seen, what rows hold, and the report."""
     seen = {}
     step = CacheRecorder.step
@@ -35,8 +36,9 @@ def watched(monkeypatch):
                 )
             )
 
-    monkeypatch.setattr(CacheRecorder, "step", watch)
-    return seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheRecorder, "step", watch)
+        yield seen
 
 
 def agree(recording, steps):
@@ -68,16 +70,29 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def recorded(models):
+    """The run of a case, made once, and what its cache said at every step."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            with watching() as seen:
+                (run,) = finished(make(models, **CASES[case])).runs
+            made[case] = run, seen.get(id(run.recording), [])
+        return made[case]
+
+    return get
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_derived_is_what_the_cache_held_at_every_step(models, watched, case):
-    session = finished(make(models, **CASES[case]))
-    (run,) = session.runs
+def test_what_is_derived_is_what_the_cache_held_at_every_step(recorded, case):
+    run, steps = recorded(case)
     recording = Recording.from_dict(json.loads(json.dumps(run.recording.to_dict())))
     assert recording == run.recording
     assert recording.end["reason"] in ("end", "limit"), recording.end
     assert recording.seen == recording.prompt + len(recording.tokens) - 1
     assert len(recording.micros) == len(recording.tokens) and min(recording.micros) > 0
-    steps = watched.get(id(run.recording), [])
     assert bool(steps) == (case != "full")
     agree(recording, steps)
     evicting = case not in ("full", "pod")
@@ -92,7 +107,7 @@ def test_what_is_derived_is_what_the_cache_held_at_every_step(models, watched, c
     "name, choice",
     [("gemma3", KARA), ("gemma3", "KV-Compress"), ("gpt-oss", KARA), ("deepseek-v3", KARA), ("gemma3", FULL)],
 )
-def test_any_model_and_its_own_words(watched, tmp_path, name, choice):
+def test_any_model_and_its_own_words(tmp_path, name, choice):
     """Layers of other kinds, a latent row for all heads, and a tokenizer of English."""
     words = tokenizer("bpe")
     model = build_model(name)
@@ -100,14 +115,15 @@ def test_any_model_and_its_own_words(watched, tmp_path, name, choice):
     model.save_pretrained(tmp_path / name)
     words.save_pretrained(tmp_path / name)
     models = Models([str(tmp_path / name)], device="cpu")
-    session = finished(make(models, model=name, task=NEEDLE, length=200, new=60, choice=choice))
+    with watching() as seen:
+        session = finished(make(models, model=name, task=NEEDLE, length=200, new=60, choice=choice))
     recording = session.runs[0].recording
     assert recording.end["reason"] == "limit" and recording.end["score"] == 0, recording.end
     full_attention = {
         i for i, kind in enumerate(getattr(model.config, "layer_types", None) or ()) if kind == "full_attention"
     }
     assert {layer for layer, _ in recording.rows} == (full_attention or set(range(model.config.num_hidden_layers)))
-    agree(recording, watched.get(id(session.runs[0].recording), []))
+    agree(recording, seen.get(id(session.runs[0].recording), []))
     assert bool(recording.changes) == (choice != FULL)
     assert "".join(session.to_dict()["prompt"]) == words.decode(session.runs[0].generation.ids[0])
     with pytest.raises(ValueError, match="PoD needs a map"):
@@ -115,9 +131,8 @@ def test_any_model_and_its_own_words(watched, tmp_path, name, choice):
 
 
 @pytest.mark.parametrize("case", ["kara", "kara and pod", "kv-compress", "kv-compress and pod"])
-def test_evicted_tokens_have_the_score_they_were_judged_by(models, case):
-    session = finished(make(models, **CASES[case]))
-    recording = session.runs[0].recording
+def test_evicted_tokens_have_the_score_they_were_judged_by(recorded, case):
+    recording = recorded(case)[0].recording
     for row in range(len(recording.rows)):
         scores = {}
         for change in recording.changes:

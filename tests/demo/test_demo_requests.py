@@ -12,6 +12,7 @@ from kara_hf import PoDSharing
 from kara_hf.demo.models import BUNDLED, Models
 from kara_hf.demo.presets import DEFAULTS, METHOD_PRESETS, OWN
 from kara_hf.demo.request import Limits
+from kara_hf.integration.shape import layer_kinds, model_shape
 
 BAD = {
     "empty text": (
@@ -140,9 +141,11 @@ def test_code_of_a_model_runs_only_if_a_flag_says_so(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_bundled_map_is_the_explored_one():
-    explored = Path(__file__).parents[1] / "benchmarks" / "results" / "pod" / "25"
-    assert PoDSharing.from_pretrained(BUNDLED[DEEP]) == PoDSharing.from_pretrained(explored)
+def test_the_bundled_map_is_of_the_bundled_model_and_saves_what_it_was_explored_for(models):
+    sharing, config = PoDSharing.from_pretrained(BUNDLED[DEEP]), models.load(DEEP).model.config
+    sharing.check(model_shape(config), layer_kinds(config))
+    assert sharing.model == model_shape(config)
+    assert sharing.saving(sharing.origin["at_tokens"]) >= sharing.origin["saving"] == 0.25
 
 
 def test_methods_show_the_settings_that_they_have(models):

@@ -313,9 +313,9 @@ def test_the_command_writes_what_other_commands_use(tmp_path):
     assert (code, output) == (0, f"written to {tmp_path / 'c'}\n")
     origin = KeyCalibration.from_pretrained(tmp_path / "c").origin
     assert origin["data"].startswith("problems:") and (origin["samples"], origin["tokens"]) == (6, 1536)
-    code, output = run("generate", "--cache", "kara", "--score", tmp_path / "c", "--retention", 0.5)
+    code, output = run("generate", "--cache", "kara", "--score", tmp_path / "c", "--max-new-tokens", 100)
     assert code == 0 and str(tmp_path / "c") in output.replace("\n", "")
-    task = ["--tasks", "trace:generated=200", "--n", 2, "--budgets", 0.5, "--out", tmp_path / "results"]
+    task = ["--tasks", "trace:generated=80", "--n", 1, "--budgets", 0.5, "--out", tmp_path / "results"]
     code, output = run("evaluate", *task, "--methods", "calibrated", "--calibration", tmp_path / "c")
     assert code == 0, output
     (found,) = (tmp_path / "results").rglob("calibrated@*.jsonl")
