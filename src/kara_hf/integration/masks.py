@@ -5,8 +5,10 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .attention import real_tokens
 
+AttentionMask = torch.Tensor | BlockMask | None  # whatever form Transformers gives it
 
-def causal_tokens(attention_mask: torch.Tensor | BlockMask | None, tokens: int) -> torch.Tensor | None:
+
+def causal_tokens(attention_mask: AttentionMask, tokens: int) -> torch.Tensor | None:
     """Which columns of a causal mask hold tokens.
 
     Args:

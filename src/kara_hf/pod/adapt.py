@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +29,7 @@ from .student import checkpointing, trainable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from peft import PeftModel
 
 __all__ = ["AdaptConfig", "Adaptation", "adapt", "perplexity"]
 
@@ -45,7 +46,7 @@ class Adaptation:
             and "adapted", with shared keys, after it. Empty without held-out samples.
     """
 
-    model: Any
+    model: "PreTrainedModel | PeftModel"
     sharing: PoDSharing
     losses: list[float]
     held_out: dict[str, float]

@@ -6,7 +6,7 @@ sharing = similarity.group(threshold=0.5)     # as often as wanted, without the 
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import transformers
@@ -26,7 +26,7 @@ ROW_BYTES = 512 << 20
 
 
 def explore(
-    model: Any,
+    model: torch.nn.Module,
     samples: Iterable[torch.Tensor],
     *,
     queries: int = 32,

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 
 from ..integration.attention import AttentionFunction, AttentionHook, decoder_config, hooked, unwrap
-from ..integration.masks import causal_tokens
+from ..integration.masks import AttentionMask, causal_tokens
 from ..integration.shape import layer_kinds, model_shape
 from ..kernels import Near, shared_attention
 from ..policy.sharing import PoDSharing
@@ -29,7 +29,7 @@ class SharedForward(AttentionHook):
             already.
     """
 
-    def __init__(self, model: Any, sharing: PoDSharing):
+    def __init__(self, model: torch.nn.Module, sharing: PoDSharing):
         self.model, self.sharing = unwrap(model), sharing
         config = decoder_config(self.model)
         sharing.check(model_shape(config), layer_kinds(config))
@@ -45,7 +45,7 @@ class SharedForward(AttentionHook):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class SharedForward(AttentionHook):
         finally:
             self._paused = False
 
-    def _start(self, *_: Any) -> None:
+    def _start(self, *_: object) -> None:
         if self._paused:
             return
         check_checkpointing(self.model)
@@ -76,7 +76,7 @@ class SharedForward(AttentionHook):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: Any,
+        attention_mask: AttentionMask,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As an attention function of Transformers, of a whole sequence: ``[B, Hq, S, D]``, ``[B, H, S, D]``."""
@@ -133,7 +133,7 @@ class SharedForward(AttentionHook):
         return torch.cat(queries, 1), torch.cat(keys, 1)
 
 
-def check_checkpointing(model: Any) -> None:
+def check_checkpointing(model: torch.nn.Module) -> None:
     """Raises ValueError if `model` checkpoints its layers in the reentrant way."""
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)

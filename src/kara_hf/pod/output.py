@@ -4,13 +4,19 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..integration.attention import unwrap
 from ..integration.shape import model_name
 from ..policy.sharing import PoDSharing
 from .config import AdaptConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 SETTINGS = "pod_adapt.json"
 METRICS = "metrics.jsonl"
@@ -25,13 +31,13 @@ STATES = {
 
 def write(
     folder: Path,
-    model: Any,
+    model: "PreTrainedModel | PeftModel",
     sharing: PoDSharing,
     config: AdaptConfig,
     measured: dict[str, float],
-    weights: dict[str, Any] | None,
+    weights: dict[str, torch.Tensor] | None,
     tokens: int,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Writes everything; the model's files in the standard form of PEFT or Transformers.
 
@@ -43,7 +49,7 @@ def write(
     options: dict[str, Any] = {"state_dict": weights}
     if config.rank:
         options["save_embedding_layers"] = False  # they are not trained, and asking whether they were asks a hub
-    model.save_pretrained(folder, **options)
+    model.save_pretrained(str(folder), **options)
     if tokenizer is not None and not config.rank:
         tokenizer.save_pretrained(folder)
     sharing.save_pretrained(folder)

@@ -3,18 +3,21 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
 from .config import AdaptConfig
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @contextmanager
-def trainable(model: PreTrainedModel, config: AdaptConfig) -> Iterator[Any]:
+def trainable(model: PreTrainedModel, config: AdaptConfig) -> Iterator["PreTrainedModel | PeftModel"]:
     """The model with LoRA, or itself; in eval mode afterwards, and if something failed without LoRA."""
     required = [(weight, weight.requires_grad) for weight in model.parameters()]
     student = with_lora(model, config) if config.rank else model
@@ -31,7 +34,7 @@ def trainable(model: PreTrainedModel, config: AdaptConfig) -> Iterator[Any]:
         student.eval()
 
 
-def with_lora(model: PreTrainedModel, config: AdaptConfig) -> Any:
+def with_lora(model: PreTrainedModel, config: AdaptConfig) -> "PeftModel":
     """`model` with LoRA's layers in it, and all its own weights frozen."""
     from peft import LoraConfig, TaskType, get_peft_model
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..integration.attention import AttentionFunction, AttentionHook, hooked
-from ..integration.masks import causal_tokens
+from ..integration.masks import AttentionMask, causal_tokens
 from ..kernels import Near
 
 
@@ -103,7 +103,7 @@ class Recorder(AttentionHook):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: Any,
+        attention_mask: AttentionMask,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer: Any = module.layer_idx

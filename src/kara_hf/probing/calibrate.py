@@ -6,7 +6,6 @@ out = model.generate(**inputs, cache=KaraCache(model, retention=0.25, score="cal
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import transformers
@@ -24,7 +23,7 @@ RIDGE = 1e-3  # of the variance of a feature
 
 
 def calibrate(
-    model: Any,
+    model: torch.nn.Module,
     samples: Iterable[torch.Tensor],
     *,
     window: int = 256,
