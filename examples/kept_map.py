@@ -21,12 +21,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import kara_hf
 from kara_hf import KVCompressCache, KVCompressConfig
+from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.cli.display import kept_table
+from kara_hf.integration.generation import for_generate
 from kara_hf.tasks.reasoner import make_problem
 
-BUNDLED_MODEL = Path(kara_hf.__file__).parent / "assets" / "tiny_reasoner"
 BUNDLED_PROBLEM: dict[str, Any] = {"task": "recall", "length": 512, "seed": 0}
 RETENTION = 0.25
 
@@ -290,7 +290,7 @@ def draw(model_name: str | None, prompt: str | None, budget: dict[str, Any], max
         raise ValueError("prompt is empty; give some text")
     if model_name is None and (inputs["input_ids"] == tokenizer.unk_token_id).any():
         raise ValueError("the bundled model knows only the words of its own problems; pass --model for other text")
-    out_ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+    out_ids = model.generate(**inputs, **for_generate(cache), max_new_tokens=max_new_tokens, do_sample=False)
     if out_ids.shape[1] - length <= 1:
         cache.compress()  # a prompt is cut when the second token is asked for
     text = tokenizer.decode(out_ids[0, length:], skip_special_tokens=True).strip()

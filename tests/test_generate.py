@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from architectures import build
+from support.batches import left_padded
 from transformers import DynamicCache
 
 from kara_hf import KaraCache, KVCompressCache, attach
@@ -25,14 +26,6 @@ def prompt(tokens: int = 20, batch: int = 1, seed: int = 1) -> dict[str, torch.T
 
 # Scores that hold queries, and moments of queries.
 HELD = pytest.mark.parametrize("score", ["bidirectional", "mean-square"])
-
-
-def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    width = max(len(row) for row in rows)
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    for b, row in enumerate(rows):
-        ids[b, width - len(row) :], mask[b, width - len(row) :] = row, 1
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 @pytest.mark.parametrize("score", ["bidirectional", "mean-square", "random"])
@@ -327,7 +320,6 @@ def test_other_caches_while_attached():
         assert model.generate(**prompt(batch=2), use_cache=False, **LONG).tolist() == plain.tolist()
         assert torch.equal(model(**prompt()).logits, logits)
     assert model.config._attn_implementation == "sdpa"
-
 
     assert not model.config.to_json_string().count("kara_hf")
 

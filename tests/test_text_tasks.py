@@ -5,14 +5,15 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from support.tokenizing import tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import kara_hf.tasks.english  # noqa: F401
@@ -36,39 +37,6 @@ TASKS = [
     "program-trace",
 ]
 numbers = st.integers(0, 2**32)
-
-
-@cache
-def tokenizer(kind):
-    """bpe: trained on prose. bytes: one token each, behind one that begins every text. unigram: of another family."""
-    english = [*islice(prose(Random(0)), 800), " ".join(map(str, range(1000)))]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if kind == "unigram":
-        made = Tokenizer(models.Unigram())
-        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        made.train_from_iterator(
-            english,
-            trainers.UnigramTrainer(
-                vocab_size=1000,
-                special_tokens=["<unk>"],
-                unk_token="<unk>",
-                initial_alphabet=["\n", *map(chr, range(33, 127))],
-                show_progress=False,
-            ),
-        )
-        return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000 if kind == "bpe" else 257,
-        special_tokens=["<s>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    made.train_from_iterator(english, trainer)
-    if kind == "bytes":
-        made.post_processor = processors.TemplateProcessing(single="<s> $0", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def words_only(words):

@@ -10,8 +10,9 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 
 from ..config import is_int, require
 from ..integration.attach import Hold, calls_sdpa, check_not_compiled, check_supported, decoder_config
+from ..integration.shape import head_dim, layer_kinds, model_shape
 from ..policy import KeyCalibration
-from ..policy.sharing import PoDSharing, model_shape
+from ..policy.sharing import PoDSharing
 
 _COMPRESSED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # by exact type
 
@@ -104,7 +105,7 @@ class Binding:
 
     def check_sharing(self, sharing: PoDSharing) -> None:
         """Raises ValueError if `sharing` is not possible with this model; warns if it cannot save anything."""
-        sharing.check(self.config)
+        sharing.check(model_shape(self.config), layer_kinds(self.config))
         devices = {module.layer_idx: next(module.parameters(), torch.empty(0)).device for module in self._modules}
         for layer, heads in enumerate(sharing.lead):
             for lead in heads:
@@ -138,8 +139,7 @@ def check_max_bytes(max_bytes: int | None, model: PreTrainedModel, block_size: i
     """Raises ValueError if `max_bytes` could not hold one block."""
     config: Any = decoder_config(model)
     config = (getattr(config, "per_layer_config", None) or [config])[0]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    block = block_size * 2 * head_dim * model.dtype.itemsize
+    block = block_size * 2 * head_dim(config) * model.dtype.itemsize
     require(
         max_bytes is None or (is_int(max_bytes) and max_bytes >= block),
         "max_bytes",

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..config import require
+from ..needs import Package, check_needs, extra
 from .options import DTYPES, readable_errors
 
 
@@ -46,6 +47,7 @@ def demo(
             require(value >= 1, name, value, "a whole number from 1 on")
         require(0 <= port < 65536, "port", port, "a port, from 0 to 65535")
         require(sharing is None or bool(model), "sharing", sharing, "given with the --model that it is for")
+        check_needs({"": [Package("gradio", extra("demo"))]})
         with socket() as asked:
             asked.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
             try:
@@ -54,10 +56,6 @@ def demo(
                 raise OSError(
                     f"port={port} of host={host!r} cannot be had ({error.strerror}); choose another"
                 ) from error
-        try:
-            import gradio  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ImportError(f"{error.name} is not installed; run: pip install 'kara_hf[demo]'") from error
         from ..demo.app import launch
         from ..demo.models import Models
         from ..demo.request import Limits

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import typer
 
-BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "tiny_reasoner"
-BUNDLED_CALIBRATION = Path(__file__).parents[1] / "assets" / "tiny_reasoner_calibration"
+from ..bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL  # noqa: F401  the commands take them from here
+
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 

@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import require
 from ..pod.config import AdaptConfig
-from ..policy.sharing import PoDSharing
 from .options import BUNDLED_MODEL, DTYPES, readable_errors
 
 if TYPE_CHECKING:
@@ -112,6 +111,8 @@ def explore(
         require(fits, "saving", saving, "a number between 0 and 0.5, since values are never shared")
         require(saving is not None or at_tokens is None, "at_tokens", at_tokens, "given with --saving, or left out")
         require(compare in ("lead", "all", "prev"), "compare", compare, "'lead', 'all' or 'prev'")
+        from ..policy.sharing import PoDSharing
+
         near = given(sinks=sinks, recent=recent)
         PoDSharing.none(1, 1, distant_query=distant_query, **near)  # refuses what is out of range before a model runs
         measured = given(
@@ -136,11 +137,16 @@ def explore(
                 f"{', '.join(measured)} cannot be changed with --from: what was measured in {source} is taken as it is"
             )
 
-        from ..pod.plot import find_writer
+        from ..needs import check_needs
+        from ..pod.plot import needs_of as needs_of_plot
+        from ..pod.plot import plot as draw
         from ..pod.similarity import LayerSimilarity
+        from ..probing.data import needs_of
         from .pod_tables import show_sharing
 
-        draw = find_writer(plot) if plot else None
+        # Of other text than the bundled model's own `measure` says that it is not possible.
+        reads = needs_of(data) if data and model else []
+        check_needs({"plot": needs_of_plot(plot) if plot else [], "data": reads})
         console = Console(highlight=False)
         similarity = LayerSimilarity.load(source) if source else measure(**measured, **near)
         if folder != source:
@@ -153,8 +159,8 @@ def explore(
             tokens = at_tokens or 8 * similarity.group(0, **settings).proximal
             sharing = similarity.group_for(saving, tokens, **settings)
         sharing.save_pretrained(folder)
-        if draw is not None:
-            draw(similarity, sharing)
+        if plot is not None:
+            draw(similarity, sharing, plot)
         show_sharing(console, similarity, sharing)
         console.print(f"Written to {folder}{f' and {plot}' if plot else ''}", markup=False)
 
@@ -267,15 +273,17 @@ def adapt(
             save_every=save_every,
             held_out=held_out,
         )
+        from ..policy.sharing import PoDSharing
+
         shared = PoDSharing.from_pretrained(sharing)
         data = data or BUNDLED["data"]
 
         from ..integration.loading import Runner
         from ..pod.adapt import adapt as adapt_model
-        from ..pod.adapt import check_packages
+        from ..pod.refusals import check_requirements
         from ..pod.samples import opener
 
-        check_packages(config, log)
+        check_requirements(config, data, out, log, push_to_hub)
         # accelerate moves it to the device of the process
         runner = Runner(
             model or str(BUNDLED_MODEL),
@@ -392,8 +400,10 @@ def open_samples(
     require(model is not None or data.startswith("problems:"), "data", data, own)
 
     from ..integration.loading import Runner
-    from ..probing.data import token_samples
+    from ..needs import check_needs
+    from ..probing.data import needs_of, token_samples
 
+    check_needs({"data": needs_of(data)})
     runner = Runner(model or str(BUNDLED_MODEL), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     require(length <= runner.limit, "length", length, f"at most the {runner.limit} positions of the model")
     text = token_samples(

@@ -1,17 +1,19 @@
 """The page: what can be chosen, and what the buttons do. What is seen of a run is `player.js`."""
 
-import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
-from .handlers import Desk
+from .handlers import Handlers
 from .models import BUNDLED, Models
 from .page import make_page, read
-from .presets import CHOICES, DEEP_LENGTHS, DEFAULTS, KARA, OWN, SCORES, TASKS, TRACE
-from .request import PACES, Limits
-from .sessions import Shows
+from .presets import DEEP_LENGTHS, DEFAULTS, KARA, METHOD_PRESETS, OWN, SCORES, TASK_PRESETS, TRACE
+from .request import PACES, DemoRequest, Limits
+from .sessions import Sessions
 
 METRICS = ["l2", "l1", "recency", "random"]
 ABOUT = (
@@ -50,111 +52,118 @@ window.player = new Player(element, {
   page: key => server.standalone(key),
 });
 """
-FOLLOW = "text => { const {show} = JSON.parse(text || '{}'); if (show) window.player.follow(show); }"
+FOLLOW = "text => { const {session} = JSON.parse(text || '{}'); if (session) window.player.follow(session); }"
 
 
-def build(models: Models, limits: Limits, shows: Shows) -> gr.Blocks:
+@dataclass(frozen=True)
+class Controls:
+    """What a visitor presses and fills in; `settings` are those of all methods, by name."""
+
+    start: gr.Button
+    pause: gr.Button
+    step: gr.Button
+    stop: gr.Button
+    status: gr.HTML
+    model: gr.Dropdown
+    task: gr.Radio
+    length: gr.Number
+    number: gr.Number
+    text: gr.Textbox
+    choice: gr.Dropdown
+    beside: gr.Checkbox
+    settings: dict[str, Component]
+    pace: gr.Radio
+    new: gr.Number
+    temperature: gr.Number
+    seed: gr.Number
+
+    @property
+    def asked(self) -> list[Component]:
+        """The fields, in the order in which `DemoRequest` takes their values."""
+        names = [field.name for field in fields(DemoRequest)][:-1]
+        return [*(getattr(self, name) for name in names), *self.settings.values()]
+
+
+def build(models: Models, limits: Limits, sessions: Sessions) -> gr.Blocks:
     """The app, not launched.
 
     Args:
         models: what can be chosen.
         limits: what may be asked for.
-        shows: where running shows are kept.
+        sessions: where those that go on are kept.
     """
-
-    async def poll(asked: list[Any]) -> dict[str, Any] | None:
-        """What is new of a show, for a player that knows its key."""
-        key, have = asked
-        show = shows.find(key)
-        return None if show is None else show.since(have)
-
-    async def standalone(key: str) -> str:
-        """The page that plays a show without Python."""
-        show = shows.find(key)
-        return "" if show is None else make_page(show.to_dict())
-
     with gr.Blocks(title="kara_hf", analytics_enabled=False, fill_width=True) as app:
         gr.HTML(ABOUT, elem_id="about")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=250, elem_id="controls"):
-                with gr.Row(elem_id="buttons"):
-                    start = gr.Button("Start", variant="primary", elem_id="start")
-                    pause = gr.Button("Pause", elem_id="pause")
-                    step = gr.Button("Step", elem_id="step")
-                    stop = gr.Button("Stop", variant="stop", elem_id="stop")
-                status = gr.HTML("", elem_id="status")
-                model = gr.Dropdown(
-                    models.names,
-                    value=models.names[0],
-                    allow_custom_value=True,
-                    label="Model",
-                    info="Bundled, or any hub id" if models.hub else "Bundled",
-                    elem_id="model",
-                )
-                task = gr.Radio(list(TASKS), value=TRACE, label="Task", info=TASKS[TRACE].about, elem_id="task")
-                with gr.Row(elem_id="size"):
-                    length = gr.Number(TASKS[TRACE].length, label="Tokens", precision=0, elem_id="length")
-                    number = gr.Number(0, label="Problem", precision=0, elem_id="number")
-                text = gr.Textbox(label="Text to continue", lines=4, visible=False, elem_id="text")
-                choice = gr.Dropdown(
-                    list(CHOICES), value=KARA, label="Method", info=CHOICES[KARA].about, elem_id="choice"
-                )
-                beside = gr.Checkbox(True, label="Full cache beside it", elem_id="beside")
-                with gr.Row(elem_id="settings"):
-                    fields = _fields()
-                with gr.Accordion("Sampling, limits, speed", open=False):
-                    pace = gr.Radio(list(PACES), value="100 tokens/s", label="Show at", elem_id="pace")
-                    most = f"0: enough for the task; at most {limits.new:,}"
-                    new = gr.Number(0, label="Most new tokens", info=most, precision=0, elem_id="new")
-                    temperature = gr.Number(0, label="Temperature", info="0: greedy", elem_id="temperature")
-                    about = "Of sampling and of random choices"
-                    seed = gr.Number(0, label="Seed", info=about, precision=0, elem_id="seed")
+                controls = _controls(models, limits)
             with gr.Column(scale=5, min_width=320):
-                gr.HTML(
-                    "",
-                    html_template="<div></div>",
-                    js_on_load=read("player.js") + ON_LOAD,
-                    server_functions=[poll, standalone],
-                    elem_id="player",
-                    css=read("player.css") + CSS,
-                    apply_default_css=False,
-                )
-        signal = gr.Textbox(visible="hidden", elem_id="signal")
-        ticket = gr.Textbox(visible="hidden", elem_id="ticket")
-
-        desk = Desk(models, limits, shows, list(fields))
-        asked = [model, task, length, number, text, choice, beside, new, temperature, seed, pace, *fields.values()]
-        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-        begun = ticket.change(
-            desk.begin,
-            [ticket, *asked],
-            [signal, status],
-            concurrency_limit=limits.runs,
-            concurrency_id="runs",
-            show_progress="hidden",
-            trigger_mode="multiple",
-        )
-        start.click(desk.start, None, [ticket, status], cancels=begun, **at_once)
-        step.click(desk.step, None, [ticket, status], **at_once)
-        stop.click(desk.stop, cancels=begun, **at_once)
-        pause.click(desk.pause, **at_once)
-        signal.change(None, signal, None, js=FOLLOW)
-        app.unload(desk.close)
-
-        shown, given = [choice, model, length, *fields.values()], [task, choice, model]
-        task.input(partial(_show_task, list(fields)), given, [task, number, text, *shown], **at_once)
-        choice.input(partial(_show_choice, list(fields)), given, shown, **at_once)
+                _player(sessions)
+        _connect(app, controls, Handlers(models, limits, sessions, list(controls.settings)), limits)
     return app
 
 
-def _fields() -> dict[str, Any]:
+def _controls(models: Models, limits: Limits) -> Controls:
+    with gr.Row(elem_id="buttons"):
+        start = gr.Button("Start", variant="primary", elem_id="start")
+        pause = gr.Button("Pause", elem_id="pause")
+        step = gr.Button("Step", elem_id="step")
+        stop = gr.Button("Stop", variant="stop", elem_id="stop")
+    status = gr.HTML("", elem_id="status")
+    model = gr.Dropdown(
+        models.names,
+        value=models.names[0],
+        allow_custom_value=True,
+        label="Model",
+        info="Bundled, or any hub id" if models.hub else "Bundled",
+        elem_id="model",
+    )
+    task = gr.Radio(list(TASK_PRESETS), value=TRACE, label="Task", info=TASK_PRESETS[TRACE].about, elem_id="task")
+    with gr.Row(elem_id="size"):
+        length = gr.Number(TASK_PRESETS[TRACE].length, label="Tokens", precision=0, elem_id="length")
+        number = gr.Number(0, label="Problem", precision=0, elem_id="number")
+    text = gr.Textbox(label="Text to continue", lines=4, visible=False, elem_id="text")
+    about = METHOD_PRESETS[KARA].about
+    choice = gr.Dropdown(list(METHOD_PRESETS), value=KARA, label="Method", info=about, elem_id="choice")
+    beside = gr.Checkbox(True, label="Full cache beside it", elem_id="beside")
+    with gr.Row(elem_id="settings"):
+        settings = _settings()
+    with gr.Accordion("Sampling, limits, speed", open=False):
+        pace = gr.Radio(list(PACES), value="100 tokens/s", label="Show at", elem_id="pace")
+        most = f"0: enough for the task; at most {limits.new:,}"
+        new = gr.Number(0, label="Most new tokens", info=most, precision=0, elem_id="new")
+        temperature = gr.Number(0, label="Temperature", info="0: greedy", elem_id="temperature")
+        about = "Of sampling and of random choices"
+        seed = gr.Number(0, label="Seed", info=about, precision=0, elem_id="seed")
+    return Controls(
+        start,
+        pause,
+        step,
+        stop,
+        status,
+        model,
+        task,
+        length,
+        number,
+        text,
+        choice,
+        beside,
+        settings,
+        pace,
+        new,
+        temperature,
+        seed,
+    )
+
+
+def _settings() -> dict[str, Component]:
     """The settings of all methods, by name; those of the first one are visible."""
 
-    def field(kind: Any, name: str, label: str, info: str | None, **options: Any) -> Any:
-        visible = name in CHOICES[KARA].settings
+    def field(kind: Callable[..., Component], name: str, label: str, info: str | None, **options: Any) -> Component:
+        visible = name in METHOD_PRESETS[KARA].settings
         return kind(value=DEFAULTS[name], label=label, info=info, visible=visible, elem_id=f"set-{name}", **options)
 
-    def number(name: str, label: str, info: str) -> Any:
+    def number(name: str, label: str, info: str) -> Component:
         return field(gr.Number, name, label, info, precision=0)
 
     return {
@@ -172,33 +181,82 @@ def _fields() -> dict[str, Any]:
     }
 
 
+def _player(sessions: Sessions) -> None:
+    async def poll(asked: list[Any]) -> dict[str, Any] | None:
+        """What is new of a session, for a player that knows its key."""
+        key, have = asked
+        session = sessions.find(key)
+        return None if session is None else session.since(have)
+
+    async def standalone(key: str) -> str:
+        """The page that plays a session without Python."""
+        session = sessions.find(key)
+        return "" if session is None else make_page(session.to_dict())
+
+    gr.HTML(
+        "",
+        html_template="<div></div>",
+        js_on_load=read("player.js") + ON_LOAD,
+        server_functions=[poll, standalone],
+        elem_id="player",
+        css=read("player.css") + CSS,
+        apply_default_css=False,
+    )
+
+
+def _connect(app: gr.Blocks, controls: Controls, handlers: Handlers, limits: Limits) -> None:
+    """Says what is called when something is pressed or chosen, and when a visitor leaves."""
+    signal = gr.Textbox(visible="hidden", elem_id="signal")
+    ticket = gr.Textbox(visible="hidden", elem_id="ticket")
+    at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+    begun = ticket.change(
+        handlers.begin,
+        [ticket, *controls.asked],
+        [signal, controls.status],
+        concurrency_limit=limits.runs,
+        concurrency_id="runs",
+        show_progress="hidden",
+        trigger_mode="multiple",
+    )
+    controls.start.click(handlers.start, None, [ticket, controls.status], cancels=begun, **at_once)
+    controls.step.click(handlers.step, None, [ticket, controls.status], **at_once)
+    controls.stop.click(handlers.stop, cancels=begun, **at_once)
+    controls.pause.click(handlers.pause, **at_once)
+    signal.change(None, signal, None, js=FOLLOW)
+    app.unload(handlers.close)
+
+    task, choice, model, settings = controls.task, controls.choice, controls.model, controls.settings
+    shown, given = [choice, model, controls.length, *settings.values()], [task, choice, model]
+    updated = [task, controls.number, controls.text, *shown]
+    task.input(partial(_show_task, list(settings)), given, updated, **at_once)
+    choice.input(partial(_show_choice, list(settings)), given, shown, **at_once)
+
+
 def _show_task(settings: list[str], task: str, choice: str, model: str) -> tuple[Any, ...]:
     """What changes on the page when a task is chosen: its own fields, and the method that shows most of it."""
-    preset, own = TASKS[task], task == OWN
-    suggested = choice if preset.method is None or CHOICES[choice].shares else preset.method
+    preset, own = TASK_PRESETS[task], task == OWN
+    suggested = choice if preset.method is None or METHOD_PRESETS[choice].shares else preset.method
     fields = gr.update(visible=not own), gr.update(visible=own)
     return gr.update(info=preset.about), *fields, *_show_choice(settings, task, suggested, model)
 
 
 def _show_choice(settings: list[str], task: str, choice: str, model: str) -> tuple[Any, ...]:
     """What changes when a method is chosen: its settings, and for PoD the model, with what it can follow."""
-    chosen, (small, deep) = CHOICES[choice], BUNDLED
+    chosen, (small, deep) = METHOD_PRESETS[choice], BUNDLED
     if chosen.shares and model == small:
         model = deep
     elif not chosen.shares and model == deep:
         model = small
-    length = DEEP_LENGTHS.get(task) if model == deep else TASKS[task].length
+    length = DEEP_LENGTHS.get(task) if model == deep else TASK_PRESETS[task].length
     shown = gr.update(visible=False) if task == OWN else gr.update(value=length, visible=True)
     updates = {each: gr.update(visible=each in chosen.settings) for each in settings}
     updates["retention"] = gr.update(visible="retention" in chosen.settings, value=chosen.retention)
     return gr.update(value=choice, info=chosen.about), gr.update(value=model), shown, *updates.values()
 
 
-def launch(models: Models, limits: Limits, shows: Shows | None = None, **options: Any) -> gr.Blocks:
+def launch(models: Models, limits: Limits, sessions: Sessions | None = None, **options: Any) -> gr.Blocks:
     """Serves the app until it is interrupted; `options` are those of `gradio.Blocks.launch`."""
-    # Newer versions of Transformers have another name for it, which older ones do not know.
-    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
-    app = build(models, limits, shows or Shows())
+    app = build(models, limits, sessions or Sessions())
     app.queue(max_size=64)
     theme = gr.themes.Default(
         primary_hue="blue",

@@ -3,59 +3,42 @@
 import os
 import re
 import threading
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli.options import BUNDLED_MODEL
+from ..bundled import ASSETS, BUNDLED_MODEL
 from ..integration.attach import attach
-from ..integration.loading import Runner
-from ..policy.sharing import FILE
+from ..integration.loading import Runner, find_device, is_folder
+from ..policy.sharing import FILE, PoDSharing
+from .control import FifoLock
+from .generation import take_over_settings
 
-BUNDLED = {folder.name: folder for folder in (BUNDLED_MODEL, BUNDLED_MODEL.parent / "deep_reasoner")}
+BUNDLED = {folder.name: folder for folder in (BUNDLED_MODEL, ASSETS / "deep_reasoner")}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 KEPT = 3  # models from a hub that stay loaded
 SMALL = 50_000_000  # parameters, below which several threads slow a step down
 HUB_SECONDS = 5.0  # for the hub to answer; loading itself tries again and again for most of a minute
 
 
-class Turns:
-    """A lock that is given in the order in which it was asked for, so that runs on one model alternate."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._taken = False
-        self._waiting: deque[threading.Event] = deque()
-
-    def take(self) -> None:
-        """Waits for the turn."""
-        with self._guard:
-            if not self._taken:
-                self._taken = True
-                return
-            mine = threading.Event()
-            self._waiting.append(mine)
-        mine.wait()
-
-    def pass_on(self) -> None:
-        """Gives the turn to whoever has waited longest."""
-        with self._guard:
-            if self._waiting:
-                self._waiting.popleft().set()
-            else:
-                self._taken = False
-
-
 class Loaded:
     """A model in memory, attached once and for all: every run uses it as it is, and a full cache sees no difference.
 
-    Attributes:
+    Args:
         name: what it was chosen by.
+        place: folder or hub id.
+        sharing: folder or hub id with a map for PoD; None: the one beside the model, if there is one.
+        options: of `kara_hf.integration.loading.Runner`.
+
+    Attributes:
         bundled: whether it knows only the words of its own problems.
-        sharing: folder or hub id with a map for PoD, or None.
-        turns: whose step it is.
+        limit: positions that it has.
+        turn: held by the run whose step it is.
         threads: that a step runs on, on a CPU.
+
+    Raises:
+        OSError: it cannot be loaded.
+        ValueError: it cannot be used, or brings a `generate` of its own.
     """
 
     def __init__(self, name: str, place: str, sharing: str | None, **options: Any):
@@ -69,7 +52,8 @@ class Loaded:
         )
         beside = Path(place) / FILE
         self.sharing = sharing or (str(beside) if beside.is_file() else None)
-        self.turns = Turns()
+        self.turn = FifoLock()
+        take_over_settings(self.model, self.tokenizer, name)
         try:
             attach(self.model)
         except ValueError:
@@ -88,17 +72,21 @@ class Models:
         options: of `kara_hf.integration.loading.Runner`.
 
     Raises:
-        ValueError: two folders have one name.
+        ValueError: a folder has no model, two folders have one name, or the device is not there.
+        OSError: there is no such map.
     """
 
     def __init__(self, folders: Sequence[str] = (), *, sharing: str | None = None, hub: bool = True, **options: Any):
+        find_device(options.get("device"))
         self.places: dict[str, str] = {}
         for place in folders:
-            name = Path(place).resolve().name if Path(place).is_dir() else place
+            name = Path(place).resolve().name if is_folder(place) else place
             if name in self.places or name in BUNDLED:
                 raise ValueError(f"model={place!r} is not possible: another model is called {name}; rename its folder")
             self.places[name] = place
         self.places |= {name: str(folder) for name, folder in BUNDLED.items()}
+        if sharing is not None:
+            PoDSharing.from_pretrained(sharing)  # refuses one that is not there, or says what is not possible
         self.sharing = {next(iter(self.places)): sharing} if folders and sharing else {}
         self.hub, self.options = hub, options
         self._loaded: dict[str, Loaded] = {}

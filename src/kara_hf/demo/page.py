@@ -20,17 +20,17 @@ def read(name: str) -> str:
     return (HERE / name).read_text(encoding="utf-8")
 
 
-def make_page(show: dict[str, Any]) -> str:
-    """The page that plays a show; `show` is what `Show.to_dict` gives."""
-    title = escape(f"{show['title']}, {show['model']}")
+def make_page(session: dict[str, Any]) -> str:
+    """The page that plays a session; `session` is what `Session.to_dict` gives."""
+    title = escape(f"{session['title']}, {session['model']}")
     # "<" is escaped, so that no text of a run can end the script that holds it.
-    data = json.dumps(show, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-    about = ", ".join(f"{name} {value}" for name, value in show["origin"].items() if isinstance(value, str))
+    data = json.dumps(session, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    about = ", ".join(f"{name} {value}" for name, value in session["origin"].items() if isinstance(value, str))
     return (
         "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{title}</title><style>{read('player.css')}</style></head><body class='kh-page'>"
-        f"<div id='player'></div><p class='kh-origin'>{title} · {escape(show['task'])} · {escape(about)}</p>"
+        f"<div id='player'></div><p class='kh-origin'>{title} · {escape(session['task'])} · {escape(about)}</p>"
         f"<script type='application/json' id='run'>{data}</script>"
         f"<script>{read('player.js')}{SCRIPT}</script></body></html>\n"
     )

@@ -380,10 +380,10 @@ class Heads {
 
 // ------------------------------------------------------------------------------------------------------ the player
 class Player {
-  // `source.poll(key, have)` and `source.page(key)` answer for a live show; without them `load` plays one that is over.
+  // `source.poll(key, have)` and `source.page(key)` answer for a live session; without them `load` plays one that is over.
   constructor(root, source = {}) {
     this.root = root; this.source = source;
-    this.key = null; this.show = null; this.runs = []; this.panes = []; this.prompt = [];
+    this.key = null; this.session = null; this.runs = []; this.panes = []; this.prompt = [];
     this.at = null;  // tokens generated at the moment that is shown; null: the newest moment
     this.different = -1; this.compared = 0;  // position of the first difference; tokens known to be equal
     this.playing = 0; this.times = [];
@@ -445,17 +445,17 @@ class Player {
   }
 
   // ---------------------------------------------------------------------------------------------------------- loading
-  load(show) {
+  load(session) {
     this.halt();
     this.root.classList.remove("empty");
-    this.show = show; this.prompt = show.prompt; this.at = null; this.different = -1; this.compared = 0;
+    this.session = session; this.prompt = session.prompt; this.at = null; this.different = -1; this.compared = 0;
     this.box.replaceChildren();
-    this.box.classList.toggle("two", show.runs.length > 1);
-    this.runs = show.runs.map(run => new Run(run));
-    this.panes = show.runs.map((_, index) => new Pane(this, this.box, index));
+    this.box.classList.toggle("two", session.runs.length > 1);
+    this.runs = session.runs.map(run => new Run(run));
+    this.panes = session.runs.map((_, index) => new Pane(this, this.box, index));
     this.layer.replaceChildren(); this.head.replaceChildren();
     if (this.root.getBoundingClientRect().top > innerHeight / 2) this.root.scrollIntoView();  // on a phone it is far down
-    this.append(show);
+    this.append(session);
   }
 
   append(part) {
@@ -478,7 +478,7 @@ class Player {
   }
 
   data() {
-    const {format, title, model, task, temperature, seed, origin, prompt} = this.show;
+    const {format, title, model, task, temperature, seed, origin, prompt} = this.session;
     const runs = this.runs.map(({head, tokens, micros, changes, samples}) => ({...head, tokens, micros, changes, samples}));
     return {format, title, model, task, temperature, seed, origin, prompt, runs};
   }
@@ -491,7 +491,7 @@ class Player {
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
   }
 
-  // Plays a live show: asks for what is new as often as it can be drawn, and no oftener.
+  // Plays a live session: asks for what is new as often as it can be drawn, and no oftener.
   async follow(key) {
     this.key = key;
     let have = [];

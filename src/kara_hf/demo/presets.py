@@ -14,7 +14,7 @@ TRACE, NEEDLE, OWN = "Long trace", "Needle", "Own text"
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskPreset:
     """A task preset.
 
     Attributes:
@@ -22,7 +22,7 @@ class Task:
         bundled: name of the task for the bundled models, with ``{}`` for its length; None: the visitor's own text.
         english: the same for other models.
         length: of the task at first.
-        method: that shows most of it, a key of `CHOICES`; None: any.
+        method: that shows most of it, a key of `METHOD_PRESETS`; None: any.
     """
 
     about: str
@@ -32,8 +32,8 @@ class Task:
     method: str | None
 
 
-TASKS = {
-    TRACE: Task(
+TASK_PRESETS = {
+    TRACE: TaskPreset(
         "A chain of sums, solved line by line: every line needs values from lines far back. What a method drops there, "
         "it cannot look up again.",
         "trace:generated={}",
@@ -41,14 +41,14 @@ TASKS = {
         600,
         "Kara",
     ),
-    NEEDLE: Task(
+    NEEDLE: TaskPreset(
         "Facts hidden in a long text, some of them asked for at its end. Here the prompt is what has to be compressed.",
         "recall:length={}",
         "niah:length={}",
         1024,
         "KV-Compress",
     ),
-    OWN: Task(
+    OWN: TaskPreset(
         "Any text, to be continued. The bundled models know only the words of their own problems; for English choose "
         "another model.",
         None,
@@ -60,7 +60,7 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class MethodPreset:
     """A method preset.
 
     Attributes:
@@ -83,35 +83,37 @@ class Choice:
 _KARA = ("retention", "window", "recent", "score", "anchor_share", "compress_prompt")
 _KV = ("retention", "protected", "sinks", "observation", "metric", "block_size")
 FULL, KARA, RANDOM = "Full cache", "Kara", "Random control"
-CHOICES = {
-    KARA: Choice(
+METHOD_PRESETS = {
+    KARA: MethodPreset(
         "Cuts what is generated into windows. Once a window is complete, every head keeps its share of it, for good.",
         "kara",
         _KARA,
     ),
-    "KV-Compress": Choice(
+    "KV-Compress": MethodPreset(
         "One budget for all heads of all layers: a head that needs more keeps more. The prompt is cut too.",
         "kv-compress",
         _KV,
         retention=0.25,
     ),
-    "PoD": Choice(
+    "PoD": MethodPreset(
         "Drops no token: layers that attend alike keep keys of far tokens once. The bundled map is used without the "
         "adaptation that it needs, so that answers may be lost.",
         "pod",
         shares=True,
     ),
-    "Kara + PoD": Choice("Kara, on shared keys: one choice for all layers of a group.", "kara", _KARA, shares=True),
-    "KV-Compress + PoD": Choice(
+    "Kara + PoD": MethodPreset(
+        "Kara, on shared keys: one choice for all layers of a group.", "kara", _KARA, shares=True
+    ),
+    "KV-Compress + PoD": MethodPreset(
         "KV-Compress, on shared keys: the heads of leads compete.", "kv-compress", _KV, retention=0.5, shares=True
     ),
-    RANDOM: Choice(
+    RANDOM: MethodPreset(
         "The control: as Kara, with as many tokens, chosen at random. What it loses is what the choice is worth.",
         "kara",
         ("retention", "window", "recent", "compress_prompt"),
         fixed=(("score", "random"),),
     ),
-    FULL: Choice("Transformers' own cache, which keeps everything.", "full"),
+    FULL: MethodPreset("Transformers' own cache, which keeps everything.", "full"),
 }
 # Tokens that the deep bundled model can follow; see its card.
 DEEP_LENGTHS = {TRACE: 300, NEEDLE: 512}
@@ -135,12 +137,12 @@ SCORES = ["bidirectional", "mean-square", "key-norm", "causal", "recency", "rand
 
 
 def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int) -> Method:
-    """The method of that name in `CHOICES`, with those of `settings` that it has.
+    """The method of that name in `METHOD_PRESETS`, with those of `settings` that it has.
 
     Raises:
         ValueError: a setting is not possible, or the model has no map for PoD.
     """
-    chosen = CHOICES[choice]
+    chosen = METHOD_PRESETS[choice]
     given = {name: settings[name] for name in chosen.settings} | dict(chosen.fixed)
     if "score" in given:  # by name alone: a path would read a file
         require(given["score"] in SCORES, "score", given["score"], f"one of {', '.join(SCORES)}")
@@ -169,7 +171,7 @@ def make_example(task: str, length: int, number: int, loaded: Loaded) -> Example
     Raises:
         ValueError: the task cannot be so long.
     """
-    preset = TASKS[task]
+    preset = TASK_PRESETS[task]
     name = preset.bundled if loaded.bundled else preset.english
     assert name is not None
     return make_task(name.format(length), loaded.tokenizer).example(number)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..cache.compressed import CompressedCache
 from ..cache.sequence import Segment
@@ -18,7 +19,7 @@ BYTES = ("nominal_bytes", "resident_bytes", "peak_bytes", "full_bytes")
 Scored = tuple[np.ndarray, np.ndarray]  # positions, ascending, and their scores
 
 
-class Recorder:
+class CacheRecorder:
     """Writes down what the cache of one run does. The policy of the cache is watched until the recorder is finished.
 
     Args:
@@ -27,7 +28,7 @@ class Recorder:
         method: of the cache, which says what bytes one without a report holds.
     """
 
-    def __init__(self, cache: Any, recording: Recording, method: Method):
+    def __init__(self, cache: Cache, recording: Recording, method: Method):
         self.recording, self.method, self.any_cache = recording, method, cache
         self.cache: CompressedCache | None = cache if isinstance(cache, CompressedCache) else None
         self._rows: list[tuple[int, int]] = []
@@ -149,7 +150,7 @@ class Recorder:
         )
 
 
-def _keeps_all(layer: Any) -> bool:
+def _keeps_all(layer: CacheLayerMixin) -> bool:
     """Whether a layer of Transformers' own cache keeps the keys of all tokens."""
     return getattr(layer, "keys", None) is not None and not getattr(layer, "is_sliding", False)
 

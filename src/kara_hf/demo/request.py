@@ -8,10 +8,10 @@ import torch
 
 from ..config import require
 from ..tasks.task import Example
+from .generation import Generation
 from .models import Loaded, Models
 from .presets import FULL, OWN, TRACE, make_example, make_method, prompt_of
-from .runs import Plan
-from .sessions import Show
+from .sessions import Session
 
 LETTERS = 32  # letters of a prompt per token that it may have
 NEW_TOKENS = 400  # of a text of one's own, where nothing else is asked for
@@ -35,16 +35,16 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Wish:
+class DemoRequest:
     """What a visitor chose, as it came from the page: fields that were left empty are None.
 
     Attributes:
         model: name of a model.
-        task: a key of `TASKS`.
+        task: a key of `TASK_PRESETS`.
         length: of the task.
         number: of the problem.
         text: of one's own.
-        choice: a key of `CHOICES`.
+        choice: a key of `METHOD_PRESETS`.
         beside: whether the full cache runs too.
         new: most tokens generated; 0: enough for the task.
         temperature: 0 for greedy.
@@ -74,37 +74,37 @@ class Wish:
         return cls(**dict(zip(names, values, strict=False)), settings=chosen)
 
 
-def show_for(wish: Wish, models: Models, limits: Limits, paused: bool) -> Show:
-    """The show that a visitor wished for, not started.
+def open_session(request: DemoRequest, models: Models, limits: Limits, paused: bool) -> Session:
+    """The session that a visitor asks for, not started.
 
     Raises:
         ValueError: something is not possible or above a limit; the message says what to change.
         OSError: the model cannot be loaded.
     """
-    loaded = models.load(wish.model or "")
-    example, text, task = _asked(wish, loaded, limits)
+    loaded = models.load(request.model or "")
+    example, text, task = _asked(request, loaded, limits)
     ids = _encode(text, loaded, limits)
     room = loaded.limit - ids.shape[1]
     require(room >= 1, "prompt", _start(text), f"shorter than the {loaded.limit:,} positions of {loaded.name}")
-    new = _whole("most new tokens", wish.new, 0, limits.new)
+    new = _whole("most new tokens", request.new, 0, limits.new)
     new = new or min(limits.new, example.max_new_tokens if example else NEW_TOKENS)
-    seed = _whole("seed", wish.seed, 0, 2**31)
-    warm = wish.temperature is not None and 0 <= wish.temperature <= 2
-    require(warm, "temperature", wish.temperature, "a number from 0 to 2")
-    plan = Plan(ids, min(new, room), float(wish.temperature or 0), seed, example)
-    methods = {FULL: make_method(FULL, {}, loaded, seed)} if wish.beside else {}
-    methods[wish.choice] = make_method(wish.choice, wish.settings, loaded, seed)
-    return Show(task, loaded, methods, plan, paused=paused, pace=PACES[wish.pace])
+    seed = _whole("seed", request.seed, 0, 2**31)
+    warm = request.temperature is not None and 0 <= request.temperature <= 2
+    require(warm, "temperature", request.temperature, "a number from 0 to 2")
+    generation = Generation(ids, min(new, room), float(request.temperature or 0), seed, example)
+    methods = {FULL: make_method(FULL, {}, loaded, seed)} if request.beside else {}
+    methods[request.choice] = make_method(request.choice, request.settings, loaded, seed)
+    return Session(task, loaded, methods, generation, paused=paused, pace=PACES[request.pace])
 
 
-def _asked(wish: Wish, loaded: Loaded, limits: Limits) -> tuple[Example | None, str, str]:
+def _asked(request: DemoRequest, loaded: Loaded, limits: Limits) -> tuple[Example | None, str, str]:
     """The example, its prompt, and what it is called; the prompt may be a text of one's own."""
-    if wish.task == OWN:
-        require(bool(wish.text.strip()), "prompt", wish.text, "some text to continue")
-        return None, wish.text, OWN
-    length = _whole("length", wish.length, 1, limits.new if wish.task == TRACE else limits.prompt)
-    number = _whole("problem", wish.number, 0, 1_000_000)
-    example = make_example(wish.task, length, number, loaded)
+    if request.task == OWN:
+        require(bool(request.text.strip()), "prompt", request.text, "some text to continue")
+        return None, request.text, OWN
+    length = _whole("length", request.length, 1, limits.new if request.task == TRACE else limits.prompt)
+    number = _whole("problem", request.number, 0, 1_000_000)
+    example = make_example(request.task, length, number, loaded)
     return example, prompt_of(example), f"{example.task}, problem {number}"
 
 

@@ -1,102 +1,31 @@
-"""Runs in the background: each generates in a thread of its own, and those on one model take turns, step by step."""
+"""Runs that are watched: each generates in a thread of its own, and those on one model take turns, step by step."""
 
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.cache_utils import Cache
 
 from ..cache.compressed import CompressedCache
 from ..config import KaraConfig
+from ..integration.generation import end_tokens
 from ..methods.caches import Full, Method
 from ..tasks.reasoner import final_answer
-from ..tasks.task import Example
+from .control import RunControl
+from .generation import Generation, check_in_use, generate
 from .models import Loaded
-from .recorder import Recorder
+from .recorder import CacheRecorder
 from .recording import Recording
 
 TAIL = 120  # letters of a text that has no marked answer
 
 
-class Remote:
-    """What is done to the runs of a show from outside: stopping, pausing, single steps, and how fast they may go."""
-
-    def __init__(self, *, paused: bool = False, pace: float = 0.0):
-        self.pace = pace  # tokens per second at most, 0 for no limit
-        self.stopped = False
-        self._allowed: int | None = 0 if paused else None  # tokens that each run may have; None for any number
-        self._changed = threading.Condition()
-
-    @property
-    def paused(self) -> bool:
-        return self._allowed is not None
-
-    def stop(self) -> None:
-        self.stopped = True
-        self.allow(None)
-
-    def allow(self, generated: int | None) -> None:
-        """Lets every run go on until it has so many tokens, and wait there; None: without end."""
-        with self._changed:
-            self._allowed = generated
-            self._changed.notify_all()
-
-    def wait(self, generated: int, since: float) -> None:
-        """Returns once a run that has `generated` tokens, the last one begun at `since`, may make the next."""
-        with self._changed:
-            while not self.stopped:
-                early = since + 1 / self.pace - time.perf_counter() if self.pace and generated else 0.0
-                if self._allowed is not None and generated >= self._allowed:
-                    self._changed.wait()
-                elif early > 0:
-                    self._changed.wait(early)
-                else:
-                    return
-
-
-class Noise(LogitsProcessor):
-    """Sampling by the Gumbel trick, from numbers of its own: runs with one seed draw alike, whatever else runs.
-
-    Args:
-        temperature: above 0.
-        seed: of the draws.
-    """
-
-    def __init__(self, temperature: float, seed: int):
-        self.temperature = temperature
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        uniform = torch.rand(scores.shape, generator=self.generator, dtype=torch.float64)
-        gumbel = -(-uniform.clamp(1e-300, 1 - 1e-16).log()).log()
-        return scores.float() / self.temperature + gumbel.to(scores.device, torch.float32)  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all runs of a show have in common.
-
-    Attributes:
-        ids: token ids of the prompt, ``[1, S]``.
-        max_new_tokens: tokens generated at most.
-        temperature: 0 for greedy.
-        seed: of sampling.
-        example: what the prompt asks, where its answer is known.
-    """
-
-    ids: torch.Tensor
-    max_new_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
-    example: Example | None = None
-
-
-class Texts:
+class TokenTexts:
     """The text of each token where it stands, which for many tokenizers differs from its text alone."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer, self._before = tokenizer, -1
         self._known: dict[tuple[int, int], str] = {}
 
@@ -111,32 +40,32 @@ class Texts:
         return self._known[pair]
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-class Run(threading.Thread):
+class RecordedRun(threading.Thread):
     """One generation under one cache, recorded. The cache is let go of as soon as the run ends, however it ends.
 
     Args:
         title: what the method is called where it is shown.
         loaded: the model.
         method: what makes the cache.
-        plan: what to generate.
-        remote: what it is driven by.
+        generation: what to generate.
+        control: what it is driven by.
 
     Raises:
         ValueError: the model does not support the cache.
     """
 
-    def __init__(self, title: str, loaded: Loaded, method: Method, plan: Plan, remote: Remote):
+    def __init__(self, title: str, loaded: Loaded, method: Method, generation: Generation, control: RunControl):
         super().__init__(daemon=True, name=title)
-        self.loaded, self.plan, self.remote = loaded, plan, remote
+        self.loaded, self.generation, self.control = loaded, generation, control
         full = isinstance(method, Full)  # made here, since `Full.make` detaches, and others may be using the model
-        self.cache: Any = DynamicCache(config=loaded.model.config) if full else method.make(loaded.model)
-        self.recording = _empty(title, method, self.cache, plan.ids.shape[1])
-        self.recorder: Recorder | None = Recorder(self.cache, self.recording, method)
-        self.texts = Texts(loaded.tokenizer)
-        for token in plan.ids[0].tolist():
+        self.cache: Cache | None = DynamicCache(config=loaded.model.config) if full else method.make(loaded.model)
+        self.recording = _empty(title, method, self.cache, generation.ids.shape[1])
+        self.recorder: CacheRecorder | None = CacheRecorder(self.cache, self.recording, method)
+        self.texts = TokenTexts(loaded.tokenizer)
+        for token in generation.ids[0].tolist():
             self.texts.next(token)
 
     def run(self) -> None:
@@ -153,34 +82,22 @@ class Run(threading.Thread):
             recorder.finish({**end, "seconds": round(time.perf_counter() - begun, 3)})
 
     def _generate(self) -> dict[str, Any]:
-        plan, loaded = self.plan, self.loaded
-        self.remote.wait(0, 0.0)
-        step = Step(self)
-        loaded.turns.take()
-        try:
-            if self.remote.stopped:
+        self.control.wait(0, 0.0)
+        gate = StepGate(self)
+        with self.loaded.turn:
+            if self.control.stopped:
                 return {"reason": "stopped"}
-            step.begun = time.perf_counter()
-            ids = loaded.model.generate(
-                input_ids=plan.ids,
-                attention_mask=torch.ones_like(plan.ids),
-                past_key_values=self.cache,
-                max_new_tokens=plan.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                logits_processor=[Noise(plan.temperature, plan.seed)] if plan.temperature else [],
-                stopping_criteria=[step],
-            )
-        finally:
-            loaded.turns.pass_on()
-        return self._verdict(ids[0, plan.ids.shape[1] :], step.last)
+            gate.begun = time.perf_counter()
+            assert self.cache is not None
+            ids = generate(self.loaded.model, self.cache, self.generation, [gate])
+        return self._verdict(ids[0, self.generation.ids.shape[1] :], gate.last)
 
     def _verdict(self, new: torch.Tensor, last: bool) -> dict[str, Any]:
         """How it ended, and for a run to its end whether the answer is right."""
-        example = self.plan.example
+        example = self.generation.example
         if not last:
             return {"reason": "stopped"}
-        end: dict[str, Any] = {"reason": "end" if len(new) < self.plan.max_new_tokens else "limit"}
+        end: dict[str, Any] = {"reason": "end" if len(new) < self.generation.max_new_tokens else "limit"}
         if example is not None:
             text = self.loaded.tokenizer.decode(new, skip_special_tokens=True)
             answer = final_answer(text) if self.loaded.bundled else text.strip()[-TAIL:]
@@ -188,35 +105,40 @@ class Run(threading.Thread):
         return end
 
 
-class Step(StoppingCriteria):
-    """What happens between two steps of a run: the last is recorded, and the next one waits for its turn."""
+class StepGate(StoppingCriteria):
+    """What happens between two steps of a run: the last is recorded, and the next one waits for its turn.
 
-    def __init__(self, run: Run):
+    Attributes:
+        begun: when the step began that goes on.
+        last: whether the run generated all that it should.
+    """
+
+    def __init__(self, run: RecordedRun):
         self.run, self.generated = run, 0
         self.begun = 0.0
         self.last = False
-        ends = run.loaded.model.generation_config.eos_token_id
-        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self.ends = end_tokens(run.loaded.model)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         run, token = self.run, int(input_ids[0, -1])
         now = time.perf_counter()
         self.generated += 1
-        assert run.recorder is not None
+        assert run.cache is not None and run.recorder is not None
+        check_in_use(run.cache, run.generation.ids.shape[1] + self.generated - 1)
         run.recorder.step(run.texts.next(token), now - self.begun)
-        self.last = token in self.ends or self.generated >= run.plan.max_new_tokens
+        self.last = token in self.ends or self.generated >= run.generation.max_new_tokens
         if not self.last:
-            run.loaded.turns.pass_on()
+            run.loaded.turn.release()
             try:
-                run.remote.wait(self.generated, self.begun)
+                run.control.wait(self.generated, self.begun)
             finally:
-                run.loaded.turns.take()
+                run.loaded.turn.acquire()
         self.begun = time.perf_counter()
-        stop = run.remote.stopped and not self.last
+        stop = run.control.stopped and not self.last
         return torch.full((len(input_ids),), stop, device=input_ids.device)  # type: ignore[return-value]
 
 
-def _empty(title: str, method: Method, cache: Any, prompt: int) -> Recording:
+def _empty(title: str, method: Method, cache: Cache, prompt: int) -> Recording:
     """The recording of a run that has not begun."""
     settings = method.describe()
     if not isinstance(cache, CompressedCache):

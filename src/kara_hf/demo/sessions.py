@@ -1,26 +1,31 @@
-"""Shows: runs of one prompt that are watched together, one show for each visitor."""
+"""Sessions: runs of one prompt that are watched together, one session for each visitor."""
 
 import secrets
 import threading
 from typing import Any
 
 from ..methods.caches import Method
+from .control import RunControl
+from .generation import Generation
 from .models import Loaded
 from .recorder import origin
 from .recording import FORMAT
-from .runs import Plan, Remote, Run, Texts
+from .runs import RecordedRun, TokenTexts
 
 
-class Show:
+class Session:
     """Runs of one prompt that are watched together.
 
     Args:
         task: what the prompt asks, for readers.
         loaded: the model.
-        methods: of the runs, by what they are called; the last is what the show is about.
-        plan: what they generate.
+        methods: of the runs, by what they are called; the last is what the session is about.
+        generation: what they generate.
         paused: whether they wait for steps.
         pace: tokens per second at most, 0 for no limit.
+
+    Raises:
+        ValueError: the model does not support one of the methods.
     """
 
     def __init__(
@@ -28,24 +33,24 @@ class Show:
         task: str,
         loaded: Loaded,
         methods: dict[str, Method],
-        plan: Plan,
+        generation: Generation,
         *,
         paused: bool = False,
         pace: float = 0.0,
     ):
         self.key = secrets.token_urlsafe(16)
-        self.remote = Remote(paused=paused, pace=pace)
-        self.runs = [Run(title, loaded, method, plan, self.remote) for title, method in methods.items()]
-        texts = Texts(loaded.tokenizer)
+        self.control = RunControl(paused=paused, pace=pace)
+        self.runs = [RecordedRun(title, loaded, method, generation, self.control) for title, method in methods.items()]
+        texts = TokenTexts(loaded.tokenizer)
         self.head: dict[str, Any] = {
             "format": FORMAT,
             "title": " and ".join(methods),
             "model": loaded.name,
             "task": task,
-            "temperature": plan.temperature,
-            "seed": plan.seed,
+            "temperature": generation.temperature,
+            "seed": generation.seed,
             "origin": origin(str(loaded.model.device)),
-            "prompt": [texts.next(token) for token in plan.ids[0].tolist()],
+            "prompt": [texts.next(token) for token in generation.ids[0].tolist()],
         }
 
     def start(self) -> None:
@@ -70,51 +75,51 @@ class Show:
         head = {} if have else self.head
         have = have or [{} for _ in self.runs]
         parts = [run.recording.since(entries) for run, entries in zip(self.runs, have, strict=True)]
-        return {**head, "paused": self.remote.paused, "done": self.done, "runs": parts}
+        return {**head, "paused": self.control.paused, "done": self.done, "runs": parts}
 
     def to_dict(self) -> dict[str, Any]:
         """The recording of all runs, for JSON; what `player.js` plays."""
         return {**self.head, "runs": [run.recording.to_dict() for run in self.runs]}
 
 
-class Shows:
-    """The shows of all visitors, one for each."""
+class Sessions:
+    """The sessions of all visitors, one for each."""
 
     def __init__(self) -> None:
-        self._of: dict[str, Show] = {}
+        self._of: dict[str, Session] = {}
         self._guard = threading.Lock()
 
-    def put(self, visitor: str, show: Show) -> None:
-        """Starts a show; the visitor's last one is stopped and forgotten."""
+    def put(self, visitor: str, session: Session) -> None:
+        """Starts a session; the visitor's last one is stopped and forgotten."""
         with self._guard:
-            before, self._of[visitor] = self._of.get(visitor), show
+            before, self._of[visitor] = self._of.get(visitor), session
         if before is not None:
-            before.remote.stop()
-        show.start()
+            before.control.stop()
+        session.start()
 
-    def of(self, visitor: str) -> Show | None:
+    def of(self, visitor: str) -> Session | None:
         return self._of.get(visitor)
 
-    def find(self, key: Any) -> Show | None:
-        """The show of that key, which only those know who were given it."""
+    def find(self, key: str) -> Session | None:
+        """The session of that key, which only those know who were given it."""
         with self._guard:
-            return next((show for show in self._of.values() if show.key == key), None)
+            return next((session for session in self._of.values() if session.key == key), None)
 
     def close(self, visitor: str) -> None:
         """The visitor has gone: stops what runs and forgets it."""
         with self._guard:
-            show = self._of.pop(visitor, None)
-        if show is not None:
-            show.remote.stop()
+            session = self._of.pop(visitor, None)
+        if session is not None:
+            session.control.stop()
 
     def busy(self, visitor: str) -> int:
-        """Other visitors whose shows go on."""
+        """Other visitors whose sessions go on."""
         with self._guard:
-            return sum(not show.done for name, show in self._of.items() if name != visitor)
+            return sum(not session.done for name, session in self._of.items() if name != visitor)
 
     @property
     def live(self) -> int:
         """Runs that hold a cache."""
         with self._guard:
-            shows = list(self._of.values())
-        return sum(run.cache is not None for show in shows for run in show.runs)
+            sessions = list(self._of.values())
+        return sum(run.cache is not None for session in sessions for run in session.runs)

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from ..cache.caches import KaraCache, KVCompressCache, PoDCache
 from ..config import KaraConfig, require
 from ..integration.attach import detach
+from ..integration.shape import head_dim
 from ..policy.sharing import PoDSharing
 from .float8 import Float8Cache
 from .oracle import Future, OracleCache
@@ -147,8 +148,7 @@ def _quantized(bits: int) -> Callable[[Any, Plan], Cache]:
     def make(model: Any, plan: Plan) -> Cache:
         detach(model)
         text = model.config.get_text_config(decoder=True)
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        group = next(n for n in (64, 32, 16, 8) if size % n == 0)
+        group = next(n for n in (64, 32, 16, 8) if head_dim(text) % n == 0)
         return QuantizedCache("quanto", model.config, nbits=bits, q_group_size=group, residual_length=64)
 
     return make

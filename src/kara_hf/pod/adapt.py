@@ -8,29 +8,30 @@ were trained, and `PoDSharing.from_pretrained` load.
 """
 
 import copy
-import importlib.util
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..integration.attach import decoder_config, detach, unwrap
+from ..integration.attach import detach, unwrap
 from ..policy.sharing import PoDSharing
 from .config import AdaptConfig
 from .forward import SharedForward
 from .loss import perplexity
 from .output import LOGS, METRICS, push, write
-from .samples import Sample, SampleStream, Start, ids_of, opener
+from .refusals import check_dtype, check_length, check_model, check_requirements, longest_of
+from .samples import Sample, SampleStream, Start, opener
+from .student import checkpointing, trainable
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
 
 __all__ = ["AdaptConfig", "Adaptation", "adapt", "perplexity"]
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-TRACKERS = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,20 @@ class Adaptation:
             and "adapted", with shared keys, after it. Empty without held-out samples.
     """
 
-    model: Any
+    model: "PreTrainedModel | PeftModel"
     sharing: PoDSharing
     losses: list[float]
     held_out: dict[str, float]
 
 
 def adapt(
-    model: Any,
+    model: PreTrainedModel,
     sharing: PoDSharing,
     data: str | Sequence[Sample] | Start,
     config: AdaptConfig,
     output: str | Path,
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     held_out: Sequence[Sample] | None = None,
     resume: bool = False,
     log: Literal["none", "tensorboard", "trackio"] = "none",
@@ -89,38 +90,20 @@ def adapt(
     Raises:
         TypeError: `model` is no Transformers model.
         ValueError: what was asked is not possible, and nothing was changed; or the loss became infinite.
-        ImportError: a package is missing; the message says how it is installed.
+        ImportError: packages are missing; the message names all of them and says how they are installed.
     """
-    check_packages(config, log)
+    output = Path(output)
+    check_requirements(config, data, output, log, push_to_hub)
     check_model(model, sharing, config)
     start = opener(data, tokenizer, config)
     check_length(config.length if isinstance(data, str) else longest_of(data), sharing, model)
     stream = SampleStream(start, 0 if held_out is not None else config.held_out)
     held_out = list(islice(start(0), config.held_out)) if held_out is None else held_out
 
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType, set_seed
-
     from .checkpoint import Checkpoint
     from .training import Training
 
-    output = Path(output)
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulate,
-        log_with=None if log == "none" else log,
-        project_dir=str(output / LOGS),
-    )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # keeps trained weights in float32 itself, and asks for the size of a batch where there is no data loader
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch
-    elif not config.rank:
-        check_dtype(model)
-    if accelerator.gradient_accumulation_steps != config.accumulate:  # taken from the environment
-        raise ValueError(
-            f"accumulate={config.accumulate} is not possible: accelerate was configured for "
-            f"{accelerator.gradient_accumulation_steps} (gradient_accumulation_steps); set the two alike"
-        )
+    accelerator = make_accelerator(model, config, output, log)
     checkpoint = Checkpoint(
         accelerator,
         output.with_name(f"{output.name}.checkpoint"),
@@ -128,7 +111,6 @@ def adapt(
         free=("save_every",),
     )
     checkpoint.check(resume)
-    set_seed(config.seed)
     detach(model)  # what a cache may have left in front of its forward would be wrapped by accelerate
     with ExitStack() as stack:
         teacher = None
@@ -157,133 +139,30 @@ def adapt(
     return Adaptation(student, written, training.losses, training.measured)
 
 
-@contextmanager
-def trainable(model: Any, config: AdaptConfig) -> Iterator[Any]:
-    """The model with LoRA, or itself; in eval mode afterwards, and if something failed without LoRA."""
-    required = [(weight, weight.requires_grad) for weight in model.parameters()]
-    student = with_lora(model, config) if config.rank else model
-    try:
-        yield student
-    except BaseException:
-        if config.rank:
-            student.unload()
-            vars(model).pop("peft_config", None)  # older PEFT leaves it
-            for weight, needed in required:
-                weight.requires_grad_(needed)
-        raise
-    finally:
-        student.eval()
+def make_accelerator(model: PreTrainedModel, config: AdaptConfig, output: Path, log: str) -> "Accelerator":
+    """What trains, as `config` and `accelerate launch` say; it has set the seed.
 
+    Raises:
+        ValueError: the two say different things, or the model's weights are too coarse to be trained.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, set_seed
 
-def with_lora(model: Any, config: AdaptConfig) -> Any:
-    """`model` with LoRA's layers in it, and all its own weights frozen."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    targets = lora_targets(model, config.targets)
-    lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        log_with=None if log == "none" else log,
+        project_dir=str(output / LOGS),
     )
-    with warnings.catch_warnings():
-        # PEFT reads a property of the model that the newest Transformers has renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return get_peft_model(model, lora)
-
-
-@contextmanager
-def checkpointing(model: Any) -> Iterator[None]:
-    """Layers are computed again for their gradients, in the non-reentrant way."""
-    # Transformers 5.24 renamed the two
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-    enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        disable()
-        model.disable_input_require_grads()
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
-def check_packages(config: AdaptConfig, log: str) -> None:
-    """Raises ImportError if a package is missing, ValueError for an unknown tracker."""
-    needed = ("accelerate", "peft") if config.rank else ("accelerate",)
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"adaptation needs {' and '.join(missing)}: pip install 'kara_hf[train]'")
-    if log not in TRACKERS:
-        raise ValueError(f"log={log!r} is not possible: log must be one of {', '.join(TRACKERS)}")
-    if TRACKERS[log] and all(importlib.util.find_spec(name) is None for name in TRACKERS[log]):
-        raise ImportError(f"log={log!r} needs a package that is missing: pip install {log}")
-
-
-def check_model(model: Any, sharing: PoDSharing, config: AdaptConfig) -> None:
-    """Raises ValueError if `model` cannot be taught this sharing, or there is nothing to teach."""
-    if hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules()):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # keeps trained weights in float32 itself, and asks for the size of a batch where there is no data loader
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch
+    elif not config.rank:
+        check_dtype(model)
+    if accelerator.gradient_accumulation_steps != config.accumulate:  # taken from the environment
         raise ValueError(
-            "the model has adapters of PEFT already; merge them first (model = model.merge_and_unload()) or take them "
-            "out (model = model.unload())"
+            f"accumulate={config.accumulate} is not possible: accelerate was configured for "
+            f"{accelerator.gradient_accumulation_steps} (gradient_accumulation_steps); set the two alike"
         )
-    decoder = decoder_config(unwrap(model))
-    sharing.check(decoder)
-    if not sharing.followers_share:
-        raise ValueError(
-            "this sharing has no followers: every layer uses its own keys, and there is nothing to learn; make one "
-            "with `kara-hf pod explore`, with a lower threshold"
-        )
-    dropout = getattr(decoder, "attention_dropout", None)
-    if dropout:
-        raise ValueError(
-            f"attention_dropout={dropout} is not possible where layers share keys; set model.config.attention_dropout=0"
-        )
-    if config.rank:
-        lora_targets(model, config.targets)
-
-
-def lora_targets(model: Any, targets: tuple[str, ...] | str | None) -> tuple[str, ...] | str:
-    """Names of the linear layers that LoRA adapts. Raises ValueError if the model does not have them."""
-    if isinstance(targets, str):
-        return targets
-    named = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
-    found = tuple(name for name in targets or LORA_TARGETS if name in named)
-    if not found or (targets and len(found) < len(targets)):
-        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-        raise ValueError(
-            f"targets={targets or LORA_TARGETS} is not possible: the model's linear layers are named "
-            f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}; choose among them, or 'all-linear'"
-        )
-    return found
-
-
-def check_dtype(model: Any) -> None:
-    """Raises ValueError if weights that are trained are in half precision."""
-    half = {weight.dtype for weight in model.parameters() if weight.requires_grad} - {torch.float32, torch.float64}
-    if half:
-        raise ValueError(
-            f"training all weights in {', '.join(map(str, half))} is not possible: small steps would be rounded away; "
-            "load the model with dtype=torch.float32, and set precision='bf16' to compute in bfloat16"
-        )
-
-
-def longest_of(data: Sequence[Sample] | Start) -> int:
-    """Tokens of the longest sample; of the first where a function gives them. 0 if there are none."""
-    known = islice(data(0), 1) if callable(data) else data
-    return max((len(ids_of(sample)) for sample in known), default=0)
-
-
-def check_length(longest: int, sharing: PoDSharing, model: Any) -> None:
-    """Raises ValueError if no sample has a token that is distant to a query, or one has more tokens than positions."""
-    if longest < sharing.proximal + 2:  # the first query with a distant token, and the token that it predicts
-        raise ValueError(
-            f"samples of {longest:,} tokens are not possible: with sinks={sharing.sinks:,} and recent="
-            f"{sharing.recent:,} only samples of {sharing.proximal + 2:,} tokens or more have any for which keys are "
-            "shared; take longer samples, several times as long, or a sharing with a lower recent"
-        )
-    limit = getattr(decoder_config(unwrap(model)), "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"samples of {longest:,} tokens are not possible: the model has {limit:,} positions; take shorter ones"
-        )
+    set_seed(config.seed)
+    return accelerator

@@ -1,12 +1,53 @@
 """`AdaptConfig`: how a model is taught to share keys. Plain data, no torch."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..config import Settings, is_int, is_number, require
 
 LORA_LR, ALL_WEIGHTS_LR = 1e-4, 1e-5  # the second is what readers of the paper report of it
+
+
+Range = tuple[Callable[[Any], bool], str]  # what values fit, and how that is said
+
+
+def _count(least: int) -> Range:
+    return lambda value: is_int(value) and value >= least, f"a whole number from {least} on"
+
+
+def _are_targets(value: Any) -> bool:
+    named = isinstance(value, tuple) and bool(value) and all(isinstance(name, str) for name in value)
+    return named or value in (None, "all-linear")
+
+
+_SHARE: Range = (lambda value: is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
+_POSITIVE: Range = (lambda value: value is None or (is_number(value) and value > 0), "a number above 0 or None")
+_SWITCH: Range = (lambda value: isinstance(value, bool), "True or False")
+
+RANGES: dict[str, Range] = {
+    "length": _count(2),
+    "learn_first": _SWITCH,
+    "steps": _count(1),
+    "batch": _count(1),
+    "accumulate": _count(1),
+    "rank": _count(0),
+    "alpha": _count(1),
+    "dropout": (lambda value: is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
+    "targets": (_are_targets, "names of linear layers, 'all-linear' or None"),
+    "distill": _SHARE,
+    "lr": _POSITIVE,
+    "warmup": _SHARE,
+    "floor": _SHARE,
+    "weight_decay": (lambda value: is_number(value) and value >= 0, "a number from 0 on"),
+    "clip": _POSITIVE,
+    "precision": (lambda value: value in (None, "no", "bf16", "fp16"), "'no', 'bf16' or 'fp16'"),
+    "checkpointing": _SWITCH,
+    "seed": _count(0),
+    "save_every": _count(1),
+    "held_out": _count(0),
+}
 
 
 @dataclass(frozen=True)
@@ -73,47 +114,13 @@ class AdaptConfig(Settings):
     held_out: int = 16
 
     def __post_init__(self) -> None:
-        def count(name: str, least: int) -> None:
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        for name, (fits, expected) in RANGES.items():
             value = getattr(self, name)
-            require(is_int(value) and value >= least, name, value, f"a whole number from {least} on")
-
-        def share(name: str) -> None:
-            value = getattr(self, name)
-            require(is_number(value) and 0 <= value <= 1, name, value, "a number in [0, 1]")
-
-        def positive(name: str) -> None:
-            value = getattr(self, name)
-            require(value is None or (is_number(value) and value > 0), name, value, "a number above 0 or None")
-
-        for name, least in (
-            ("length", 2),
-            ("steps", 1),
-            ("batch", 1),
-            ("accumulate", 1),
-            ("alpha", 1),
-            ("save_every", 1),
-        ):
-            count(name, least)
-        for name in ("rank", "held_out", "seed"):
-            count(name, 0)
-        for name in ("distill", "warmup", "floor"):
-            share(name)
-        for name in ("lr", "clip"):
-            positive(name)
-        require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
-        decay = self.weight_decay
-        require(is_number(decay) and decay >= 0, "weight_decay", decay, "a number from 0 on")
-        require(self.precision in (None, "no", "bf16", "fp16"), "precision", self.precision, "'no', 'bf16' or 'fp16'")
-        for name in ("learn_first", "checkpointing"):
-            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+            require(fits(value), name, value, expected)
         if self.learn_first and self.learn_after is None:
             raise ValueError("learn_first=True is not possible without learn_after, the token that it is about")
-        if isinstance(self.targets, list | tuple):
-            object.__setattr__(self, "targets", tuple(self.targets))
-        fits = self.targets in (None, "all-linear") or (
-            isinstance(self.targets, tuple) and self.targets and all(isinstance(name, str) for name in self.targets)
-        )
-        require(bool(fits), "targets", self.targets, "names of linear layers, 'all-linear' or None")
 
     @property
     def peak(self) -> float:

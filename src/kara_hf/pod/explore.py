@@ -4,25 +4,19 @@ similarity = explore(model, samples)          # the model runs once over each sa
 sharing = similarity.group(threshold=0.5)     # as often as wanted, without the model
 """
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 from ..cache.bound_model import Binding
 from ..config import is_int, require
-from ..integration.attach import decoder_config, hooked, unwrap
-from ..integration.attention import AttentionFunction
+from ..integration.attach import decoder_config, unwrap
+from ..integration.shape import layer_kinds, model_name, model_shape
 from ..kernels import Near
-from ..policy.sharing import layer_kinds, model_shape
-from .forward import causal_tokens
+from ..probing.attention import Attention, Recorder
 from .similarity import LayerSimilarity
 
 __all__ = ["LayerSimilarity", "explore"]
@@ -32,7 +26,7 @@ ROW_BYTES = 512 << 20
 
 
 def explore(
-    model: Any,
+    model: torch.nn.Module,
     samples: Iterable[torch.Tensor],
     *,
     queries: int = 32,
@@ -68,24 +62,20 @@ def explore(
     require(is_int(recent) and recent >= 1, "recent", recent, "a whole number from 1 on")
     inner = unwrap(model)
     config, binding = decoder_config(inner), Binding(inner)
-    full = binding.observable_layers()
-    shape, near = model_shape(config), Near(sinks, recent) if region == "distant" else None
-    total = torch.zeros(shape["num_key_value_heads"], len(full), len(full), dtype=torch.float64)
+    full, kinds, shape = binding.observable_layers(), layer_kinds(config), model_shape(config)
+    near = Near(sinks, recent) if region == "distant" else None
+    total = torch.zeros(int(shape["num_key_value_heads"]), len(full), len(full), dtype=torch.float64)
+    devices: dict[int, str] = {}
     tokens: list[int] = []
     recorder = Recorder(set(full), queries)
     with recorder.watching(inner):
         for ids in samples:
             check_sample(ids, len(tokens), queries, near)
             layers = recorder.run(inner, ids)
-            found = {seen.key.shape[0] for seen in layers}
-            if found != {len(total)}:
-                raise ValueError(
-                    f"{binding.name} has layers of {sorted(found)} KV heads, and its config says {len(total)}, which "
-                    "sharing does not support"
-                )
+            check_heads(layers, len(total), binding.name)
             total += layer_similarity(layers, near)
             tokens.append(len(ids))
-            devices = {layer: str(seen.query.device) for layer, seen in zip(full, layers, strict=True)}
+            devices = {layer: str(recorded.query.device) for layer, recorded in zip(full, layers, strict=True)}
             del layers  # before there are keys of the next sample
             if progress is not None:
                 progress(len(tokens))
@@ -93,10 +83,8 @@ def explore(
         raise ValueError("there is no sample to measure attention on; give one at least")
     if not total.isfinite().all():
         raise ValueError("the model's attention has NaN; load it in another dtype (bfloat16 or float32)")
-    kinds = layer_kinds(config)
     similarity = torch.full((len(total), len(kinds), len(kinds)), math.nan)
     similarity[:, torch.tensor(full)[:, None], torch.tensor(full)] = (total / len(tokens)).float()
-    name = str(getattr(inner.config, "_name_or_path", "") or binding.name)
     return LayerSimilarity(
         similarity=similarity,
         kinds=tuple(kind if layer in devices else None for layer, kind in enumerate(kinds)),
@@ -108,11 +96,21 @@ def explore(
         sinks=sinks,
         recent=recent,
         origin={
-            "model_name": Path(name).name if Path(name).is_dir() else name,
+            "model_name": model_name(inner) or binding.name,
             "dtype": str(inner.dtype).removeprefix("torch."),
             "transformers": transformers.__version__,
         },
     )
+
+
+def check_heads(layers: list[Attention], heads: int, name: str) -> None:
+    """Raises ValueError if some layer has another number of KV heads than the model's config says."""
+    found = {layer.key.shape[0] for layer in layers}
+    if found != {heads}:
+        raise ValueError(
+            f"{name} has layers of {sorted(found)} KV heads, and its config says {heads}, which sharing does not "
+            "support"
+        )
 
 
 def check_sample(ids: torch.Tensor, number: int, queries: int, near: Near | None) -> None:
@@ -126,103 +124,6 @@ def check_sample(ids: torch.Tensor, number: int, queries: int, near: Near | None
         why = f"queries={queries}, sinks={near.first} and recent={near.recent}, so that each query has distant tokens"
     if len(ids) < needed:
         raise ValueError(f"sample {number} has {len(ids):,} tokens and needs {needed:,}: {why}")
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What one layer's attention to a sample is computed from.
-
-    Attributes:
-        query: ``[Hq, Q, D]``, of the last Q tokens.
-        key: ``[H, N, D]``.
-        scaling, softcap: of the logits.
-        sinks: ``[Hq]`` logit of each head's attention sink, or None.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    scaling: float
-    softcap: float | None
-    sinks: torch.Tensor | None
-
-    def rows(self, head: int, part: slice, near: Near | None) -> torch.Tensor:
-        """Attention of a KV head to every token, for some of its G * Q queries, head by head: ``[R, N + 1]`` float32.
-
-        What an attention sink takes is in the last column. With `near`, attention to distant tokens alone.
-        """
-        heads, tokens, size = self.key.shape
-        group, last = self.query.shape[0] // heads, self.query.shape[1]
-        place = torch.arange(tokens, device=self.query.device)
-        at = place[-last:].repeat(group)[part, None]
-        query = self.query[head * group : (head + 1) * group].reshape(-1, size)[part]
-        logits = query.float() * self.scaling @ self.key[head].float().T
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        seen = place <= at if near is None else near.distant(at, place)
-        rows = torch.full((len(query), tokens + 1), -math.inf, device=query.device)
-        rows[:, :-1] = logits.masked_fill_(~seen, -math.inf)
-        if self.sinks is not None and near is None:
-            rows[:, -1] = self.sinks.float().repeat_interleave(last)[head * group * last :][part]
-        return rows.softmax(-1)
-
-
-class Recorder:
-    """An `AttentionHook` that keeps what the attention of some layers is computed from while the model runs."""
-
-    def __init__(self, layers: set[int], queries: int):
-        self.layers, self.queries = layers, queries
-        self.seen: dict[int, Attention] = {}
-
-    @contextmanager
-    def watching(self, model: PreTrainedModel) -> Iterator[None]:
-        """Within it every forward of `model` is recorded, and the model is in eval mode."""
-        training = [module for module in model.modules() if module.training]
-        with hooked(model, self):
-            try:
-                model.eval()
-                yield
-            finally:
-                for module in training:
-                    module.training = True
-
-    def run(self, model: PreTrainedModel, ids: torch.Tensor) -> list[Attention]:
-        """Runs `model` over ids ``[N]``; what was recorded of each layer, ascending."""
-        takes: Any = inspect.signature(model.forward).parameters
-        options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self.seen = {}
-        with torch.inference_mode():
-            model(input_ids=ids[None].to(model.device), use_cache=False, **options)
-        missing = sorted(self.layers - self.seen.keys())
-        if missing:
-            raise ValueError(
-                f"{type(model).__name__} does not compute layers {missing} through its attention function, so their "
-                "queries cannot be seen; use another model class"
-            )
-        seen, self.seen = self.seen, {}
-        return [seen[layer] for layer in sorted(seen)]
-
-    def attend(
-        self,
-        own: AttentionFunction,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if module.layer_idx in self.layers:
-            if causal_tokens(attention_mask, query.shape[2]) is not None:
-                raise ValueError("the model hides tokens of a sample from its attention; give samples without padding")
-            self.seen[module.layer_idx] = Attention(
-                # copies, so that nothing larger is kept alive
-                query=query[0, :, -self.queries :].clone(),
-                key=key[0].clone(memory_format=torch.contiguous_format),
-                scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
-                softcap=kwargs.get("softcap"),
-                sinks=kwargs.get("s_aux"),
-            )
-        return own(module, query, key, value, attention_mask, **kwargs)
 
 
 @torch.inference_mode()

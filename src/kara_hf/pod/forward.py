@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from ..integration.attach import decoder_config, hooked, unwrap
-from ..integration.attention import AttentionFunction, real_tokens
+from ..integration.attention import AttentionFunction, AttentionHook
+from ..integration.masks import AttentionMask, causal_tokens
+from ..integration.shape import layer_kinds, model_shape
 from ..kernels import Near, shared_attention
 from ..policy.sharing import PoDSharing
 
 
-class SharedForward:
+class SharedForward(AttentionHook):
     """Makes `model` attend as `sharing` says whenever it runs without a cache, until `close`; a context manager too.
 
         with SharedForward(model, sharing):
@@ -28,9 +30,10 @@ class SharedForward:
             already.
     """
 
-    def __init__(self, model: Any, sharing: PoDSharing):
+    def __init__(self, model: torch.nn.Module, sharing: PoDSharing):
         self.model, self.sharing = unwrap(model), sharing
-        sharing.check(decoder_config(self.model))
+        config = decoder_config(self.model)
+        sharing.check(model_shape(config), layer_kinds(config))
         check_checkpointing(self.model)
         self._open = ExitStack()
         self._open.enter_context(hooked(self.model, self))
@@ -40,10 +43,10 @@ class SharedForward:
         # On the decoder and not on the whole model, whose forward PEFT may call without its hooks.
         self._hook = self.model.base_model.register_forward_pre_hook(self._start)
 
-    def __enter__(self) -> "SharedForward":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -61,7 +64,7 @@ class SharedForward:
         finally:
             self._paused = False
 
-    def _start(self, *_: Any) -> None:
+    def _start(self, *_: object) -> None:
         if self._paused:
             return
         check_checkpointing(self.model)
@@ -70,17 +73,17 @@ class SharedForward:
     def attend(
         self,
         own: AttentionFunction,
-        module: Any,
+        module: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: Any,
+        attention_mask: AttentionMask,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As an attention function of Transformers, of a whole sequence: ``[B, Hq, S, D]``, ``[B, H, S, D]``."""
         if self._paused:
             return own(module, query, key, value, attention_mask, **kwargs)
-        layer, sharing = module.layer_idx, self.sharing
+        sharing, layer = self.sharing, int(module.layer_idx)  # type: ignore[arg-type]
         followers = self.followers[layer]
         if sharing.leading(layer):
             self.shared[layer] = query, key
@@ -131,7 +134,7 @@ class SharedForward:
         return torch.cat(queries, 1), torch.cat(keys, 1)
 
 
-def check_checkpointing(model: Any) -> None:
+def check_checkpointing(model: torch.nn.Module) -> None:
     """Raises ValueError if `model` checkpoints its layers in the reentrant way."""
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
@@ -142,18 +145,3 @@ def check_checkpointing(model: Any) -> None:
                 "gradient checkpointing with use_reentrant=True is not possible where layers share keys: its gradients "
                 'would be wrong; use model.gradient_checkpointing_enable({"use_reentrant": False})'
             )
-
-
-def causal_tokens(attention_mask: Any, tokens: int) -> torch.Tensor | None:
-    """Which columns of a causal mask hold tokens, ``[B, S]`` bool; None: all. Raises ValueError for another mask."""
-    real = real_tokens(attention_mask, tokens)
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-        mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        there = torch.ones(len(mask), tokens, dtype=torch.bool, device=mask.device) if real is None else real
-        expected = (there.cumsum(1) * there).sum()  # each token sees itself and those before it
-        if bool(((mask[:, 0] & there[:, :, None]).sum() != expected).item()):
-            raise ValueError(
-                "the attention mask is not that of one causal sequence in each row (several documents packed with "
-                "position ids, or both directions), which shared keys do not support; pack without resetting positions"
-            )
-    return real

@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import repeat
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..integration.attach import unwrap
 from ..policy.sharing import PoDSharing
 from .forward import SharedForward
 from .samples import IGNORED, Sample, collate
@@ -54,7 +54,7 @@ def _chunk_losses(
 
 @torch.no_grad()
 def summed_loss(
-    model: Any, samples: Sequence[Sample], batch: int, device: torch.device | str
+    model: torch.nn.Module, samples: Sequence[Sample], batch: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy summed over all targets, and their number: float64 scalars."""
     total, count = torch.zeros(2, dtype=torch.float64, device=device)
@@ -65,7 +65,9 @@ def summed_loss(
     return total, count
 
 
-def perplexity(model: Any, samples: Sequence[Sample], sharing: PoDSharing | None = None, *, batch: int = 1) -> float:
+def perplexity(
+    model: torch.nn.Module, samples: Sequence[Sample], sharing: PoDSharing | None = None, *, batch: int = 1
+) -> float:
     """exp of a model's mean cross-entropy on samples that it sees whole, without a cache.
 
     The model is in eval mode meanwhile.
@@ -83,7 +85,7 @@ def perplexity(model: Any, samples: Sequence[Sample], sharing: PoDSharing | None
     model.eval()
     try:
         with SharedForward(model, sharing) if sharing is not None else nullcontext():
-            total, count = summed_loss(model, samples, batch, model.device)
+            total, count = summed_loss(model, samples, batch, unwrap(model).device)
     finally:
         model.train(was_training)
     if not count:

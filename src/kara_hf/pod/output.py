@@ -4,11 +4,19 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
+from ..integration.attach import unwrap
+from ..integration.shape import model_name
 from ..policy.sharing import PoDSharing
 from .config import AdaptConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 SETTINGS = "pod_adapt.json"
 METRICS = "metrics.jsonl"
@@ -23,13 +31,13 @@ STATES = {
 
 def write(
     folder: Path,
-    model: Any,
+    model: "PreTrainedModel | PeftModel",
     sharing: PoDSharing,
     config: AdaptConfig,
     measured: dict[str, float],
-    weights: dict[str, Any] | None,
+    weights: dict[str, torch.Tensor] | None,
     tokens: int,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Writes everything; the model's files in the standard form of PEFT or Transformers.
 
@@ -41,25 +49,19 @@ def write(
     options: dict[str, Any] = {"state_dict": weights}
     if config.rank:
         options["save_embedding_layers"] = False  # they are not trained, and asking whether they were asks a hub
-    model.save_pretrained(folder, **options)
+    model.save_pretrained(str(folder), **options)
     if tokenizer is not None and not config.rank:
         tokenizer.save_pretrained(folder)
     sharing.save_pretrained(folder)
     settings = {
         "kara_hf": __version__,
-        "base_model": base_name(model),
+        "base_model": model_name(unwrap(model)),
         "config": asdict(config),
         "tokens": tokens,
         "held_out_loss": measured,
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "README.md").write_text(card(base_name(model), sharing, config, measured, tokens))
-
-
-def base_name(model: Any) -> str:
-    """Hub id that the model was loaded from, or the name of its folder; empty if it was made."""
-    name = getattr(model.config, "name_or_path", "") or ""
-    return Path(name).name if Path(name).exists() else name
+    (folder / "README.md").write_text(card(model_name(unwrap(model)), sharing, config, measured, tokens))
 
 
 def card(base: str, sharing: PoDSharing, config: AdaptConfig, measured: dict[str, float], tokens: int) -> str:
@@ -105,7 +107,7 @@ def card(base: str, sharing: PoDSharing, config: AdaptConfig, measured: dict[str
             "",
             *load,
             "cache = PoDCache(model, PoDSharing.from_pretrained(folder))",
-            "model.generate(**inputs, past_key_values=cache)",
+            "model.generate(**inputs, cache=cache)  # past_key_values=cache where Transformers does not know it yet",
             "```",
             "",
         ]

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..probing.data import token_samples
 from .config import AdaptConfig
@@ -89,7 +90,9 @@ class SampleStream:
         return taken
 
 
-def opener(data: str | Sequence[Sample] | Start, tokenizer: Any, config: AdaptConfig) -> Start:
+def opener(
+    data: str | Sequence[Sample] | Start, tokenizer: PreTrainedTokenizerBase | None, config: AdaptConfig
+) -> Start:
     """How to read data from the n-th sample on.
 
     Raises:

@@ -4,18 +4,22 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint, StepLog
 from .config import AdaptConfig
 from .forward import SharedForward
 from .loss import summed_loss, token_losses
 from .samples import IGNORED, Sample, SampleStream, collate, ids_of, without_targets
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 BETAS = (0.9, 0.95)
 PRINT_EVERY = 50  # steps, where no terminal shows the bar
@@ -41,12 +45,12 @@ class Training:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: Any,
+        model: "PreTrainedModel | PeftModel",
         shared: SharedForward,
         config: AdaptConfig,
         stream: SampleStream,
         held_out: Sequence[Sample],
-        teacher: Any = None,
+        teacher: PreTrainedModel | None = None,
     ):
         self.accelerator, self.model, self.shared, self.config = accelerator, model, shared, config
         self.stream, self.held_out, self.teacher = stream, held_out, teacher

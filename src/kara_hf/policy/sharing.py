@@ -1,6 +1,7 @@
 """`PoDSharing`: which layer's keys stand in for which other layer's, for tokens that are far away (PoD, 2412.02252)."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -115,13 +116,13 @@ class PoDSharing(Settings):
         return 0.5 * self.followers_share * (1 - min(tokens, self.proximal) / tokens)
 
     # ---------------------------------------------------------------------------------------------- whether it is right
-    def check(self, config: Any) -> None:
-        """Raises ValueError if this cannot be the sharing of a model with this (decoder) config; the message says why.
+    def check(self, shape: Mapping[str, str | int], kinds: Sequence[str]) -> None:
+        """Raises ValueError if this cannot be the sharing of such a model; the message says why.
 
         Args:
-            config: a Transformers config.
+            shape: sizes of the model, as `kara_hf.integration.shape.model_shape` gives them.
+            kinds: of its layers, as `layer_kinds` beside it gives them.
         """
-        shape = model_shape(config)
         wanted = self.model or {"num_hidden_layers": self.layers, "num_key_value_heads": self.heads}
         wrong = [
             f"{name} {wanted[name]} instead of {shape[name]}"
@@ -136,7 +137,6 @@ class PoDSharing(Settings):
                 f"{shape['num_hidden_layers']} layers of {shape['num_key_value_heads']} KV heads: {'; '.join(wrong)}; "
                 "make one for this model with `kara-hf pod explore`"
             )
-        kinds = layer_kinds(config)
         for layer, heads in enumerate(self.lead):
             for head, lead in enumerate(heads):
                 if lead != layer and not kinds[layer].startswith("full_attention"):
@@ -194,29 +194,3 @@ class PoDSharing(Settings):
                 f"this sharing has format {found!r}, and this version of kara_hf reads {FORMAT}; update it"
             )
         return cls(**data)
-
-
-def model_shape(config: Any) -> dict[str, Any]:
-    """What a model must have in common with the one that a sharing was made for."""
-    heads = config.num_attention_heads
-    return {
-        "model_type": config.model_type,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
-
-
-def layer_kinds(config: Any) -> list[str]:
-    """What layers of a model must have in common to share keys: type of attention, rotation and shape, for each."""
-    layers = config.num_hidden_layers
-    types = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    rotated = getattr(config, "no_rope_layers", None) or [1] * layers  # 1 marks a layer that has RoPE
-    each = getattr(config, "per_layer_config", None) or [config] * layers
-    kinds = []
-    for layer in range(layers):
-        shape = model_shape(each[layer]) if each[layer] is not config else model_shape(config)
-        position = "" if rotated[layer] else " without RoPE"
-        kinds.append(f"{types[layer]}{position}, {shape['num_key_value_heads']} KV heads of {shape['head_dim']}")
-    return kinds

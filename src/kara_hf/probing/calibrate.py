@@ -2,12 +2,10 @@
 
 calibration = calibrate(model, samples)
 calibration.save_pretrained("calibration")
-out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.25, score="calibration"))
+out = model.generate(**inputs, cache=KaraCache(model, retention=0.25, score="calibration"))
 """
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -15,9 +13,9 @@ import transformers
 from ..cache.bound_model import Binding
 from ..config import is_int, require
 from ..integration.attach import decoder_config, unwrap
-from ..pod.explore import Attention, Recorder
+from ..integration.shape import model_name, model_shape
 from ..policy import KeyCalibration
-from ..policy.sharing import model_shape
+from .attention import Attention, Recorder
 
 QUERY_CHUNK = 256  # queries of one KV head whose attention to everything lies in memory at once
 FIRST_TOKENS = 4096  # keys of a layer, at least, whose principal directions its features are made of
@@ -25,7 +23,7 @@ RIDGE = 1e-3  # of the variance of a feature
 
 
 def calibrate(
-    model: Any,
+    model: torch.nn.Module,
     samples: Iterable[torch.Tensor],
     *,
     window: int = 256,
@@ -74,20 +72,19 @@ def calibrate(
                     f"sample {len(tokens)} must be token ids [N] int64, at least {needed:,} (window={window}, "
                     f"recent={recent} and a query behind them), got {list(ids.shape)} {ids.dtype}"
                 )
-            for fit, seen in zip(fits, recorder.run(inner, ids), strict=True):
-                shares = future_shares(seen, window, recent)
-                fit.add(seen.key[:, : shares.shape[1]], shares)
+            for fit, recorded in zip(fits, recorder.run(inner, ids), strict=True):
+                shares = future_shares(recorded, window, recent)
+                fit.add(recorded.key[:, : shares.shape[1]], shares)
             tokens.append(len(ids))
             if progress is not None:
                 progress(len(tokens))
     if not tokens:
         raise ValueError("there is no sample to calibrate on; give some")
-    name = str(getattr(inner.config, "_name_or_path", "") or binding.name)
     return KeyCalibration(
         layers={layer: fit.solve() for layer, fit in zip(full, fits, strict=True)},
         model=model_shape(decoder_config(inner)),
         origin={
-            "model_name": Path(name).name if Path(name).is_dir() else name,
+            "model_name": model_name(inner) or binding.name,
             "samples": len(tokens),
             "tokens": sum(tokens),
             "window": window,
@@ -98,21 +95,21 @@ def calibrate(
 
 
 @torch.inference_mode()
-def future_shares(seen: Attention, window: int, recent: int) -> torch.Tensor:
+def future_shares(recorded: Attention, window: int, recent: int) -> torch.Tensor:
     """Each token's share of the attention to its window from queries behind the window and `recent` tokens more.
 
     Returns:
         ``[H, n * window]`` float32 for the n windows that have such queries, from the first token on.
     """
-    heads, tokens, _ = seen.key.shape
-    group = seen.query.shape[0] // heads
+    heads, tokens, _ = recorded.key.shape
+    group = recorded.query.shape[0] // heads
     count = (tokens - recent - 1) // window
-    total = torch.zeros(heads, count * window, device=seen.key.device)
-    seal = (torch.arange(count * window, device=seen.key.device) // window + 1) * window + recent
+    total = torch.zeros(heads, count * window, device=recorded.key.device)
+    seal = (torch.arange(count * window, device=recorded.key.device) // window + 1) * window + recent
     for head in range(heads):
         for start in range(0, group * tokens, QUERY_CHUNK):
             part = slice(start, min(start + QUERY_CHUNK, group * tokens))
-            rows = seen.rows(head, part, None)[:, : count * window]
+            rows = recorded.rows(head, part, None)[:, : count * window]
             query = torch.arange(part.start, part.stop, device=rows.device) % tokens
             total[head] += rows.masked_fill_(query[:, None] < seal, 0.0).sum(0)
     windows = total.unflatten(1, (count, window))

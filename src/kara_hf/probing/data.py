@@ -1,4 +1,4 @@
-"""Token samples of one length, from text or from the problems of `kara_hf.evaluation`."""
+"""Token samples of one length, from text or from the problems of `kara_hf.tasks.reasoner`."""
 
 import json
 from collections.abc import Iterator
@@ -6,12 +6,17 @@ from itertools import count as count_from
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..config import is_int, require
+from ..needs import Check, Need, Package, check_needs, extra
 from ..tasks.reasoner import TASKS, make_problem
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset  # type: ignore[import-untyped]
 
 PROBLEMS = "problems:"
 SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
@@ -21,7 +26,7 @@ SHUFFLE_BUFFER = 1000
 
 def token_samples(
     data: str | Path,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
     count: int | None = None,
@@ -40,9 +45,9 @@ def token_samples(
             a file: .txt, .md (one document each), .jsonl, .json or .parquet (one document in each row);
             a folder: all such files in it and below;
             a dataset of a hub: ``owner/name`` or ``owner/name:config``;
-            ``problems:trace=0.5,fact=0.2,recall=0.3``: synthetic problems (`kara_hf.evaluation`) in these proportions,
-            prompt and completion, as the bundled tiny reasoner was trained on. Every sample begins with a new problem
-            that fills at least about half of it.
+            ``problems:trace=0.5,fact=0.2,recall=0.3``: synthetic problems (`kara_hf.tasks.reasoner`) in these
+            proportions, prompt and completion, as the bundled tiny reasoner was trained on. Every sample begins with a
+            new problem that fills at least about half of it.
         tokenizer: of Transformers, with an EOS token.
         length: tokens in a sample.
         count: how many samples; the data must hold so many. None: without end, the data again and again, in another
@@ -68,6 +73,7 @@ def token_samples(
         require(split in ("train", "test"), "split", split, "'train' or 'test' for problems")
         endless = (_problems(mix, tokenizer, length, split, seed or 0, index) for index in count_from(skip))
         return islice(endless, count)
+    check_needs({"data": needs_of(str(data))[:1]})  # what reads it; files are looked up as they are opened
     dataset = _open(str(data), split, text_column)
     samples = _pack(dataset, tokenizer, length, text_column, seed, str(data), None if count is None else skip + count)
     return islice(samples, skip, None if count is None else skip + count)
@@ -92,7 +98,9 @@ def parse_mix(data: str, length: int) -> dict[str, float]:
     return mix
 
 
-def _problems(mix: dict[str, float], tokenizer: Any, length: int, split: str, seed: int, index: int) -> torch.Tensor:
+def _problems(
+    mix: dict[str, float], tokenizer: PreTrainedTokenizerBase, length: int, split: str, seed: int, index: int
+) -> torch.Tensor:
     """The sample of that index, a function of its arguments alone."""
     rng = Random(f"problems/{seed}/{index}")
     ids = _beginning(tokenizer)
@@ -108,26 +116,38 @@ def _problems(mix: dict[str, float], tokenizer: Any, length: int, split: str, se
     raise AssertionError
 
 
-def _open(data: str, split: str, text_column: str) -> Any:
-    """The data as a stream of rows (a `datasets.IterableDataset`)."""
-    try:
-        from datasets import IterableDataset, load_dataset  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError(
-            f"data={data!r} is read with datasets, which is not there; pip install 'kara_hf[train]'"
-        ) from error
+def needs_of(data: str) -> list[Need]:
+    """What reading such data needs: a package and files, or nothing."""
+    return [] if data.startswith(PROBLEMS) else [Package("datasets", extra("train")), Check(lambda: files_of(data))]
 
+
+def files_of(data: str) -> list[Path]:
+    """The files that such data is; none where it is a dataset of a hub.
+
+    Raises:
+        FileNotFoundError: there are no such files.
+    """
     path = Path(data).expanduser()
     if not path.exists():
         if data[:1] in ("", ".", "/", "~") or path.suffix in SUFFIXES or data.count("/") > 1:
             raise FileNotFoundError(f"data={data!r} is not there; give a file, a folder or a dataset of a hub")
-        name, _, config = data.partition(":")
-        return load_dataset(name, config or None, split=split, streaming=True)
-    require(split == "train", "split", split, "'train' for files, which have no other")
+        return []
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
     if not files:
         raise FileNotFoundError(f"data={data!r} has no file of text ({', '.join(SUFFIXES)})")
+    return files
+
+
+def _open(data: str, split: str, text_column: str) -> "IterableDataset":
+    """The data as a stream of rows."""
+    from datasets import IterableDataset, load_dataset
+
+    files = files_of(data)
+    if not files:
+        name, _, config = data.partition(":")
+        return load_dataset(name, config or None, split=split, streaming=True)
+    require(split == "train", "split", split, "'train' for files, which have no other")
     return IterableDataset.from_generator(_rows, gen_kwargs={"files": files, "text_column": text_column})
 
 
@@ -168,7 +188,13 @@ def _text(row: Any, text_column: str, data: str) -> str:
 
 
 def _pack(
-    dataset: Any, tokenizer: Any, length: int, text_column: str, seed: int | None, data: str, wanted: int | None
+    dataset: "IterableDataset",
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    text_column: str,
+    seed: int | None,
+    data: str,
+    wanted: int | None,
 ) -> Iterator[torch.Tensor]:
     """All samples of one pass over the data, which must be `wanted` at least; for None of one pass after the other."""
     if seed is not None:
@@ -200,11 +226,11 @@ def _pack(
             return
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _beginning(tokenizer: Any) -> list[int]:
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts in front of any text: its BOS, or nothing."""
     ids = tokenizer("")["input_ids"][:1]
     return ids if ids == [tokenizer.bos_token_id] else []

@@ -8,30 +8,27 @@ from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_generate import left_padded
+from support.batches import ids, left_padded
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner
 
 from kara_hf import KaraCache, KeyCalibration, attach, calibrate, detach
+from kara_hf.bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from kara_hf.cli.app import app
 from kara_hf.cli.calibrate import BUNDLED
-from kara_hf.cli.options import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from kara_hf.config import KaraConfig
 from kara_hf.integration.attach import is_attached
-from kara_hf.pod.explore import Recorder
+from kara_hf.integration.generation import for_forward, for_generate
 from kara_hf.policy import KaraPolicy
 from kara_hf.policy.calibrated import FILE, predict
 from kara_hf.probing import calibrate as fit
+from kara_hf.probing.attention import Recorder
 from kara_hf.probing.calibrate import QuadraticFit, future_shares
 from kara_hf.serving import ServingConfig
 from kara_hf.tasks import reasoner_tasks  # noqa: F401  registers them
 from kara_hf.tasks.task import make_task
 
 WINDOWS = {"window": 8, "recent": 3}
-
-
-def ids(tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1, 128, (tokens,), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +125,8 @@ def test_a_cache_keeps_what_the_quadratic_ranks_highest(name, tmp_path):
     cache = KaraCache(model, score=tmp_path, **settings)
     plain = KaraCache(model, score="key-norm", **settings)
     with torch.no_grad():
-        model(sample, past_key_values=cache)
-        model(sample, past_key_values=plain)
+        model(sample, **for_forward(model, cache))
+        model(sample, **for_forward(model, plain))
     assert cache.report().resident_bytes == plain.report().resident_bytes  # nothing is held but keys and values
     for layer, scores in dense.items():
         rows = cache.layers[layer].stored().lengths.shape[1]
@@ -147,10 +144,10 @@ def test_batches_keep_what_single_runs_keep(folder):
     texts = [ids(5, 1), ids(9, 2), ids(13, 3)]
     inputs = left_padded(texts)
     cache = KaraCache(model, **settings)
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    out = model.generate(**inputs, **for_generate(cache), max_new_tokens=40, do_sample=False)
     for row, text in enumerate(texts):
         alone = KaraCache(model, **settings)
-        single = model.generate(text[None], past_key_values=alone, max_new_tokens=40, do_sample=False)
+        single = model.generate(text[None], **for_generate(alone), max_new_tokens=40, do_sample=False)
         assert out[row, -40:].tolist() == single[0, -40:].tolist()
         for layer, head in itertools.product(range(3), range(2)):
             assert torch.equal(cache.kept_positions(layer, row, head), alone.kept_positions(layer, 0, head))
@@ -159,10 +156,10 @@ def test_batches_keep_what_single_runs_keep(folder):
 def test_where_everything_is_kept_it_changes_nothing(folder):
     model = build("llama")
     cache = KaraCache(model, retention=1.0, score=folder, block_size=4, **WINDOWS)
-    out = model.generate(ids(9)[None], past_key_values=cache, max_new_tokens=40, do_sample=False)
+    out = model.generate(ids(9)[None], **for_generate(cache), max_new_tokens=40, do_sample=False)
     detach(model)
     wanted = model.generate(
-        ids(9)[None], past_key_values=DynamicCache(config=model.config), max_new_tokens=40, do_sample=False
+        ids(9)[None], **for_generate(DynamicCache(config=model.config)), max_new_tokens=40, do_sample=False
     )
     assert out.tolist() == wanted.tolist()
 
@@ -223,7 +220,7 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_done(folder, tmp_p
     other = build("qwen3")
     with pytest.raises(ValueError, match="another model: model_type llama instead of qwen3;.*kara-hf calibrate"):
         KaraCache(other, score=folder)
-    assert not is_attached(other.config) and not is_attached(small.config)
+    assert not is_attached(other) and not is_attached(small)
     small._tp_size = 2
     with pytest.raises(ValueError, match="tensor parallelism .tp_size=2. each process has some"):
         KaraCache(small, score=folder)
@@ -268,7 +265,7 @@ def test_what_cannot_be_calibrated_is_refused():
         calibrate(build("falcon-new"), [ids(40)])
     with pytest.raises(ValueError, match="no full-attention layer"):
         calibrate(build("mistral-sliding"), [ids(40)])
-    assert model.training and is_attached(model.config)
+    assert model.training and is_attached(model)
     torch.nn.init.constant_(model.model.layers[0].self_attn.k_proj.weight, torch.inf)
     with pytest.raises(ValueError, match="keys have NaN"):
         calibrate(model, [ids(96, seed) for seed in range(8)], rank=4, **WINDOWS)
@@ -316,9 +313,9 @@ def test_the_command_writes_what_other_commands_use(tmp_path):
     assert (code, output) == (0, f"written to {tmp_path / 'c'}\n")
     origin = KeyCalibration.from_pretrained(tmp_path / "c").origin
     assert origin["data"].startswith("problems:") and (origin["samples"], origin["tokens"]) == (6, 1536)
-    code, output = run("generate", "--cache", "kara", "--score", tmp_path / "c", "--retention", 0.5)
+    code, output = run("generate", "--cache", "kara", "--score", tmp_path / "c", "--max-new-tokens", 100)
     assert code == 0 and str(tmp_path / "c") in output.replace("\n", "")
-    task = ["--tasks", "trace:generated=200", "--n", 2, "--budgets", 0.5, "--out", tmp_path / "results"]
+    task = ["--tasks", "trace:generated=80", "--n", 1, "--budgets", 0.5, "--out", tmp_path / "results"]
     code, output = run("evaluate", *task, "--methods", "calibrated", "--calibration", tmp_path / "c")
     assert code == 0, output
     (found,) = (tmp_path / "results").rglob("calibrated@*.jsonl")

@@ -1,62 +1,25 @@
 """The demo in a real browser: what is drawn agrees with the cache, and whatever visitors do, the page goes on."""
 
-import gc
-import itertools
 import json
-import socket
 import time
 import urllib.error
 import urllib.request
 import weakref
 from pathlib import Path
 
-import numpy as np
 import pytest
+from support.demo import TINY
+from support.demo_browser import ENDED, PHONE, fill, gone, pace, run, the_session
 
-pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'kara_hf[demo]'")
-
-
-from kara_hf.demo.app import launch
-from kara_hf.demo.models import BUNDLED, Models
-from kara_hf.demo.recorder import Recorder
+from kara_hf.demo.models import BUNDLED
+from kara_hf.demo.recorder import CacheRecorder
 from kara_hf.demo.recording import Recording
-from kara_hf.demo.request import Limits
-from kara_hf.demo.sessions import Shows
-
-WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-TINY, DEEP = BUNDLED
-ENDED = "() => player.runs.length && player.done && player.runs.every(run => run.head.end) && player.at === null"
-SLOW = 40_000  # milliseconds, on a busy machine
-
-
-@pytest.fixture(scope="module")
-def shows():
-    return Shows()
-
-
-@pytest.fixture(scope="module")
-def address(shows):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    limits = Limits(new=800, prompt=1200, runs=2)
-    app = launch(
-        Models(device="cpu"),
-        limits,
-        shows,
-        server_name="127.0.0.1",
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-    )
-    yield app.local_url
-    app.close()
 
 
 @pytest.fixture(autouse=True)
 def last_reports(monkeypatch):
     """What each recording's cache reported and held after its last step."""
-    last, step = {}, Recorder.step
+    last, step = {}, CacheRecorder.step
 
     def watch(self, text, seconds):
         step(self, text, seconds)
@@ -67,80 +30,19 @@ def last_reports(monkeypatch):
                 [self.cache.kept_positions(layer, 0, head).tolist() for layer, head in rows],
             )
 
-    monkeypatch.setattr(Recorder, "step", watch)
+    monkeypatch.setattr(CacheRecorder, "step", watch)
     return last
 
 
-@pytest.fixture
-def visit(browser, address):
-    """Opens the app in a tab of its own; nothing but the server may be asked for anything, and no script may fail."""
-    tabs, faults = [], []
-
-    def opened(viewport=WIDE, **options):
-        context = browser.new_context(viewport=viewport, accept_downloads=True, **options)
-        page = context.new_page()
-        page.set_default_timeout(SLOW)
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                request.url.startswith((address, "data:", "blob:")) or faults.append(f"asked for {request.url}")
-            ),
-        )
-        page.goto(address)
-        page.wait_for_function("() => window.player")
-        page.wait_for_selector("#start")
-        tabs.append(context)
-        return page
-
-    yield opened
-    for context in tabs:
-        context.close()
-    assert not faults
-
-
-def fill(page, name, value):
-    box = page.locator(f"#{name} input, #{name} textarea").first
-    box.fill(str(value))
-    box.blur()
-
-
-def pace(page, name):
-    page.get_by_role("button", name="Sampling, limits, speed").click()
-    page.get_by_label(name).click()
-
-
-def run(page, wait=True):
-    page.evaluate("() => { player.key = null; player.runs = []; }")
-    page.click("#start")
-    if wait:
-        page.wait_for_function(ENDED)
-
-
-def gone(shows, caches=()):
-    """Whether all runs let go of their caches soon."""
-    for _ in range(150):
-        gc.collect()
-        if not shows.live and not any(cache() for cache in caches):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def the_show(shows):
-    (show,) = shows._of.values()
-    return show
-
-
-def test_what_is_drawn_is_what_the_cache_holds(visit, shows, last_reports, tmp_path):
+def test_what_is_drawn_is_what_the_cache_holds(visit, sessions, last_reports, tmp_path):
     page = visit()
     fill(page, "length", 240)
     pace(page, "full speed")
     run(page, wait=False)
     page.wait_for_selector(".kh-pane:last-child .t.sealed")
     page.wait_for_function(ENDED)
-    show = the_show(shows)
-    full, kara = (run.recording for run in show.runs)
+    session = the_session(sessions)
+    full, kara = (run.recording for run in session.runs)
     report, positions = last_reports[id(kara)]
 
     # numbers
@@ -239,10 +141,10 @@ def test_what_is_drawn_is_what_the_cache_holds(visit, shows, last_reports, tmp_p
     alone.click("text=Replay")
     alone.wait_for_function("() => player.at > 3")
     offline.close()
-    assert gone(shows)
+    assert gone(sessions)
 
 
-def test_stop_step_and_start_again(visit, shows):
+def test_stop_step_and_start_again(visit, sessions):
     page = visit()
     pace(page, "20 tokens/s")
     run(page, wait=False)
@@ -250,24 +152,24 @@ def test_stop_step_and_start_again(visit, shows):
     page.click("#pause")
     page.wait_for_function("() => player.paused")
     page.wait_for_timeout(300)
-    at = the_show(shows).generated
+    at = the_session(sessions).generated
     for more in (1, 2):
         page.click("#step")
         page.wait_for_function("n => player.runs.every(run => run.tokens.length === n)", arg=at + more)
     run(page, wait=False)  # ends that one, although it waits
     page.wait_for_function("() => player.generated > 1 && !player.paused")
-    caches = [weakref.ref(each.cache) for each in the_show(shows).runs]
+    caches = [weakref.ref(each.cache) for each in the_session(sessions).runs]
     page.click("#stop")
     page.wait_for_function(ENDED)
     assert page.locator(".kh-verdict").all_inner_texts()[1].startswith("stopped")
-    assert gone(shows, caches)
+    assert gone(sessions, caches)
     page.click("#step")  # without a run, the first step of a new one
     page.wait_for_function("() => player.paused && !player.done && player.generated <= 1")
     page.click("#step")
     page.wait_for_function("() => player.generated === 1")
 
 
-def test_bad_input_is_explained_and_the_page_goes_on(visit, shows):
+def test_bad_input_is_explained_and_the_page_goes_on(visit, sessions):
     page = visit()
     pace(page, "full speed")
     message = page.locator("#status .error")
@@ -305,7 +207,7 @@ def test_bad_input_is_explained_and_the_page_goes_on(visit, shows):
     assert message.count() == 0 and "ans" in page.locator(".kh-text").last.inner_text()
 
 
-def test_visitors_have_their_own_runs_and_leave_nothing_behind(visit, shows):
+def test_visitors_have_their_own_runs_and_leave_nothing_behind(visit, sessions):
     pages = [visit(), visit()]
     for page, length in zip(pages, (300, 200), strict=True):
         fill(page, "length", length)
@@ -313,15 +215,15 @@ def test_visitors_have_their_own_runs_and_leave_nothing_behind(visit, shows):
         run(page, wait=False)
     for page in pages:
         page.wait_for_function("() => player.generated > 2")
-    assert shows.live == 4
+    assert sessions.live == 4
     prompts = [page.evaluate("() => player.prompt.length") for page in pages]
     assert prompts[0] > prompts[1]
-    caches = [weakref.ref(each.cache) for show in shows._of.values() for each in show.runs]
+    caches = [weakref.ref(each.cache) for session in sessions._of.values() for each in session.runs]
     third = visit()
     fill(third, "length", 80)
     third.click("#start")
     third.wait_for_function("() => document.querySelector('#status').innerText.includes('All 2 places are taken')")
-    assert shows.live == 4
+    assert sessions.live == 4
     third.click("#stop")  # gives up waiting
     third.click("#start")
     third.click("#start")
@@ -329,18 +231,18 @@ def test_visitors_have_their_own_runs_and_leave_nothing_behind(visit, shows):
     third.wait_for_function("() => player.generated > 2")
     third.close()
     for _ in range(150):
-        if shows.live == 2:
+        if sessions.live == 2:
             break
         time.sleep(0.1)
-    assert shows.live == 2
+    assert sessions.live == 2
     before = pages[1].evaluate("() => player.generated")
     pages[1].wait_for_function("n => player.generated > n", arg=before)
     pages[1].goto("about:blank")
-    assert gone(shows, caches)
+    assert gone(sessions, caches)
 
 
 def test_no_file_is_read_for_a_visitor(address):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     for path in (
         "/etc/passwd",
         root / "pyproject.toml",
@@ -361,7 +263,7 @@ def test_no_file_is_read_for_a_visitor(address):
     assert refused.value.code == 413
 
 
-def test_other_methods_and_shared_keys(visit, shows):
+def test_other_methods_and_shared_keys(visit, sessions):
     page = visit()
     pace(page, "full speed")
     page.get_by_label("Needle").click()
@@ -377,7 +279,7 @@ def test_other_methods_and_shared_keys(visit, shows):
     fill(page, "length", 300)
     page.locator("#set-compress_prompt input").check()
     run(page)
-    recording = the_show(shows).runs[-1].recording
+    recording = the_session(sessions).runs[-1].recording
     keys = [
         int(text.split()[0].replace(",", ""))
         for text in page.locator(".kh-heads").last.locator(".cell").all_inner_texts()
@@ -389,67 +291,3 @@ def test_other_methods_and_shared_keys(visit, shows):
     assert (sum(keys) + values) * 32 * 4 == recording.samples[-1][1]  # float32 in 32 dimensions: what the cache reports
     assert page.locator(".kh-heads .follows").count() == sum(follows) > 0
     assert page.locator(".t.shared").count() > 50
-
-
-LOOKS = """() => {
-  const pen = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const ground = getComputedStyle(player.root).backgroundColor;
-  const over = colour => {
-    for (const each of [ground, colour]) { pen.fillStyle = each; pen.fillRect(0, 0, 1, 1); }
-    return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map(part => part / 255);
-  };
-  return Object.fromEntries([...document.querySelectorAll(".kh-legend .t")].map(span => {
-    const style = getComputedStyle(span), cues = ["borderTopWidth", "borderBottomWidth", "borderBottomStyle",
-      "textDecorationLine", "outlineStyle"].map(name => style[name]).join(" ");
-    return [span.classList[1], {ground: over(style.backgroundColor), text: over(style.color), style: cues}];
-  }));
-}"""
-CONES = {  # what is left of linear RGB without one kind of cones (Machado, Oliveira and Fernandes, 2009)
-    "full colour": np.eye(3),
-    "protanopia": np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]),
-    "deuteranopia": np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]),
-    "tritanopia": np.array([[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]]),
-}
-
-
-def lab(colour, cones):
-    linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
-    linear = np.clip(cones @ linear, 0, 1)
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
-    f = np.cbrt(xyz / np.array([0.9505, 1.0, 1.089]))
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])]), linear @ np.array(
-        [0.2126, 0.7152, 0.0722]
-    )
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_can_be_told_apart_and_texts_read(visit, scheme):
-    page = visit(color_scheme=scheme)
-    got = page.evaluate(LOOKS)
-    tinted = {name: np.array(each["ground"]) for name, each in got.items() if name not in ("evicted", "fresh", "whole")}
-    assert set(tinted) == {"prompt", "sealed", "open", "recent", "shared"}
-    for kind, cones in CONES.items():
-        for (a, one), (b, other) in itertools.combinations(tinted.items(), 2):
-            apart = np.linalg.norm(lab(one, cones)[0] - lab(other, cones)[0])
-            assert apart > 9 or got[a]["style"] != got[b]["style"], (kind, a, b, apart)
-    assert len({each["style"] for each in got.values()}) >= 6  # a second cue, for those who see no colours at all
-    for name, each in got.items():
-        if name != "evicted":
-            light, dark = sorted((lab(np.array(each[part]), np.eye(3))[1] for part in ("ground", "text")), reverse=True)
-            assert (light + 0.05) / (dark + 0.05) > 4.5, name
-
-
-def test_it_fits_a_laptop_and_a_phone(visit):
-    for viewport in (WIDE, PHONE):
-        page = visit(viewport=viewport)
-        fill(page, "length", 80)
-        pace(page, "full speed")
-        run(page)
-        assert page.evaluate("() => document.documentElement.scrollWidth") <= viewport["width"]
-        for name in ("#start", "#stop", "#step", "#pause"):
-            box = page.locator(name).bounding_box()
-            assert box["x"] >= 0 and box["x"] + box["width"] <= viewport["width"] and box["height"] >= 24
-        panes = [page.locator(".kh-pane").nth(i).bounding_box() for i in (0, 1)]
-        assert all(box["width"] > 250 for box in panes)
-        beside = panes[0]["y"] == panes[1]["y"]
-        assert beside == (viewport is WIDE)

@@ -1,0 +1,49 @@
+"""Sizes of a model, read from its config: what sharing maps and calibrations are made for."""
+
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """Hub id that a model was loaded from, or the name of its folder without the path; empty if it was made."""
+    name = str(getattr(model.config, "name_or_path", "") or "")
+    return Path(name).name if Path(name).exists() else name
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Size of one head's keys, which many configs leave to be derived."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def model_shape(config: PreTrainedConfig) -> dict[str, str | int]:
+    """What a model must have in common with the one that a sharing or a calibration was made for.
+
+    Args:
+        config: of the decoder.
+    """
+    heads = config.num_attention_heads
+    return {
+        "model_type": config.model_type,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim(config),
+    }
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """What layers of a model must have in common to share keys: type of attention, rotation and shape, for each.
+
+    Args:
+        config: of the decoder.
+    """
+    layers = config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    rotated = getattr(config, "no_rope_layers", None) or [1] * layers  # 1 marks a layer that has RoPE
+    each = getattr(config, "per_layer_config", None) or [config] * layers
+    kinds = []
+    for layer in range(layers):
+        shape, position = model_shape(each[layer]), "" if rotated[layer] else " without RoPE"
+        kinds.append(f"{types[layer]}{position}, {shape['num_key_value_heads']} KV heads of {shape['head_dim']}")
+    return kinds

@@ -1,0 +1,153 @@
+"""What visitors may ask for, and which models they may choose."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from support.demo import DEEP, TINY, make
+
+from kara_hf import PoDSharing
+from kara_hf.demo.models import BUNDLED, Models
+from kara_hf.demo.presets import DEFAULTS, METHOD_PRESETS, OWN
+from kara_hf.demo.request import Limits
+from kara_hf.integration.shape import layer_kinds, model_shape
+
+BAD = {
+    "empty text": (
+        {"task": OWN, "text": "  \n"},
+        "prompt='  .n' is not possible: prompt must be some text to continue",
+    ),
+    "unknown words": (
+        {"task": OWN, "text": "ba : 8 ; What does it mean"},
+        "knows only the words .* not 'What', 'does', 'mean'",
+    ),
+    "too long a text": ({"task": OWN, "text": "ba " * 5000}, "4,096 tokens at most, not 5,000"),
+    "far too long a text": ({"task": OWN, "text": "x" * 10**6}, "131,072 letters long at most, not 1,000,000"),
+    "too long a task": ({"length": 10**9}, "length=1000000000 is not possible: length must be a whole number"),
+    "no length": ({"length": None}, "length=None is not possible"),
+    "half a token": ({"length": 80.5}, "length=80.5 is not possible"),
+    "a task beyond its range": ({"length": 4000}, "out of range for task 'trace'"),
+    "no problem": ({"number": -1}, "problem=-1 is not possible"),
+    "too many new tokens": ({"new": 10**6}, "most new tokens=1000000 is not possible"),
+    "temperature": ({"temperature": -1}, "temperature=-1 is not possible"),
+    "no temperature": ({"temperature": None}, "temperature=None is not possible"),
+    "seed": ({"seed": 1e300}, "seed=1e.300 is not possible"),
+    "infinite length": ({"length": float("inf")}, "length=inf is not possible"),
+    "retention": (
+        {"settings": {"retention": 40}},
+        r"retention=40 is not possible: retention must be a number in \(0, 1\]",
+    ),
+    "retention left empty": ({"settings": {"retention": None}}, "retention=None is not possible"),
+    "window": ({"settings": {"window": -7}}, "window=-7 is not possible"),
+    "window left empty": ({"settings": {"window": None}}, "window=None is not possible"),
+    "observation left empty": (
+        {"choice": "KV-Compress", "settings": {"observation": 0}},
+        "observation=0 is not possible",
+    ),
+    "block size": ({"choice": "KV-Compress", "settings": {"block_size": 0}}, "block_size=0 is not possible"),
+    "score": ({"settings": {"score": "best"}}, "score='best' is not possible"),
+    "a folder as a score": (
+        {"settings": {"score": "src/kara_hf"}},
+        "score='src/kara_hf' is not possible.*one of bidir",
+    ),
+    "no map": ({"choice": "PoD"}, "PoD needs a map .* tiny_reasoner has none: choose deep_reasoner"),
+    "no model": ({"model": ""}, "model='' is not possible: choose tiny_reasoner, deep_reasoner or a hub id"),
+    "a folder": ({"model": "/etc"}, "model='/etc' is not possible: .* named when the demo is started"),
+    "a folder above": ({"model": "../main"}, "model='../main' is not possible"),
+    "a folder that looks like an id": ({"model": "src/kara_hf"}, "model='src/kara_hf' is not possible"),
+    "the home folder": ({"model": "~/model"}, "is not possible"),
+    "an address": ({"model": "http://127.0.0.1/x"}, "is not possible"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_with_its_remedy(models, case, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    changes, message = BAD[case]
+    with pytest.raises(ValueError, match=message) as raised:
+        make(models, **changes)
+    assert len(str(raised.value)) < 500
+
+
+def test_an_unknown_model_is_named_soon(models):
+    begun = time.perf_counter()
+    with pytest.raises(OSError, match="model='nobody/has-this' cannot be loaded: the hub"):
+        make(models, model="nobody/has-this")
+    assert time.perf_counter() - begun < 20
+    with pytest.raises(ValueError, match="this demo offers tiny_reasoner, deep_reasoner only"):
+        Models(hub=False).load("nobody/has-this")
+
+
+def test_limits_hold(models):
+    with pytest.raises(ValueError, match="length must be a whole number from 1 to 50"):
+        make(models, limits=Limits(new=50), length=80)
+    session = make(models, limits=Limits(new=20), task=OWN, text="ba : 8 ; xa : 4 ; ? ba xa >")
+    assert session.runs[0].generation.max_new_tokens == 20
+    with pytest.raises(ValueError, match="10 tokens at most"):
+        make(models, limits=Limits(prompt=10), task=OWN, text="ba : 8 ; xa : 4 ; qo : ba + xa ; ? qo xa >")
+
+
+def test_models_of_a_hub_make_room_for_others(monkeypatch):
+    loading, waiting = threading.Event(), threading.Event()
+
+    def load(name, place, sharing, **options):
+        if name == "org/slow":
+            loading.set()
+            assert waiting.wait(20)
+        return f"{name} from {place}"
+
+    monkeypatch.setattr("kara_hf.demo.models.Loaded", load)
+    monkeypatch.setattr("kara_hf.demo.models.on_hub", lambda name: name)
+    models = Models()
+    slow = threading.Thread(target=models.load, args=("org/slow",))
+    slow.start()
+    assert loading.wait(20)
+    assert models.load(TINY) == f"{TINY} from {BUNDLED[TINY]}"  # while the other one is still loading
+    waiting.set()
+    slow.join()
+    for number in range(4):
+        models.load(f"org/m{number}")
+    assert list(models._loaded) == [TINY, "org/m1", "org/m2", "org/m3"]
+
+
+def test_named_folders_can_be_chosen_and_no_others(tmp_path):
+    import shutil
+
+    for name in ("mine", "hidden"):
+        shutil.copytree(BUNDLED[TINY], tmp_path / name)
+    models = Models([str(tmp_path / "mine")], device="cpu")
+    assert models.names == ["mine", TINY, DEEP]
+    assert models.load("mine") is models.load("mine") and not models.load("mine").bundled
+    for name in (str(tmp_path / "mine"), str(tmp_path / "hidden"), "hidden"):
+        with pytest.raises((ValueError, OSError)):
+            models.load(name)
+    with pytest.raises(ValueError, match="another model is called mine"):
+        Models([str(tmp_path / "mine"), str(tmp_path / "mine")])
+
+
+def test_code_of_a_model_runs_only_if_a_flag_says_so(tmp_path):
+    import shutil
+
+    folder = tmp_path / "mine"
+    shutil.copytree(BUNDLED[TINY], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Mine: pass\n")
+    with pytest.raises((OSError, ValueError)):
+        Models([str(folder)], device="cpu", trust_remote_code=False).load("mine")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_bundled_map_is_of_the_bundled_model_and_saves_what_it_was_explored_for(models):
+    sharing, config = PoDSharing.from_pretrained(BUNDLED[DEEP]), models.load(DEEP).model.config
+    sharing.check(model_shape(config), layer_kinds(config))
+    assert sharing.model == model_shape(config)
+    assert sharing.saving(sharing.origin["at_tokens"]) >= sharing.origin["saving"] == 0.25
+
+
+def test_methods_show_the_settings_that_they_have(models):
+    for name, choice in METHOD_PRESETS.items():
+        assert choice.about and set(choice.settings) <= set(DEFAULTS), name
