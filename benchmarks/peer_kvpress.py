@@ -478,8 +478,8 @@ def measure_tasks(python: Path, tasks: str, cells: list[Row], model: str | None,
     Raises:
         ValueError: a task does not exist or does not fit the model or the rules.
     """
+    from kara_hf.bundled import BUNDLED_MODEL
     from kara_hf.cli.evaluate import BUNDLED_SKELETON, weights_of
-    from kara_hf.cli.options import BUNDLED_MODEL
     from kara_hf.evaluation.measure.evaluator import Answers, Evaluator
     from kara_hf.evaluation.measure.results import Cell, CellFile
     from kara_hf.integration.loading import Runner, find_device

@@ -16,7 +16,7 @@ from kv_compress_tables import table
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kara_hf.cli.options import BUNDLED_MODEL
+from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.evaluation.measure.evaluator import Evaluator, Request
 from kara_hf.evaluation.measure.provenance import digest
 from kara_hf.evaluation.measure.results import load, save_packed

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
-from kara_hf.cli.options import BUNDLED_MODEL
+from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.serving import kara_continuous_batching
 from kara_hf.tasks.reasoner import make_problem
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner
 
 from kara_hf import KaraCache, KeyCalibration, attach, calibrate, detach
+from kara_hf.bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from kara_hf.cli.app import app
 from kara_hf.cli.calibrate import BUNDLED
-from kara_hf.cli.options import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from kara_hf.config import KaraConfig
 from kara_hf.integration.attention import is_attached
 from kara_hf.pod.explore import Recorder

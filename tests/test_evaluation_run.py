@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Quan
 from typer.testing import CliRunner
 
 from kara_hf import KaraCache, KaraConfig, detach
+from kara_hf.bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from kara_hf.cli import app as cli
-from kara_hf.cli.options import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from kara_hf.evaluation.measure import results
 from kara_hf.evaluation.measure.evaluator import LOOP, TOLERANCE, Evaluator, Request, loops
 from kara_hf.evaluation.measure.memory import AllocatorPeak, held_bytes, peak_bytes

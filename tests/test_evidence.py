@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kara_hf.cli.options import BUNDLED_MODEL
+from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.evaluation.measure.provenance import digest
 from kara_hf.evaluation.measure.results import load
 

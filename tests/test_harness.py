@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kara_hf.cli.options import BUNDLED_MODEL
+from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.tasks.reasoner import make_problem
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install 'kara_hf[harness]'")

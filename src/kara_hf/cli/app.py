@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 
 from .. import __version__
+from ..bundled import BUNDLED_MODEL
 from ..config import require
 from .calibrate import calibrate
 from .demo import demo
 from .display import show_runs
 from .evaluate import evaluate, report
-from .options import BUNDLED_MODEL, DTYPES, readable_errors
+from .options import DTYPES, readable_errors
 from .pod import app as pod
 from .serve import serve
 

@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from ..config import require
-from .options import BUNDLED_CALIBRATION, BUNDLED_MODEL, DTYPES, readable_errors
+from .options import DTYPES, readable_errors
 
 # What runs without a model and tasks: the bundled model has a language of its own and short windows.
 BUNDLED_TASKS = "trace:generated=300,fact:generated=300"

@@ -2,12 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import typer
 
-BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny_reasoner"
-BUNDLED_CALIBRATION = Path(__file__).parent / "assets" / "tiny_reasoner_calibration"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 

@@ -14,10 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..bundled import BUNDLED_MODEL
 from ..config import require
 from ..pod.config import AdaptConfig
 from ..policy.sharing import PoDSharing
-from .options import BUNDLED_MODEL, DTYPES, readable_errors
+from .options import DTYPES, readable_errors
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli.options import BUNDLED_MODEL
+from ..bundled import BUNDLED_MODEL
 from ..integration.attention import attach
 from ..integration.loading import Runner
 from ..policy.sharing import FILE
