@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'kara_hf[demo]'")
 
 from kara_hf import PoDSharing
-from kara_hf.cli.app import BUNDLED_SETTINGS
 from kara_hf.cli.app import app as command
+from kara_hf.cli.generate import BUNDLED_SETTINGS
 from kara_hf.demo.app import build, launch
 from kara_hf.demo.models import BUNDLED, Models, Turns
 from kara_hf.demo.page import make_page

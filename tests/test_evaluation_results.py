@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kara_hf.evaluation.measure.results import EXAMPLE, Cell, CellFile, load, pack, save_packed
 
-CELL = Cell("org/tiny model", "3f9a", "trace:generated=300", "pinned", "random", 0.25, "bytes", 0)
+CELL = Cell("org/tiny model", "3f9a", "trace:generated=300", "prompt-kept", "random", 0.25, "bytes", 0)
 SETTINGS = {"window": 64, "sizes": [1, 2]}
 PROVENANCE = {"command": "kara-hf evaluate", "date": "2026-11-24"}
 
@@ -199,7 +199,7 @@ cells = st.builds(
     model=st.text(min_size=1, max_size=8),
     weights=st.just("3f9a"),
     task=st.sampled_from(["trace", "niah:length=64"]),
-    rule=st.sampled_from(["pinned", "none"]),
+    rule=st.sampled_from(["prompt-kept", "none"]),
     method=st.sampled_from(["full", "random", "kara"]),
     budget=st.floats(0.01, 1),
     equal=st.sampled_from(["bytes", "tokens"]),

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from kara_hf import PoDSharing
+from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.cli import app as cli
 from kara_hf.integration.attention import decoder_config, is_attached
 from kara_hf.pod import explore as exploring
@@ -370,7 +371,7 @@ def test_saved_and_loaded(tmp_path):
 def tokenizer():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(cli.BUNDLED_MODEL)
+    return AutoTokenizer.from_pretrained(BUNDLED_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -465,11 +466,11 @@ def test_a_tokenizer_with_bos_begins_every_sample_with_it(folder):
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(cli.BUNDLED_MODEL, bos_token="<pad>")
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL, bos_token="<pad>")
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
     samples = list(token_samples(folder / "c.jsonl", tokenizer, length=20, count=4, seed=None))
     assert all(sample[0] == 0 and (sample[1:] != 0).all() for sample in samples)
-    plain = AutoTokenizer.from_pretrained(cli.BUNDLED_MODEL)
+    plain = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
     expected = torch.cat(list(token_samples(folder / "c.jsonl", plain, length=19, count=4, seed=None)))
     assert torch.equal(torch.cat([sample[1:] for sample in samples]), expected)
     assert all(sample[0] == 0 for sample in token_samples(PROBLEMS, tokenizer, length=100, count=2))
@@ -598,7 +599,7 @@ def test_the_command_measures_groups_and_draws_and_groups_again(tmp_path):
 
 
 def test_the_command_takes_a_model_and_data(tmp_path, folder):
-    options = ["--model", cli.BUNDLED_MODEL, "--samples", 2, "--length", 90, "--device", "cpu", "--dtype", "bfloat16"]
+    options = ["--model", BUNDLED_MODEL, "--samples", 2, "--length", 90, "--device", "cpu", "--dtype", "bfloat16"]
     near = ["--region", "distant", "--sinks", 2, "--recent", 40, "--queries", 8, "--seed", 3]
     command("--data", folder, "--out", tmp_path, *options, *near)
     found = LayerSimilarity.load(tmp_path)
@@ -608,7 +609,7 @@ def test_the_command_takes_a_model_and_data(tmp_path, folder):
 
 
 def test_mistakes_end_in_one_line(tmp_path, folder, monkeypatch):
-    model = ["--model", cli.BUNDLED_MODEL]
+    model = ["--model", BUNDLED_MODEL]
     assert "out is missing" in refused()
     assert "threshold=1.5" in refused("--out", tmp_path, "--threshold", 1.5)
     assert "saving=0.6" in refused("--out", tmp_path, "--saving", 0.6)

@@ -5,7 +5,7 @@ committed. What is compressed, and when, is the policy's `Compression`. A step t
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +20,15 @@ from ..policy.sharing import PoDSharing
 from ..storage import MemoryMeter, PagedStore, Prompt, upload
 from .bound_model import Binding, check_max_bytes
 from .budget_compression import Evicting
-from .compression import Compression
+from .compression import compression_of, register_compression
 from .cuda_graph import DecodeGraph, check_graph
 from .layer import Step, StoreLayer
 from .report import CacheReport
 from .sequence import Kind, Sequence
 from .window_compression import Sealing
 
-COMPRESSIONS: dict[type, Callable[..., Compression]] = {KaraPolicy: Sealing, KVCompressPolicy: Evicting}
+register_compression(KaraPolicy, Sealing)
+register_compression(KVCompressPolicy, Evicting)
 
 
 def looks_are_free(device: torch.device) -> bool:
@@ -73,7 +74,7 @@ class CompressedCache(Cache):
         self.sharing = sharing
         check_max_bytes(max_bytes, inner, policy.config.block_size)
         self.policy = policy
-        self.compression = COMPRESSIONS[type(policy)](self, policy)
+        self.compression = compression_of(policy)(self, policy)
         self.meter = MemoryMeter(max_bytes)
         self.steady = cuda_graph
         super().__init__(layers=self._make_layers())
@@ -177,7 +178,7 @@ class CompressedCache(Cache):
         for layer in self.store_layers:
             layer.clear()
         self.meter = MemoryMeter(self.meter.max_bytes)
-        self.compression = COMPRESSIONS[type(self.policy)](self, self.policy)
+        self.compression = compression_of(self.policy)(self, self.policy)
         self.layers = self._make_layers()
         self.sequences = []
         self.columns = self._solid_columns = 0

@@ -1,6 +1,7 @@
 """What a policy does to a cache at the points of a step: the protocol that each kind of policy implements once."""
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -67,3 +68,26 @@ class Compression(Protocol):
 
     def uncroppable(self, number: int, sequence: Sequence, count: int) -> str:
         """Why the newest `count` tokens of sequence `number` cannot be taken off."""
+
+
+# From a cache and its policy to what carries the policy out.
+Factory = Callable[[Any, Any], Compression]
+_FACTORIES: dict[type, Factory] = {}
+
+
+def register_compression(policy_type: type, factory: Factory) -> None:
+    """Makes ``factory(cache, policy)`` what carries out policies of exactly that type.
+
+    Raises:
+        ValueError: there is one already.
+    """
+    if policy_type in _FACTORIES:
+        raise ValueError(f"{policy_type.__name__} has a compression already: {_FACTORIES[policy_type].__name__}")
+    _FACTORIES[policy_type] = factory
+
+
+def compression_of(policy: object) -> Factory:
+    """What carries out such a policy. Raises TypeError if nothing was registered."""
+    if type(policy) not in _FACTORIES:
+        raise TypeError(f"there is no compression for {type(policy).__name__}; register one with register_compression")
+    return _FACTORIES[type(policy)]

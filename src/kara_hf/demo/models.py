@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bundled import BUNDLED_MODEL
 from ..integration.attention import attach
-from ..integration.loading import Runner
+from ..integration.loading import LoadedModel
 from ..policy.sharing import FILE
 
 BUNDLED = {folder.name: folder for folder in (BUNDLED_MODEL, BUNDLED_MODEL.parent / "deep_reasoner")}
@@ -59,7 +59,7 @@ class Loaded:
     """
 
     def __init__(self, name: str, place: str, sharing: str | None, **options: Any):
-        runner = Runner(place, **options)
+        runner = LoadedModel(place, **options)
         self.name, self.bundled = name, name in BUNDLED
         self.model, self.tokenizer, self.limit, self.encode = (
             runner.model,
@@ -85,7 +85,7 @@ class Models:
         folders: local models that may be chosen, named when the demo was started. No other folder can be.
         sharing: folder or hub id of the PoD map of the first of `folders`.
         hub: whether hub ids may be chosen.
-        options: of `kara_hf.integration.loading.Runner`.
+        options: of `kara_hf.integration.loading.LoadedModel`.
 
     Raises:
         ValueError: two folders have one name.

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from ..cache.bound_model import Binding
-from ..cache.compressed import COMPRESSIONS, CompressedCache
+from ..cache.compressed import CompressedCache
+from ..cache.compression import register_compression
 from ..cache.window_compression import Sealing
 from ..config import KaraConfig
 from ..integration.attention import AttentionFunction, hooked, unwrap
@@ -116,7 +117,7 @@ class OraclePolicy(KaraPolicy):
         return top_tokens(torch.stack(parts), window.keep)
 
 
-COMPRESSIONS[OraclePolicy] = Sealing
+register_compression(OraclePolicy, Sealing)
 
 
 class OracleCache(CompressedCache):

@@ -8,7 +8,6 @@ were trained, and `PoDSharing.from_pretrained` load.
 """
 
 import copy
-import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,9 @@ from typing import Any, Literal
 
 import torch
 
+from ..config import require
 from ..integration.attention import decoder_config, detach, unwrap
+from ..needs import Package, check_needs, extra
 from ..policy.sharing import PoDSharing
 from .config import AdaptConfig
 from .forward import SharedForward
@@ -30,7 +31,11 @@ from .samples import Sample, SampleStream, Start, ids_of, opener
 __all__ = ["AdaptConfig", "Adaptation", "adapt", "perplexity"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-TRACKERS = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
+TRACKERS: dict[str, tuple[Package, ...]] = {
+    "none": (),
+    "tensorboard": (Package("tensorboard|tensorboardX", "pip install tensorboard"),),
+    "trackio": (Package("trackio", "pip install trackio"),),
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def adapt(
         ValueError: what was asked is not possible, and nothing was changed; or the loss became infinite.
         ImportError: a package is missing; the message says how it is installed.
     """
-    check_packages(config, log)
+    check_needs({"": needs_of(config, log)})
     check_model(model, sharing, config)
     start = opener(data, tokenizer, config)
     check_length(config.length if isinstance(data, str) else longest_of(data), sharing, model)
@@ -208,16 +213,11 @@ def checkpointing(model: Any) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
-def check_packages(config: AdaptConfig, log: str) -> None:
-    """Raises ImportError if a package is missing, ValueError for an unknown tracker."""
-    needed = ("accelerate", "peft") if config.rank else ("accelerate",)
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"adaptation needs {' and '.join(missing)}: pip install 'kara_hf[train]'")
-    if log not in TRACKERS:
-        raise ValueError(f"log={log!r} is not possible: log must be one of {', '.join(TRACKERS)}")
-    if TRACKERS[log] and all(importlib.util.find_spec(name) is None for name in TRACKERS[log]):
-        raise ImportError(f"log={log!r} needs a package that is missing: pip install {log}")
+def needs_of(config: AdaptConfig, log: str) -> list[Package]:
+    """The packages that an adaptation needs. Raises ValueError for an unknown tracker."""
+    require(log in TRACKERS, "log", log, f"one of {', '.join(TRACKERS)}")
+    own = ("accelerate", "peft") if config.rank else ("accelerate",)
+    return [*(Package(name, extra("train")) for name in own), *TRACKERS[log]]
 
 
 def check_model(model: Any, sharing: PoDSharing, config: AdaptConfig) -> None:
