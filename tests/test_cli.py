@@ -463,7 +463,9 @@ def test_a_wheel_holds_the_model_and_the_licence(tmp_path):
 
 
 def test_the_kit_has_short_names_that_bring_nothing_before_they_are_used():
-    code = "import kara_hf.evaluation as kit; print({'torch', 'transformers', 'pandas'} & set(sys.modules), len(dir(kit)))"
+    code = (
+        "import kara_hf.evaluation as kit; print({'torch', 'transformers', 'pandas'} & set(sys.modules), len(dir(kit)))"
+    )
     assert python(code).startswith("set()")
     import kara_hf.evaluation as kit
 

@@ -2,18 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, Phi3Config, Phi3ForCausalLM
 from typer.testing import CliRunner
 
+from kara_hf import detach
 from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.cli import app as cli
+from kara_hf.cli.runs import compare
 from kara_hf.evaluation.measure.evaluator import Evaluator
 from kara_hf.evaluation.measure.request import Request
 from kara_hf.evaluation.measure.results import load
-from kara_hf.integration.generation import check_used, end_tokens, for_forward, greedy, ignored, only
+from kara_hf.integration.generation import check_used, end_tokens, for_forward, generate, greedy, ignored, only
+from kara_hf.integration.loading import LoadedModel
+from kara_hf.methods.caches import make_methods
 from kara_hf.methods.registry import SharedSettings, make_method
 from kara_hf.tasks import make_task
 
@@ -100,19 +105,42 @@ ITS_OWN = {"eos_token_id"}
 NO_SETTING = {"_from_model_config", "transformers_version"}
 
 
-def model_with(tmp_path, **fields):
-    """A folder of the bundled model whose generation settings say that too."""
-    folder = tmp_path / "model"
-    shutil.copytree(BUNDLED_MODEL, folder, dirs_exist_ok=True)
-    path = folder / FILE
-    path.write_text(json.dumps(json.loads((BUNDLED_MODEL / FILE).read_text()) | fields))
+# A few that the command and the kit are given in a folder, as they come.
+IN_A_FOLDER = ("cache_implementation", "num_return_sequences", "repetition_penalty", "use_cache")
+
+
+def settings_with(folder, **fields):
+    """Writes the bundled model's generation settings with these fields, as they come with a model."""
+    folder.mkdir(exist_ok=True)
+    (folder / FILE).write_text(json.dumps(json.loads((BUNDLED_MODEL / FILE).read_text()) | fields))
     return folder
 
 
-def evaluator_of(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    return Evaluator(model, tokenizer, name="tiny", weights="w", limit=4096)
+def model_with(folder, **fields):
+    shutil.copytree(BUNDLED_MODEL, folder, dirs_exist_ok=True)
+    return settings_with(folder, **fields)
+
+
+def loaded_from(folder):
+    loaded = LoadedModel(str(folder), device="cpu", dtype="float32")
+    loaded.tokenizer.padding_side = "left"
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return loaded_from(BUNDLED_MODEL)
+
+
+@pytest.fixture(autouse=True)
+def settings_forgotten(loaded):
+    own = GenerationConfig.from_pretrained(BUNDLED_MODEL)
+    yield
+    loaded.model.generation_config = own
+
+
+def evaluator_of(loaded):
+    return Evaluator(loaded.model, loaded.tokenizer, name="tiny", weights="w", limit=4096)
 
 
 def request(**changes):
@@ -120,11 +148,19 @@ def request(**changes):
     return Request([make_method("kara-top-k")], **settings | changes)
 
 
-def measured(folder, out, **changes):
+def measured(loaded, out, **changes):
     """What does not depend on the clock."""
-    evaluator = evaluator_of(folder)
-    evaluator.measure(make_task(TASK, evaluator.tokenizer), request(**changes), out)
+    evaluator = evaluator_of(loaded)
+    evaluator.measure(make_task(TASK, loaded.tokenizer), request(**changes), out)
     return load(out)[["number", "score", "generated", "truncated", "resident_bytes", "peak_bytes", "text"]]
+
+
+def shown(loaded):
+    """What the command shows of a run, but for the speed."""
+    methods = make_methods(["kara"], {"window": 8, "recent": 4, "block_size": 4}, {})
+    ids = loaded.encode(PROMPT, chat=False)
+    (run,) = compare(loaded, list(methods.values()), ids, max_new_tokens=12, stream=False, problem=None)
+    return replace(run, decode_rate=None, report=None)
 
 
 def invoke(*args):
@@ -141,11 +177,8 @@ def without_speed(output):
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    folder = model_with(tmp_path_factory.mktemp("clean"))
-    done = generated(folder)
-    assert done.exit_code == 0, done.output
-    return measured(folder, folder / "out"), without_speed(done.stdout)
+def clean(loaded, tmp_path_factory):
+    return measured(loaded, tmp_path_factory.mktemp("clean")), shown(loaded)
 
 
 def test_the_table_names_every_field():
@@ -154,44 +187,53 @@ def test_the_table_names_every_field():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("field", sorted(HOSTILE.keys() & vars(GenerationConfig()).keys()))
-def test_no_field_of_a_model_changes_what_is_measured_or_shown(field, clean, tmp_path):
-    folder = model_with(tmp_path, **{field: HOSTILE[field]})
-    found, output = clean
-    done = generated(folder)
-    if done.exit_code:  # Transformers itself refuses to load it
-        assert done.exit_code in (1, 2) and field in done.stderr, done.output
-        with pytest.raises(ValueError, match=field):
-            evaluator_of(folder)
+def test_no_field_of_a_model_changes_what_is_measured_or_shown(field, clean, loaded, tmp_path):
+    folder = settings_with(tmp_path / "model", **{field: HOSTILE[field]})
+    try:
+        loaded.model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (ValueError, TypeError) as error:  # Transformers refuses it, and the model with it
+        assert field in str(error)
         return
-    assert without_speed(done.stdout) == output
-    assert measured(folder, tmp_path / "out").equals(found)
+    frame, run = clean
+    assert shown(loaded) == run
+    assert measured(loaded, tmp_path / "out").equals(frame)
     given = {"bos_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "pad_token_id"}
-    if field not in given and HOSTILE[field] != {}:
-        assert f"Left out of {FILE}" in done.stderr and f"{field}=" in done.stderr
+    assert (field in ignored(loaded.model)) == (field not in given and HOSTILE[field] != {})
 
 
-def test_a_clean_model_is_told_nothing(tmp_path):
-    assert "Left out" not in generated(model_with(tmp_path, do_sample=False, temperature=1.0, use_cache=True)).stderr
+@pytest.fixture(scope="module")
+def clean_output(tmp_path_factory):
+    done = generated(model_with(tmp_path_factory.mktemp("models") / "model"))
+    assert done.exit_code == 0 and "Left out" not in done.stderr, done.output
+    return without_speed(done.stdout)
+
+
+@pytest.mark.parametrize("field", IN_A_FOLDER)
+def test_the_command_says_what_of_a_model_does_not_count(field, clean_output, tmp_path):
+    done = generated(model_with(tmp_path / "model", **{field: HOSTILE[field]}))
+    assert done.exit_code == 0, done.output
+    assert without_speed(done.stdout) == clean_output
+    assert f"Left out of {FILE} of model: {field}={json.dumps(HOSTILE[field])}" in " ".join(done.stderr.split())
+
+
+def test_a_model_that_cannot_be_loaded_names_the_field(tmp_path):
+    done = generated(model_with(tmp_path / "model", max_new_tokens=-3))
+    assert done.exit_code == 1 and "max_new_tokens" in done.stderr and "cannot be loaded" in done.stderr
 
 
 @pytest.mark.parametrize("ends", ["<eos>", -1, [2, None], 1.5])
-def test_ends_that_are_no_tokens_are_refused_by_name(ends, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL)
-    model.generation_config.eos_token_id = ends
+def test_ends_that_are_no_tokens_are_refused_by_name(ends, loaded):
+    loaded.model.generation_config.eos_token_id = ends
     with pytest.raises(ValueError, match=r"generation_config.eos_token_id=.* must be a token id, a list of them"):
-        end_tokens(model)
+        end_tokens(loaded.model)
 
 
 # ------------------------------------------------------------------------------------------------------------- identity
-@pytest.mark.parametrize(
-    "change",
-    ["eos", "dtype", "config", "tokenizer", "template"],
-)
-def test_rows_of_other_settings_are_not_added_to(change, tmp_path):
-    evaluator = evaluator_of(BUNDLED_MODEL)
-    task = make_task(TASK, evaluator.tokenizer)
-    evaluator.measure(task, request(n=1), tmp_path)
-    other = evaluator_of(BUNDLED_MODEL)
+@pytest.mark.parametrize("change", ["eos", "dtype", "config", "tokenizer", "template"])
+def test_rows_of_other_settings_are_not_added_to(change, loaded, tmp_path):
+    task = make_task(TASK, loaded.tokenizer)
+    evaluator_of(loaded).measure(task, request(n=1), tmp_path)
+    other = loaded_from(BUNDLED_MODEL)
     if change == "eos":
         other.model.generation_config.eos_token_id = [2, 9]
     elif change == "dtype":
@@ -203,16 +245,16 @@ def test_rows_of_other_settings_are_not_added_to(change, tmp_path):
     else:
         other.tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(ValueError, match="holds results of another setting .*settings model"):
-        other.measure(task, request(), tmp_path)
+        evaluator_of(other).measure(task, request(), tmp_path)
     assert len(load(tmp_path)) == 1
 
 
-def test_rows_of_another_text_are_not_added_to(tmp_path):
+def test_rows_of_another_text_are_not_added_to(loaded, tmp_path):
     pytest.importorskip("datasets")
     pytest.importorskip("math_verify")
     rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(3)]
     path = tmp_path / "mine.jsonl"
-    evaluator = evaluator_of(BUNDLED_MODEL)
+    evaluator = evaluator_of(loaded)
     for last in ("#### 3", "#### 4"):
         rows[2]["answer"] = last
         path.write_text("\n".join(map(json.dumps, rows)))
@@ -223,8 +265,8 @@ def test_rows_of_another_text_are_not_added_to(tmp_path):
         evaluator.measure(task, request(n=3), tmp_path / "out")
 
 
-def test_a_result_says_what_it_was_generated_by(tmp_path):
-    evaluator = evaluator_of(BUNDLED_MODEL)
+def test_a_result_says_what_it_was_generated_by(loaded, tmp_path):
+    evaluator = evaluator_of(loaded)
     evaluator.measure(make_task(TASK, evaluator.tokenizer), request(n=1), tmp_path)
     settings = load(tmp_path)["settings"][0]
     ends = end_tokens(evaluator.model)
@@ -233,11 +275,8 @@ def test_a_result_says_what_it_was_generated_by(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- the cache that is used
-class Dropping(DynamicCache):
-    """A cache that its model leaves, as models with LongRoPE do at the length that they were trained with."""
-
-
 def dropping(model, monkeypatch):
+    """Has the model leave its cache after the prompt, as models with LongRoPE do at the length of their training."""
     own = model._update_model_kwargs_for_generation
 
     def update(outputs, kwargs, *args, **more):
@@ -248,54 +287,66 @@ def dropping(model, monkeypatch):
     monkeypatch.setattr(model, "_update_model_kwargs_for_generation", update)
 
 
-def test_a_cache_that_was_left_has_no_figures(monkeypatch, tmp_path):
-    evaluator = evaluator_of(BUNDLED_MODEL)
+def test_a_cache_that_was_left_has_no_figures(loaded, monkeypatch, tmp_path):
+    evaluator = evaluator_of(loaded)
     dropping(evaluator.model, monkeypatch)
     with pytest.raises(ValueError, match="left the KaraCache that it was given and went on with DynamicCache"):
         evaluator.measure(make_task(TASK, evaluator.tokenizer), request(), tmp_path)
     with pytest.raises(ValueError, match="there are no results"):
         load(tmp_path)
+    with pytest.raises(ValueError, match="left the KaraCache"):
+        shown(loaded)
 
 
-def test_what_is_left_names_the_length():
-    model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL)
-    model.config.original_max_position_embeddings = 4096
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
-    config = greedy(model, tokenizer, max_new_tokens=2)
+def test_the_length_at_which_a_model_leaves_its_cache_is_named(loaded, monkeypatch):
+    monkeypatch.setattr(loaded.model.config, "original_max_position_embeddings", 4096, raising=False)
     ids = torch.tensor([[7, 8, 9]])
-    with only(model, config):
-        out = model.generate(ids, attention_mask=torch.ones_like(ids))
+    config = greedy(loaded.model, loaded.tokenizer, max_new_tokens=2)
+    with only(loaded.model, config):
+        out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match=r"stay below 4,096 tokens \(original_max_position_embeddings\)"):
-        check_used(model, DynamicCache(), out)
+        check_used(loaded.model, DynamicCache(), out)
 
 
-def test_a_models_settings_are_its_own_again():
-    model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL)
-    own, tokenizer = model.generation_config, AutoTokenizer.from_pretrained(BUNDLED_MODEL)
-    with pytest.raises(KeyError), only(model, greedy(model, tokenizer)):
-        assert model.generation_config is not own
+def test_a_models_settings_are_its_own_again(loaded):
+    own = loaded.model.generation_config
+    with pytest.raises(KeyError), only(loaded.model, greedy(loaded.model, loaded.tokenizer)):
+        assert loaded.model.generation_config is not own
         raise KeyError
-    assert model.generation_config is own
+    assert loaded.model.generation_config is own
 
 
-def test_a_forward_uses_the_cache_whatever_the_config_says():
-    model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL)
-    model.config.use_cache = False
+def test_a_forward_uses_the_cache_whatever_the_config_says(loaded, monkeypatch):
+    monkeypatch.setattr(loaded.model.config, "use_cache", False)
+    detach(loaded.model)
     cache = DynamicCache()
-    out = model(torch.tensor([[7, 8, 9]]), **for_forward(model, cache))
+    out = loaded.model(torch.tensor([[7, 8, 9]]), **for_forward(loaded.model, cache))
     assert cache.get_seq_length() == 3 and any(value is cache for value in out.values())
 
 
-def test_what_is_ignored_is_what_would_change_something():
-    model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL)
-    model.generation_config.update(temperature=0.6, top_p=1.0, do_sample=True, use_cache=False, num_beams=1)
-    found = ignored(model)
-    assert found.items() >= {"temperature": 0.6, "do_sample": True, "use_cache": False}.items()
-    assert not {"top_p", "num_beams", "eos_token_id"} & found.keys()
+def test_what_is_ignored_is_what_would_change_something(loaded):
+    settings = {"temperature": 0.6, "top_p": 1.0, "do_sample": True, "use_cache": False, "num_beams": 1}
+    loaded.model.generation_config.update(**settings)
+    assert ignored(loaded.model) == {"temperature": 0.6, "do_sample": True, "use_cache": False}
 
 
-def test_no_path_of_the_kit_or_the_command_is_deprecated(tmp_path, recwarn):
+def test_no_path_of_the_kit_or_the_command_is_deprecated(loaded, tmp_path, recwarn):
     rules = ("prompt-kept", "query-agnostic")
-    measured(BUNDLED_MODEL, tmp_path, rules=rules, equal="bytes", reference=make_method("random"))
-    assert generated(BUNDLED_MODEL).exit_code == 0
+    measured(loaded, tmp_path, rules=rules, equal="bytes", reference=make_method("random"))
+    shown(loaded)
     assert [str(found.message) for found in recwarn if "deprecated" in str(found.message)] == []
+
+
+def test_a_model_with_longrope_is_refused_where_it_leaves_its_cache(loaded):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    rope |= {"original_max_position_embeddings": 24, "factor": 10.0}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "vocab_size": 97, "max_position_embeddings": 512}
+    tokens = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    config = Phi3Config(**sizes, **tokens, original_max_position_embeddings=24, rope_parameters=rope)
+    model = Phi3ForCausalLM(config).eval()
+    inputs = {"input_ids": torch.full((1, 16), 7), "attention_mask": torch.ones(1, 16, dtype=torch.long)}
+    short, long = (greedy(model, loaded.tokenizer, max_new_tokens=new) for new in (6, 16))
+    assert generate(model, DynamicCache(config=config), short, **inputs).shape == (1, 22)
+    with pytest.raises(ValueError, match="left the DynamicCache .* stay below 24 tokens"):
+        generate(model, DynamicCache(config=config), long, **inputs)

@@ -191,4 +191,4 @@ class PressCache(CompressedCache):
         inner = unwrap(model)
         if callable(getattr(press, "post_init_from_model", None)):
             press.post_init_from_model(inner)  # type: ignore[attr-defined]
-        self.listener = Listener(inner, self.binding)
+        policy.listener = Listener(inner, self.binding)

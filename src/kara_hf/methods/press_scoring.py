@@ -4,21 +4,19 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ..cache.bound_model import Binding
 from ..cache.budget_compression import Evicting, Votes
+from ..cache.compressed import CompressedCache
 from ..cache.layer import Step, StoreLayer
 from ..cache.sequence import Sequence
 from ..config import KVCompressConfig
 from ..policy import Eviction, KVCompressPolicy
 from ..storage import MemoryMeter
-
-if TYPE_CHECKING:
-    from .press_cache import PressCache
 
 
 class Press(Protocol):
@@ -56,6 +54,9 @@ class PressPolicy(KVCompressPolicy):
         protected: newest tokens that are never evicted, from 0 on, in place of the setting.
         observation: newest hidden states held while decoding; None: of no token, not even of a prompt.
         attentions: whether the press is given attention probabilities.
+
+    Attributes:
+        listener: what hands over the inputs of attention modules, once there is a model.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PressPolicy(KVCompressPolicy):
         super().__init__(config)
         self.press, self.protected = press, protected
         self.observation, self.attentions = observation, attentions
+        self.listener: Listener | None = None
 
     @property
     def votes(self) -> bool:
@@ -162,10 +164,9 @@ class Inputs(Votes):
 class Scoring(Evicting):
     """`kara_hf.cache.budget_compression.Evicting` of tokens that a press ranks, anew in every pass."""
 
-    cache: "PressCache"
     policy: PressPolicy
 
-    def __init__(self, cache: "PressCache", policy: PressPolicy):
+    def __init__(self, cache: CompressedCache, policy: PressPolicy):
         super().__init__(cache, policy)
         self.arrival: Arrival | None = None
         self.left = np.zeros(0, np.int64)
@@ -245,6 +246,10 @@ class Scoring(Evicting):
             for head in heads:
                 metric[head].scatter_(0, orders[head], scores[head])
 
+    def _rotary(self) -> torch.nn.Module | None:
+        listener = self.policy.listener
+        return None if listener is None else listener.rotary
+
     @torch.no_grad()
     def _ask(
         self, layer: StoreLayer, sequence: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
@@ -261,7 +266,7 @@ class Scoring(Evicting):
         ratio = max(0.0, 1 - (int(self.left[sequence]) + 0.5) / tokens)
         kwargs = {"position_embeddings": tuple(further)} if further else {}
         try:
-            with _asking(press, ratio, module, self.cache.listener.rotary, seen - held):
+            with _asking(press, ratio, module, self._rotary(), seen - held):
                 scores = press.score(module, hidden, keys, values, attentions, kwargs)
         except torch.OutOfMemoryError:
             raise
