@@ -273,7 +273,7 @@ def test_markdown_says_what_lost_and_where_it_comes_from():
     assert "Of 3 comparisons with random, 2 are above it, 1 below, and 0 are undecided" in text
     assert "In 1 of them the method held over 2 % more bytes." in text
     head = next(line for line in text.splitlines() if line.startswith("| budget"))
-    assert "prompt pinned: score, holds" in head and "prompt compressed, question known: score, holds" in head
+    assert "prompt kept: score, holds" in head and "prompt compressed, question known: score, holds" in head
     kara = next(line for line in text.splitlines() if line.startswith("| 25% | kara |"))
     assert "70.0% (48.1 to 85.5), 30.0% (+20.0%)" in kara and "**+30.0**" in kara and "6/0/14" in kara
     full = next(line for line in text.splitlines() if line.startswith("|  | full |"))
@@ -392,7 +392,7 @@ def test_odd_results_are_shown(tmp_path):
         ),
         tmp_path,
     )
-    assert "other (77777777), trace" in shown and "prompt pinned, equal tokens" in shown
+    assert "other (77777777), trace" in shown and "prompt kept, equal tokens" in shown
     assert "nan" not in shown.lower()
 
 

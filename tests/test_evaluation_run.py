@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from kara_hf import KaraCache, KaraConfig, detach
 from kara_hf.bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
+from kara_hf.cache.compression import register_compression
 from kara_hf.cli import app as cli
 from kara_hf.evaluation.measure import results
 from kara_hf.evaluation.measure.equal_bytes import TOLERANCE
@@ -25,10 +26,10 @@ from kara_hf.evaluation.measure.evaluator import LOOP, Evaluator, loops
 from kara_hf.evaluation.measure.memory import AllocatorPeak, held_bytes, peak_bytes
 from kara_hf.evaluation.measure.request import Request
 from kara_hf.methods.float8 import Float8Cache
-from kara_hf.methods.oracle import OracleCache, future_attention
+from kara_hf.methods.oracle import OracleCache, OraclePolicy, future_attention
 from kara_hf.methods.peer_scores import ALIKE, BALANCE, NEWEST, POOL
 from kara_hf.methods.registry import METHODS, Plan, SharedSettings, make_method
-from kara_hf.methods.rules import RULES
+from kara_hf.methods.rules import OLD_SPELLINGS, RULES
 from kara_hf.policy import SCORES, Window
 from kara_hf.tasks import reasoner_tasks as _tasks  # noqa: F401  registers the tasks of the bundled model
 from kara_hf.tasks.task import Example, make_task
@@ -325,6 +326,11 @@ def test_the_oracle_keeps_what_it_knows(reasoner):
         assert kept == [*best, *range(48, 60)]
 
 
+def test_a_policy_has_one_compression():
+    with pytest.raises(ValueError, match="OraclePolicy has a compression already"):
+        register_compression(OraclePolicy, object)
+
+
 # -------------------------------------------------------------------------------------------------------- peers' scores
 def window_of(batch=2, heads=2, group=2, width=20, size=8, later=6):
     generator = torch.Generator().manual_seed(3)
@@ -405,6 +411,12 @@ def test_what_does_not_repeat_is_no_loop(tokens):
 def test_bad_requests(changes, message):
     with pytest.raises(ValueError, match=message):
         request("full", **changes)
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_SPELLINGS.items())
+def test_old_spellings_of_rules_are_read_with_a_warning(old, new):
+    with pytest.warns(DeprecationWarning, match=f"the rule '{old}' is called '{new}' now"):
+        assert request("full", rules=(old,)).rules == (new,)
 
 
 def test_bad_methods():
