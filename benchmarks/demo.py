@@ -25,8 +25,8 @@ from provenance import provenance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kara_hf import KaraCache
-from kara_hf.cli.app import BUNDLED_SETTINGS
-from kara_hf.cli.options import BUNDLED_MODEL
+from kara_hf.bundled import BUNDLED_MODEL
+from kara_hf.cli.generate import BUNDLED_SETTINGS
 
 PORT = 7899
 TEXT = "ba : 8 ; xa : 4 ; qo : ba + xa ; ? qo xa >"

@@ -36,10 +36,10 @@ NARROW = ROOT / "benchmarks" / "results" / "calibration_narrow.json.gz"
 UNEQUAL = 0.02  # share of the reference's bytes by which a method may hold more
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 NARROWED = (
-    ("trace:generated=300", "pinned", 0.25, 0.125),
-    ("fact:generated=300", "pinned", 0.125, 0.0625),
-    ("recall:length=384", "after", 0.5, 0.25),
-    ("copy:length=384", "after", 0.5, 0.25),
+    ("trace:generated=300", "prompt-kept", 0.25, 0.125),
+    ("fact:generated=300", "prompt-kept", 0.125, 0.0625),
+    ("recall:length=384", "query-agnostic", 0.5, 0.25),
+    ("copy:length=384", "query-agnostic", 0.5, 0.25),
 )
 COLOURS = {
     "oracle": "#000000",

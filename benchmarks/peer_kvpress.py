@@ -478,20 +478,23 @@ def measure_tasks(python: Path, tasks: str, cells: list[Row], model: str | None,
     Raises:
         ValueError: a task does not exist or does not fit the model or the rules.
     """
-    from kara_hf.cli.evaluate import BUNDLED_SKELETON, weights_of
-    from kara_hf.cli.options import BUNDLED_MODEL
-    from kara_hf.evaluation.measure.evaluator import Answers, Evaluator
+    from kara_hf.bundled import BUNDLED_MODEL
+    from kara_hf.cli.evaluate import BUNDLED_SHARED
+    from kara_hf.evaluation.measure.evaluator import Evaluator
+    from kara_hf.evaluation.measure.identity import weights_of
+    from kara_hf.evaluation.measure.request import Answers
     from kara_hf.evaluation.measure.results import Cell, CellFile
-    from kara_hf.integration.loading import Runner, find_device
-    from kara_hf.methods.registry import Skeleton
+    from kara_hf.integration.loading import LoadedModel, find_device
+    from kara_hf.methods.registry import SharedSettings
+    from kara_hf.methods.rules import OLD_SPELLINGS
     from kara_hf.tasks import english, published  # noqa: F401  they register their tasks
     from kara_hf.tasks import reasoner_tasks as bundled  # noqa: F401
     from kara_hf.tasks.task import make_task
 
-    skeleton, folder = Skeleton(**{} if model else BUNDLED_SKELETON), model or str(BUNDLED_MODEL)
-    runner = Runner(folder, device="cpu")  # it reads prompts and grades, the worker generates
+    shared, folder = SharedSettings(**{} if model else BUNDLED_SHARED), model or str(BUNDLED_MODEL)
+    runner = LoadedModel(folder, device="cpu")  # it reads prompts and grades, the worker generates
     evaluator = Evaluator(
-        runner.model, runner.tokenizer, name=runner.name, weights=weights_of(runner, model), limit=runner.limit
+        runner.model, runner.tokenizer, name=runner.name, weights=weights_of(runner.model, folder), limit=runner.limit
     )
     threads = torch.get_num_threads() if model else 1  # the bundled model is too small for several
     here = {"device": str(find_device(None)), "threads": threads}
@@ -499,8 +502,8 @@ def measure_tasks(python: Path, tasks: str, cells: list[Row], model: str | None,
         "model": folder,
         "dtype": str(runner.model.dtype).removeprefix("torch."),
         "ends": sorted(evaluator.ends),
-        "window": skeleton.observation,
-        "interval": skeleton.window,
+        "window": shared.observation,
+        "interval": shared.window,
     }
     with tempfile.TemporaryDirectory() as name:
         (origin,) = run_worker(python, Path(name), here)
@@ -514,8 +517,9 @@ def measure_tasks(python: Path, tasks: str, cells: list[Row], model: str | None,
                 )
             files, lacking = [], []
             for cell in cells:
-                key = (task.name, cell["rule"], f"kvpress {cell['method']}", cell["budget"], "tokens", 0)
-                settings = {"share": cell["budget"], "batch": 1, "skeleton": asdict(skeleton)}
+                rule = OLD_SPELLINGS.get(cell["rule"], cell["rule"])
+                key = (task.name, rule, f"kvpress {cell['method']}", cell["budget"], "tokens", 0)
+                settings = {"share": cell["budget"], "batch": 1, "shared": asdict(shared)}
                 files.append(CellFile(out, Cell(evaluator.name, evaluator.weights, *key), settings, origin))
                 lacking.append(cell | {"missing": [i for i in range(len(prompts)) if i not in files[-1].done]})
             total = sum(len(cell["missing"]) for cell in lacking)

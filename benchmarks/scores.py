@@ -2,7 +2,7 @@
 
     python benchmarks/scores.py
 
-Each is a few lines under `register_score` and runs in the skeleton of `kara-hf evaluate --equal tokens`; those that the
+Each is a few lines under `register_score` and runs in the frame of `kara-hf evaluate --equal tokens`; those that the
 package keeps are measured in docs/evidence.md at equal bytes. With 64 problems these are leads and no evidence.
 """
 
@@ -16,12 +16,13 @@ from kv_compress_tables import table
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kara_hf.cli.options import BUNDLED_MODEL
-from kara_hf.evaluation.measure.evaluator import Evaluator, Request
+from kara_hf.bundled import BUNDLED_MODEL
+from kara_hf.evaluation.measure.evaluator import Evaluator
 from kara_hf.evaluation.measure.provenance import digest
+from kara_hf.evaluation.measure.request import Request
 from kara_hf.evaluation.measure.results import load, save_packed
 from kara_hf.evaluation.report.statistics import summarise
-from kara_hf.methods.registry import METHODS, Method, Skeleton, windows
+from kara_hf.methods.registry import METHODS, Method, SharedSettings, windows
 from kara_hf.policy import Window, register_score
 from kara_hf.tasks import reasoner_tasks as _tasks  # noqa: F401  registers the tasks of the bundled model
 from kara_hf.tasks.task import make_task
@@ -161,7 +162,7 @@ def main(
         n=n,
         batch=batch,
         equal="tokens",
-        skeleton=Skeleton(window=64, recent=32, block_size=4),
+        shared=SharedSettings(window=64, recent=32, block_size=4),
         keep_text=False,
     )
     with Progress() as progress:

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 
 import kara_hf
 from kara_hf import CacheReport, KaraConfig, KVCompressCache, KVCompressConfig
+from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.cli import app as cli
-from kara_hf.cli.display import Run, kept_table, show_runs, survival
+from kara_hf.cli import generate as generating
+from kara_hf.cli.display import CacheRun, kept_table, show_runs, survival
 from kara_hf.tasks.reasoner import make_problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,8 +31,8 @@ SETTINGS = {"retention": 0.5, "window": 32, "recent": 16}
 
 @pytest.fixture(autouse=True)
 def short_problem(monkeypatch):
-    monkeypatch.setattr(cli, "BUNDLED_PROBLEM", PROBLEM)
-    monkeypatch.setattr(cli, "BUNDLED_SETTINGS", SETTINGS)
+    monkeypatch.setattr(generating, "BUNDLED_PROBLEM", PROBLEM)
+    monkeypatch.setattr(generating, "BUNDLED_SETTINGS", SETTINGS)
 
 
 def invoke(*args, width=100):
@@ -105,7 +107,7 @@ def test_a_prompt_of_ones_own_has_no_right_answer():
 def test_a_folder_is_a_model(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    for file in cli.BUNDLED_MODEL.iterdir():
+    for file in BUNDLED_MODEL.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     output = generate(
         "ba : 3 ; ? ba ba >", "--model", folder, "--dtype", "bfloat16", "--device", "cpu", "--max-new-tokens", 4
@@ -126,11 +128,11 @@ def direct_run(**settings):
     """What a KVCompressCache holds after the problem that the command solves."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(cli.BUNDLED_MODEL)
-    model = AutoModelForCausalLM.from_pretrained(cli.BUNDLED_MODEL).eval()
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL).eval()
     cache, problem = KVCompressCache(model, **settings), make_problem(**PROBLEM)
     inputs = tokenizer(problem.prompt, return_tensors="pt")
-    tokens = int(cli.SOLUTION_ALLOWANCE * len(problem.completion.split()))
+    tokens = int(generating.SOLUTION_ALLOWANCE * len(problem.completion.split()))
     ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
     text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return cache.report(), problem.grade(text)
@@ -186,9 +188,7 @@ def test_a_budget_that_is_given_replaces_the_default_one():
 
 
 def test_kv_compress_keeps_a_quarter_where_nothing_is_said(tmp_path):
-    output = generate(
-        "ba : 3 ; ? ba ba >", "--model", cli.BUNDLED_MODEL, "--cache", "kv-compress", "--max-new-tokens", 2
-    )
+    output = generate("ba : 3 ; ? ba ba >", "--model", BUNDLED_MODEL, "--cache", "kv-compress", "--max-new-tokens", 2)
     assert "KVCompressCache: retention 0.25," in output
 
 
@@ -206,9 +206,9 @@ def test_kv_compress_streams_its_text():
 def test_the_chat_template_is_applied_unless_refused(tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(cli.BUNDLED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
     tokenizer.chat_template = "{{ messages[0]['content'] }} ; >"
-    for file in cli.BUNDLED_MODEL.iterdir():
+    for file in BUNDLED_MODEL.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tokenizer.save_pretrained(tmp_path)
     arguments = ["ba : 3", "--model", tmp_path, "--max-new-tokens", 2]
@@ -293,7 +293,7 @@ def test_an_unknown_option_or_a_word_for_a_number_prints_the_usage():
 
 # -------------------------------------------------------------------------------------------------------------- display
 def some_run(rows, seen):
-    return Run("KaraCache", "text", 1, None, seen, [2, 4], 400, 100, 300, 300, rows=rows)
+    return CacheRun("KaraCache", "text", 1, None, seen, [2, 4], 400, 100, 300, 300, rows=rows)
 
 
 def test_survival_is_the_share_of_rows_that_keep_a_position():
@@ -404,13 +404,13 @@ def test_generates_with_shared_keys(tmp_path, cache):
 
 
 def test_help_names_the_caches_and_says_which_options_are_theirs():
-    from kara_hf.methods.caches import METHODS
+    from kara_hf.methods.caches import CACHES
 
     text = " ".join(invoke("generate", "--help").stdout.split())
-    *names, last = METHODS
+    *names, last = CACHES
     assert f"{', '.join(names)} or {last};" in text
     for name in inspect.signature(cli.generate).parameters:
-        owners = [method for method, kind in METHODS.items() if name.removeprefix("no_") in kind.options]
+        owners = [method for method, kind in CACHES.items() if name.removeprefix("no_") in kind.options]
         if owners:
             assert f"{', '.join(owners)}: " in text.split(f"--{name.replace('_', '-')} ")[1].split(" --")[0]
 
@@ -454,9 +454,22 @@ def test_a_wheel_holds_the_model_and_the_licence(tmp_path):
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", *options, str(copy)], check=True, timeout=120)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for file in cli.BUNDLED_MODEL.iterdir():
+    for file in BUNDLED_MODEL.iterdir():
         assert f"kara_hf/assets/tiny_reasoner/{file.name}" in names
     for file in ("demo/player.js", "demo/player.css", "assets/deep_reasoner/pod_sharing.json"):
         assert f"kara_hf/{file}" in names
     assert "kara_hf/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_kit_has_short_names_that_bring_nothing_before_they_are_used():
+    code = (
+        "import kara_hf.evaluation as kit; print({'torch', 'transformers', 'pandas'} & set(sys.modules), len(dir(kit)))"
+    )
+    assert python(code).startswith("set()")
+    import kara_hf.evaluation as kit
+
+    for name in kit.__all__:
+        assert getattr(kit, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'loads'"):
+        kit.loads  # noqa: B018

@@ -19,6 +19,7 @@ from kara_hf.evaluation.measure.results import EXAMPLE
 from kara_hf.evaluation.report import figures, summary, write
 from kara_hf.evaluation.report.page import SECTIONS
 from kara_hf.evaluation.report.statistics import compare, gap_closed, interval_of, summarise
+from kara_hf.methods.rules import RULES
 
 METHODS = {  # how well they hold on: 0 as random, 1 as the oracle
     "random": 0.0,
@@ -51,7 +52,7 @@ def cell(scores, **changes) -> pd.DataFrame:
         "model": "tiny_reasoner",
         "weights": "3f9a5510aa",
         "task": "trace",
-        "rule": "pinned",
+        "rule": "prompt-kept",
         "method": "random",
         "budget": 0.25,
         "equal": "bytes",
@@ -76,7 +77,7 @@ def cell(scores, **changes) -> pd.DataFrame:
     return table.astype(EXAMPLE)
 
 
-def measured(n: int = 60, tasks=TASKS, rules=("pinned", "before", "after"), budgets=(0.5, 0.25, 0.125, 0.0625)):
+def measured(n: int = 60, tasks=TASKS, rules=tuple(RULES), budgets=(0.5, 0.25, 0.125, 0.0625)):
     """What a real run might give: harder with fewer bytes, easier with a pinned prompt, facts harder far away."""
     rng = np.random.default_rng(7)
     cells = []
@@ -107,7 +108,7 @@ def measured(n: int = 60, tasks=TASKS, rules=("pinned", "before", "after"), budg
             )
         for rule in rules:
             for budget in budgets:
-                low = best * (0.2 + 0.75 * (budget / 0.6) ** 0.5) * (1 if rule == "pinned" else 0.7)
+                low = best * (0.2 + 0.75 * (budget / 0.6) ** 0.5) * (1 if rule == "prompt-kept" else 0.7)
                 for method, skill in METHODS.items():
                     chance = low + (best - low) * skill
                     if distance[0] == distance[0] and method != "oracle":
@@ -229,7 +230,7 @@ def small() -> pd.DataFrame:
             cell([1] * 14 + [0] * 6, method="kara", resident_bytes=300, looped=[True] + [False] * 19),
             cell([0] * 20, method="recency"),
             cell([1] * 18 + [0] * 2, method="oracle"),
-            cell([1] * 10, method="kara", rule="before"),
+            cell([1] * 10, method="kara", rule="query-aware"),
         ],
         ignore_index=True,
     )
@@ -242,26 +243,26 @@ def rows_of(frame, **options) -> dict:
 def test_summary_by_hand():
     rows = rows_of(small())
     assert len(rows) == 6  # two seeds are one row
-    random, kara, recency = rows["random", "pinned"], rows["kara", "pinned"], rows["recency", "pinned"]
+    random, kara, recency = rows["random", "prompt-kept"], rows["kara", "prompt-kept"], rows["recency", "prompt-kept"]
     assert (random["n"], random["seeds"], random["score"]) == (20, "0 1", 0.4)
     assert math.isnan(random["difference"]) and random["gap"] == 0
     assert kara["difference"] == pytest.approx(0.3) and kara["difference_low"] > 0
     assert [kara[name] for name in ("common", "wins", "losses", "ties")] == [20, 6, 0, 14]
-    assert kara["gap"] == pytest.approx(0.6) and rows["oracle", "pinned"]["gap"] == 1
+    assert kara["gap"] == pytest.approx(0.6) and rows["oracle", "prompt-kept"]["gap"] == 1
     assert kara["bytes_apart"] == pytest.approx(0.2)
     assert (kara["resident"], kara["held"], kara["peak"], kara["looped"]) == pytest.approx((0.3, 0.2, 0.4, 0.05))
     assert kara["tokens_per_second"] == 200 and kara["solved_per_minute"] == pytest.approx(84)
     assert recency["difference_high"] < 0 and recency["gap"] == pytest.approx(-0.8)
-    for alone in (rows["full", "none"], rows["kara", "before"]):
+    for alone in (rows["full", "none"], rows["kara", "query-aware"]):
         assert all(math.isnan(alone[name]) for name in ("difference", "gap", "bytes_apart", "wins"))
 
 
 def test_a_reference_without_a_rule_is_beside_every_cell():
     rows = rows_of(small(), reference="full")
-    assert rows["kara", "pinned"]["difference"] == pytest.approx(-0.3)
-    assert rows["kara", "before"]["common"] == 10
+    assert rows["kara", "prompt-kept"]["difference"] == pytest.approx(-0.3)
+    assert rows["kara", "query-aware"]["common"] == 10
     assert math.isnan(rows["full", "none"]["difference"])
-    assert math.isnan(rows["kara", "pinned"]["bytes_apart"])
+    assert math.isnan(rows["kara", "prompt-kept"]["bytes_apart"])
     with pytest.raises(ValueError, match="reference='snap' was not measured; choose one of full, kara, oracle"):
         summarise(small(), "snap")
 
@@ -272,7 +273,7 @@ def test_markdown_says_what_lost_and_where_it_comes_from():
     assert "Of 3 comparisons with random, 2 are above it, 1 below, and 0 are undecided" in text
     assert "In 1 of them the method held over 2 % more bytes." in text
     head = next(line for line in text.splitlines() if line.startswith("| budget"))
-    assert "prompt pinned: score, holds" in head and "prompt compressed, question known: score, holds" in head
+    assert "prompt kept: score, holds" in head and "prompt compressed, question known: score, holds" in head
     kara = next(line for line in text.splitlines() if line.startswith("| 25% | kara |"))
     assert "70.0% (48.1 to 85.5), 30.0% (+20.0%)" in kara and "**+30.0**" in kara and "6/0/14" in kara
     full = next(line for line in text.splitlines() if line.startswith("|  | full |"))
@@ -292,7 +293,7 @@ def test_what_has_no_rule_is_shown_once():
     shown = [
         (panel.rule, panel.equal, [row["score"] for row in panel.rows if row["method"] == "full"]) for panel in panels
     ]
-    assert shown == [("pinned", "bytes", [1.0]), ("pinned", "tokens", [0.5]), ("before", "bytes", [1.0])]
+    assert shown == [("prompt-kept", "bytes", [1.0]), ("prompt-kept", "tokens", [0.5]), ("query-aware", "bytes", [1.0])]
 
 
 def test_nothing_lost_is_said():
@@ -303,7 +304,7 @@ def test_nothing_lost_is_said():
 def test_page_is_whole(tmp_path):
     from plotly import graph_objects as go
 
-    frame, folder = measured(40, rules=("pinned", "after"), budgets=(0.5, 0.125)), tmp_path / "new"
+    frame, folder = measured(40, rules=("prompt-kept", "query-agnostic"), budgets=(0.5, 0.125)), tmp_path / "new"
     shown, data = page(frame, folder, title="All")
     assert (folder / "report.md").read_text().startswith("# All")
     assert (folder / "report.html").stat().st_size < 4e6
@@ -391,7 +392,7 @@ def test_odd_results_are_shown(tmp_path):
         ),
         tmp_path,
     )
-    assert "other (77777777), trace" in shown and "prompt pinned, equal tokens" in shown
+    assert "other (77777777), trace" in shown and "prompt kept, equal tokens" in shown
     assert "nan" not in shown.lower()
 
 

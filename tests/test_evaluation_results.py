@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kara_hf.evaluation.measure.results import EXAMPLE, Cell, CellFile, load, pack, save_packed
+from kara_hf.methods.rules import OLD_SPELLINGS
 
-CELL = Cell("org/tiny model", "3f9a", "trace:generated=300", "pinned", "random", 0.25, "bytes", 0)
+CELL = Cell("org/tiny model", "3f9a", "trace:generated=300", "prompt-kept", "random", 0.25, "bytes", 0)
 SETTINGS = {"window": 64, "sizes": [1, 2]}
 PROVENANCE = {"command": "kara-hf evaluate", "date": "2026-11-24"}
 
@@ -47,7 +48,7 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     again = opened(tmp_path)
     assert again.done == {0, 1, 2}
     again.append([example(3)])
-    relative = "org_tiny_model/trace_generated=300/pinned/random@0.25-seed0.0.jsonl"
+    relative = "org_tiny_model/trace_generated=300/prompt-kept/random@0.25-seed0.0.jsonl"
     assert first.path == again.path == tmp_path / relative
     assert len(first.path.read_text().splitlines()) == 4
     frame = load(tmp_path)
@@ -199,7 +200,7 @@ cells = st.builds(
     model=st.text(min_size=1, max_size=8),
     weights=st.just("3f9a"),
     task=st.sampled_from(["trace", "niah:length=64"]),
-    rule=st.sampled_from(["pinned", "none"]),
+    rule=st.sampled_from(["prompt-kept", "none"]),
     method=st.sampled_from(["full", "random", "kara"]),
     budget=st.floats(0.01, 1),
     equal=st.sampled_from(["bytes", "tokens"]),
@@ -236,3 +237,15 @@ def test_parts_of_different_origin_stay_apart(tmp_path):
     assert [row["provenance"]["date"] for row in pack(frame)] == ["2026-11-24", "2026-11-25"]
     save_packed(frame, tmp_path / "packed.json")
     pd.testing.assert_frame_equal(load(tmp_path / "packed.json"), frame.drop(columns="text"))
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_SPELLINGS.items())
+def test_files_with_an_old_spelling_of_a_rule_are_read_and_found(old, new, tmp_path):
+    opened(tmp_path, cell=replace(CELL, rule=old)).append([example(0)])
+    assert load(tmp_path)["rule"].tolist() == [new]
+    again = opened(tmp_path, cell=replace(CELL, rule=new))
+    assert again.done == {0}
+    again.append([example(1)])
+    assert load(tmp_path)["number"].tolist() == [0, 1]
+    with pytest.raises(ValueError, match="settings window: 64 there, 32 now"):
+        opened(tmp_path, cell=replace(CELL, rule=new), window=32)

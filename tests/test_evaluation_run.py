@@ -17,20 +17,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Quan
 from typer.testing import CliRunner
 
 from kara_hf import KaraCache, KaraConfig, detach
+from kara_hf.bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
+from kara_hf.cache.compression import register_compression
 from kara_hf.cli import app as cli
-from kara_hf.cli.options import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from kara_hf.evaluation.measure import results
-from kara_hf.evaluation.measure.evaluator import LOOP, TOLERANCE, Evaluator, Request, loops
+from kara_hf.evaluation.measure.equal_bytes import TOLERANCE
+from kara_hf.evaluation.measure.evaluator import LOOP, Evaluator, loops
 from kara_hf.evaluation.measure.memory import AllocatorPeak, held_bytes, peak_bytes
+from kara_hf.evaluation.measure.request import Request
 from kara_hf.methods.float8 import Float8Cache
-from kara_hf.methods.oracle import OracleCache, future_attention
+from kara_hf.methods.oracle import OracleCache, OraclePolicy, future_attention
 from kara_hf.methods.peer_scores import ALIKE, BALANCE, NEWEST, POOL
-from kara_hf.methods.registry import METHODS, RULES, Plan, Skeleton, make_method
+from kara_hf.methods.registry import METHODS, Plan, SharedSettings, make_method
+from kara_hf.methods.rules import OLD_SPELLINGS, RULES
 from kara_hf.policy import SCORES, Window
 from kara_hf.tasks import reasoner_tasks as _tasks  # noqa: F401  registers the tasks of the bundled model
 from kara_hf.tasks.task import Example, make_task
 
-SKELETON = Skeleton(window=16, recent=4, block_size=4, sinks=2, observation=4)
+SKELETON = SharedSettings(window=16, recent=4, block_size=4, sinks=2, observation=4)
 TASK = "fact:generated=60"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -47,7 +51,7 @@ def evaluator(reasoner):
 
 
 def request(*names, **changes):
-    settings = {"budgets": (0.25,), "n": 4, "batch": 3, "reference": METHODS["random"], "skeleton": SKELETON}
+    settings = {"budgets": (0.25,), "n": 4, "batch": 3, "reference": METHODS["random"], "shared": SKELETON}
     return Request([make_method(name) for name in names], **settings | changes)
 
 
@@ -104,22 +108,22 @@ def test_methods_hold_equal_bytes(evaluator, tmp_path):
     """Or keep the budget's share of tokens where they cannot hold so little, and show it."""
     names = ("random", "oracle", "key-norm", "mean-square", "kv-compress-uniform", "kara")
     task = "trace:generated=220"
-    skeleton = Skeleton(window=32, recent=8, block_size=2, sinks=2, observation=4)
-    frame = measure(evaluator, tmp_path, request(*names, budgets=(0.5,), n=2, batch=2, skeleton=skeleton), task)
+    shared = SharedSettings(window=32, recent=8, block_size=2, sinks=2, observation=4)
+    frame = measure(evaluator, tmp_path, request(*names, budgets=(0.5,), n=2, batch=2, shared=shared), task)
     shares = {name: group.settings.iloc[0]["share"] for name, group in frame.groupby("method")}
     assert shares["random"] == shares["oracle"] == shares["kara"] == 0.5
     assert shares["mean-square"] < 0.5  # which pays for its moments
     prompts = [evaluator.prompt(make_task(task, evaluator.tokenizer), number) for number in range(2)]
-    allowed = held(evaluator, prompts, "random", 0.5, skeleton)
+    allowed = held(evaluator, prompts, "random", 0.5, shared)
     for name in ("key-norm", "mean-square", "kv-compress-uniform"):
-        assert held(evaluator, prompts, name, shares[name], skeleton) <= (1 + TOLERANCE) * allowed
-        assert held(evaluator, prompts, name, min(1.0, shares[name] + 1 / 16), skeleton) > (1 - 0.03) * allowed
-    assert held(evaluator, prompts, "kara", 1 / 32, skeleton) > allowed
+        assert held(evaluator, prompts, name, shares[name], shared) <= (1 + TOLERANCE) * allowed
+        assert held(evaluator, prompts, name, min(1.0, shares[name] + 1 / 16), shared) > (1 - 0.03) * allowed
+    assert held(evaluator, prompts, "kara", 1 / 32, shared) > allowed
 
 
-def held(evaluator, prompts, name, share, skeleton):
-    plan = Plan(skeleton, "pinned", share, [len(prompt.ids) for prompt in prompts])
-    return evaluator._rehearse(prompts, METHODS[name], plan)
+def held(evaluator, prompts, name, share, shared):
+    plan = Plan(shared, "prompt-kept", share, [len(prompt.ids) for prompt in prompts])
+    return evaluator.equal_bytes.held(prompts, METHODS[name], plan)
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def test_a_question_comes_after_compression(evaluator, monkeypatch):
     monkeypatch.setattr(evaluator.model, "forward", lambda *a, **k: seen.append(k["input_ids"]) or forward(*a, **k))
     prompt = evaluator.prompt(Asking(), 1)
     assert evaluator.tokenizer.decode(prompt.ids) == "te : 1 ; ik : 4 ; ? te ik >"
-    for rule, widths in (("before", [12]), ("after", [8, 4])):
+    for rule, widths in (("query-aware", [12]), ("query-agnostic", [8, 4])):
         seen.clear()
         evaluator.answer([prompt], METHODS["random"], Plan(SKELETON, rule, 0.5, [12]), room=2)
         assert [ids.shape[1] for ids in seen[: len(widths)]] == widths
@@ -277,10 +281,10 @@ def test_the_oracle_knows_the_largest_future_attention(name, rule):
     """Against the model's own attention probabilities, query by query."""
     model = build(name)
     model.set_attn_implementation("eager")
-    config = KaraConfig(window=8, recent=2, block_size=4, compress_prompt=rule != "pinned")
+    config = KaraConfig(window=8, recent=2, block_size=4, compress_prompt=rule != "prompt-kept")
     ids, mask = torch.randint(3, 100, (2, 40)), torch.ones(2, 40, dtype=torch.long)
     mask[0, :5] = 0
-    prompts, contexts = [19, 24], [15, 17] if rule == "after" else [0, 0]
+    prompts, contexts = [19, 24], [15, 17] if rule == "query-agnostic" else [0, 0]
     future = future_attention(model, ids, mask, prompts, contexts, config)
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
     assert sorted(future) == [i for i, kind in enumerate(kinds) if kind == "full_attention"]
@@ -320,6 +324,11 @@ def test_the_oracle_keeps_what_it_knows(reasoner):
             for place in future[layer][b, head, w : w + 16].topk(4).indices.sort().values
         ]
         assert kept == [*best, *range(48, 60)]
+
+
+def test_a_policy_has_one_compression():
+    with pytest.raises(ValueError, match="OraclePolicy has a compression already"):
+        register_compression(OraclePolicy, object)
 
 
 # -------------------------------------------------------------------------------------------------------- peers' scores
@@ -391,7 +400,10 @@ def test_what_does_not_repeat_is_no_loop(tokens):
     ("changes", "message"),
     [
         ({"budgets": (0.0,)}, r"budgets=0.0 is not possible: budgets must be shares in \(0, 1\]"),
-        ({"rules": ("sometimes",)}, "rules='sometimes' is not possible: rules must be one of pinned, before, after"),
+        (
+            {"rules": ("sometimes",)},
+            "rules='sometimes' .* must be one of prompt-kept, query-aware, query-agnostic",
+        ),
         ({"equal": "shares"}, "equal='shares' is not possible"),
         ({"n": 0}, "n=0 is not possible: n must be 1 or more"),
     ],
@@ -399,6 +411,12 @@ def test_what_does_not_repeat_is_no_loop(tokens):
 def test_bad_requests(changes, message):
     with pytest.raises(ValueError, match=message):
         request("full", **changes)
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_SPELLINGS.items())
+def test_old_spellings_of_rules_are_read_with_a_warning(old, new):
+    with pytest.warns(DeprecationWarning, match=f"the rule '{old}' is called '{new}' now"):
+        assert request("full", rules=(old,)).rules == (new,)
 
 
 def test_bad_methods():
@@ -418,7 +436,7 @@ def test_what_does_not_fit_is_said_before_anything_is_measured(reasoner, tmp_pat
         measure(short, tmp_path, request("full"))
     evaluator = Evaluator(*reasoner, name="tiny", weights="w", limit=4096)
     with pytest.raises(ValueError, match="'asking' has no question apart from its context"):
-        evaluator.measure(Asking(question=""), request("full", rules=("after",)), tmp_path)
+        evaluator.measure(Asking(question=""), request("full", rules=("query-agnostic",)), tmp_path)
     assert not list(tmp_path.rglob("*.jsonl"))
 
 

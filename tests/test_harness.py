@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kara_hf.cli.options import BUNDLED_MODEL
+from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.tasks.reasoner import make_problem
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install 'kara_hf[harness]'")
@@ -105,7 +105,7 @@ def test_the_full_cache_answers_as_generate_does(folder):
 
 def test_every_batch_is_compressed_in_a_cache_of_its_own(folder, caches):
     full = evaluate(folder, method="full")
-    results = evaluate(folder, method="kara", budget=0.25, rule="before", **SKELETON)
+    results = evaluate(folder, method="kara", budget=0.25, rule="query-aware", **SKELETON)
     lengths = [len(problem.prompt.split()) for problem in PROBLEMS]
     assert sorted(length for _, prompts in caches for length in prompts) == sorted(lengths)
     assert [len(prompts) for _, prompts in caches] == [2, 1]
@@ -161,9 +161,12 @@ def test_loglikelihood_needs_the_full_cache(folder):
         ({"method": "kara"}, "budget=None is not possible: budget must be a share"),
         ({"budget": 1.5}, "budget=1.5 is not possible"),
         ({"budget": "half"}, "budget='half' is not possible"),
-        ({"budget": 0.5, "rule": "after"}, "rule='after' is not possible: rule must be one of pinned, before"),
+        (
+            {"budget": 0.5, "rule": "query-agnostic"},
+            "rule='query-agnostic' .* must be one of prompt-kept, query-aware",
+        ),
         ({"method": "full", "budget": 0.5}, "budget must be left out with method 'full'"),
-        ({"method": "float8", "rule": "pinned"}, "rule must be left out with method 'float8'"),
+        ({"method": "float8", "rule": "prompt-kept"}, "rule must be left out with method 'float8'"),
         ({"method": "pod"}, "sharing must be the folder of a sharing map with method 'pod'"),
         ({"budget": 0.5, "sharing": "map"}, "sharing must be left out with method 'kara'"),
     ],

@@ -10,7 +10,7 @@ DRAWN = "() => [...document.querySelectorAll('.plot')].every(plot => plot.queryS
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    page(measured(30, rules=("pinned", "after"), budgets=(0.5, 0.125)), folder)
+    page(measured(30, rules=("prompt-kept", "query-agnostic"), budgets=(0.5, 0.125)), folder)
     return folder / "report.html"
 
 

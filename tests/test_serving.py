@@ -39,8 +39,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 from kara_hf import KaraCache, detach
+from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.cli.app import app
-from kara_hf.cli.options import BUNDLED_MODEL
 from kara_hf.cli.serve import parse_bytes
 from kara_hf.integration.attach import decoder_config
 from kara_hf.policy import register_score

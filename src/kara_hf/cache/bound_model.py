@@ -68,8 +68,8 @@ class Binding:
         if not self._full(layers):
             kinds = sorted({type(layer).__name__ for layer in layers})
             raise ValueError(
-                f"{self.name} has no full-attention layer (its layers are {kinds}), so there is nothing to compress; use "
-                "Transformers' own cache"
+                f"{self.name} has no full-attention layer (its layers are {kinds}), so there is nothing to compress; "
+                "use Transformers' own cache"
             )
         return layers
 

@@ -19,7 +19,7 @@ from .bound_model import Binding, check_max_bytes
 from .budget_compression import Evicting
 from .compression import Compression, register_compression
 from .cuda_graph import DecodeGraph, check_graph
-from .layer import HybridLayer, StoreLayer
+from .layer import COPIED_WITH_ITS_CACHE, HybridLayer, StoreLayer
 from .report import CacheReport, make_report
 from .sequence import Kind, Sequence
 from .shared_layer import SharedLayer
@@ -264,8 +264,8 @@ class CompressedCache(Cache, StepCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         self.steps.look()
         made = memo[id(self)] = type(self).__new__(type(self))
-        memo["cache"] = made  # type: ignore[index]  # tells its layers that they are copied with it
-        vars(made).update(copy.deepcopy(vars(self), memo))
+        memo[COPIED_WITH_ITS_CACHE] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 
     def __copy__(self) -> Self:

@@ -15,6 +15,7 @@ from .step import Step
 
 # Arguments of attention functions that are tensors and are honoured, or do not matter to attention over a store.
 _KNOWN_TENSORS = {"s_aux", "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k"}
+COPIED_WITH_ITS_CACHE = id("kara_hf")  # in the memo of a deepcopy: layers are copied by their cache
 
 
 class LayerState(Protocol):
@@ -84,14 +85,14 @@ class StoreLayer(CacheLayerMixin):
         """A copy of the keys stored, ``[B, H, T, Dk]`` in slot order, with anything behind a row's length; or None."""
         return self._dense(0)
 
+    @keys.setter
+    def keys(self, keys: None) -> None:
+        """Transformers' constructor says that there are none."""
+
     @property
     def values(self) -> torch.Tensor | None:
         """As `keys`, ``[B, H, T, Dv]``."""
         return self._dense(1)
-
-    @keys.setter
-    def keys(self, keys: None) -> None:
-        """Transformers' constructor says that there are none."""
 
     @values.setter
     def values(self, values: None) -> None:
@@ -183,8 +184,8 @@ class StoreLayer(CacheLayerMixin):
         """As `attend`, for another layer of the model that reads the keys which this one has stored in this step."""
         if self.latent or self.followers or self.leading:
             raise ValueError(
-                f"another layer of {self.model} reads the keys of layer {self.index}, which is not supported where these "
-                + ("are latent" if self.latent else "are shared by a PoDSharing")
+                f"another layer of {self.model} reads the keys of layer {self.index}, which is not supported where "
+                + ("these are latent" if self.latent else "these are shared by a PoDSharing")
             )
         self._note(step, query, kwargs)
         if self.is_dense(step):
@@ -321,13 +322,13 @@ class StoreLayer(CacheLayerMixin):
         self.state.fork(index)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StoreLayer":
-        if "cache" not in memo:  # type: ignore[comparison-overlap]
+        if COPIED_WITH_ITS_CACHE not in memo:
             raise ValueError(
-                f"{self.model} copies layers of its cache, which a compressed cache does not support; use Transformers' "
-                "own cache"
+                f"{self.model} copies layers of its cache, which a compressed cache does not support; use "
+                "Transformers' own cache"
             )
         made = memo[id(self)] = type(self).__new__(type(self))
-        vars(made).update(copy.deepcopy(vars(self), memo))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 
     def empty(self, state: Any) -> None:

@@ -88,8 +88,8 @@ def read_mask(
     again = (past & ~stored).any(0)
     if bool(again.any()):
         raise ValueError(
-            f"the attention mask shows column {int(again.nonzero()[0])}, which was padding when it was seen and was not "
-            "stored; give it 0 there again, or reset() the cache and read everything anew"
+            f"the attention mask shows column {int(again.nonzero()[0])}, which was padding when it was seen and was "
+            "not stored; give it 0 there again, or reset() the cache and read everything anew"
         )
     whole = None if bool(real.all()) else real
     unchanged = torch.equal(past, stored)

@@ -4,29 +4,17 @@ score; serve; show; and `pod`.
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from .. import __version__
-from ..config import require
 from .calibrate import calibrate
 from .demo import demo
-from .display import show_runs
 from .evaluate import evaluate, report
-from .options import BUNDLED_MODEL, DTYPES, readable_errors
+from .generate import generate
 from .pod import app as pod
 from .serve import serve
-
-# What runs without a model and a prompt: the problem, and how strongly its trace is compressed.
-BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated": 900, "seed": 3}
-BUNDLED_SETTINGS: dict[str, Any] = {"retention": 0.4, "window": 64, "recent": 32, "anchor_share": 1.0}
-# Tokens generated at most: for a problem with a known solution so many times its length, otherwise a fixed number.
-SOLUTION_ALLOWANCE = 1.25
-MAX_NEW_TOKENS = 512
-
-DEFAULT_CACHES = ("full", "kara")
 
 app = typer.Typer(
     help="KV-cache compression for Hugging Face Transformers.",
@@ -36,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(pod, name="pod")
+app.command()(generate)
 app.command()(calibrate)
 app.command()(evaluate)
 app.command()(report)
@@ -56,163 +45,3 @@ def main(
     ] = False,
 ) -> None:
     """KV-cache compression for Hugging Face Transformers."""
-
-
-@app.command()
-def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="Text to continue; left out, the bundled model solves a problem of its own.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of a causal language model [default: the bundled one].")
-    ] = None,
-    cache: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="full, kara, kv-compress or pod; repeat it, or separate names by commas, to compare several [default: "
-            "full,kara].",
-        ),
-    ] = None,
-    retention: Annotated[
-        float | None,
-        typer.Option(
-            help="kara, kv-compress: share that is kept, of each window or of everything [default: 0.25; bundled "
-            "model: 0.4]."
-        ),
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="kara: tokens in a window [default: 256; bundled model: 64].")
-    ] = None,
-    recent: Annotated[int | None, typer.Option(help="kara: newest tokens, always kept whole [default: 32].")] = None,
-    score: Annotated[
-        str | None,
-        typer.Option(
-            help="kara: what ranks the tokens of a window: bidirectional, mean-square, key-norm, ..., or the folder or "
-            "hub id of a key calibration [default: bidirectional]."
-        ),
-    ] = None,
-    anchor_share: Annotated[
-        float | None,
-        typer.Option(
-            help="kara: share of the kept tokens picked singly, not as chunks [default: 0.5; bundled model: 1]."
-        ),
-    ] = None,
-    compress_prompt: Annotated[
-        bool, typer.Option("--compress-prompt", help="kara: compress the prompt too. (kv-compress always does.)")
-    ] = False,
-    seed: Annotated[int | None, typer.Option(help="kara, kv-compress: seed of what is random [default: 0].")] = None,
-    max_cache_tokens: Annotated[
-        int | None,
-        typer.Option(help="kv-compress: tokens per KV head and layer, on average, instead of --retention."),
-    ] = None,
-    observation: Annotated[
-        str | None,
-        typer.Option(metavar="N|all", help="kv-compress: last prompt queries that vote on what is kept [default: 32]."),
-    ] = None,
-    protected: Annotated[
-        int | None, typer.Option(help="kv-compress: newest tokens, never evicted [default: 32].")
-    ] = None,
-    sinks: Annotated[int | None, typer.Option(help="kv-compress: first tokens, never evicted [default: 4].")] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="kv-compress: sum squared probabilities (l2) or plain ones (l1); or random, recency [default: l2]."
-        ),
-    ] = None,
-    no_continual: Annotated[
-        bool, typer.Option("--no-continual", help="kv-compress: cut the prompt only, not what is generated.")
-    ] = False,
-    block_size: Annotated[
-        int | None, typer.Option(help="kara, kv-compress, pod: slots per block of memory [default: 16].")
-    ] = None,
-    sharing: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="kara, kv-compress, pod: folder or hub id of the sharing map that `kara-hf pod explore` or `adapt` "
-            "wrote; pod needs one.",
-        ),
-    ] = None,
-    max_bytes: Annotated[
-        int | None,
-        typer.Option(
-            help="kara, kv-compress, pod: most resident bytes; kara and pod stop with an error there, kv-compress "
-            "evicts more while it can."
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens generated at most [default: 512; bundled problem: enough to solve it].")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one].")] = None,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")] = "auto",
-    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
-    no_chat: Annotated[
-        bool, typer.Option("--no-chat", help="Pass PROMPT as it is, without the model's chat template.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
-) -> None:
-    """Generate text greedily and show what the cache held: tokens, bytes, speed and what survived.
-
-    Without --cache the prompt runs twice, with the full cache and with KaraCache, side by side. Options that start with
-    names of caches are settings of these.
-    """
-    with readable_errors():
-        require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
-        require(max_new_tokens is None or max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
-        require(prompt is None or bool(prompt.strip()), "prompt", prompt, "some text to continue")
-        require(model is None or prompt is not None, "prompt", None, f'given with --model: --model {model} "text"')
-        options = {
-            "retention": retention,
-            "window": window,
-            "recent": recent,
-            "score": score,
-            "anchor_share": anchor_share,
-            "compress_prompt": compress_prompt or None,
-            "seed": seed,
-            "max_cache_tokens": max_cache_tokens,
-            "protected": protected,
-            "sinks": sinks,
-            "metric": metric,
-            "continual": False if no_continual else None,
-            "block_size": block_size,
-            "max_bytes": max_bytes,
-            "sharing": sharing,
-        }
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        if observation is not None:
-            given["observation"] = _count_or_all("observation", observation)
-
-        from ..integration.loading import Runner
-        from ..methods.caches import make_methods
-        from ..tasks.reasoner import make_problem
-
-        names = [name.strip() for names in cache or DEFAULT_CACHES for name in names.split(",")]
-        methods = list(make_methods(names, given, {} if model else BUNDLED_SETTINGS).values())
-        problem = None if prompt else make_problem(**BUNDLED_PROBLEM)
-        runner = Runner(model or str(BUNDLED_MODEL), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        text = problem.prompt if problem else str(prompt)
-        ids = runner.encode(text, chat=not no_chat)
-        if model is None and (ids == runner.tokenizer.unk_token_id).any():
-            raise ValueError(
-                "the bundled model knows only the words of its own problems, and the prompt has others; pass "
-                "--model for text of your own, or leave the prompt out"
-            )
-        if max_new_tokens is None:
-            wanted = int(SOLUTION_ALLOWANCE * len(problem.completion.split())) if problem else MAX_NEW_TOKENS
-            max_new_tokens = max(1, min(wanted, runner.limit - ids.shape[1]))
-        runs = runner.run(methods, ids, max_new_tokens=max_new_tokens, stream=stream, problem=problem)
-        if len(runs) == 1 and not stream:
-            typer.echo(runs[0].text.strip())
-        title = f"{runner.name} | prompt of {ids.shape[1]:,} tokens"
-        show_runs(Console(highlight=False), runs, title)
-
-
-def _count_or_all(name: str, text: str) -> int | None:
-    """A whole number, or None for "all". Raises ValueError."""
-    if text == "all":
-        return None
-    require(text.isdecimal() and int(text) >= 1, name, text, "a whole number from 1 on, or all")
-    return int(text)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DTYPES, readable_errors
+from .options import Data, Device, Dtype, Model, SampleLength, TextColumn, TrustRemoteCode, readable_errors
 
 # What the bundled model reads, and any other model unless told otherwise.
 BUNDLED: dict[str, Any] = {
@@ -19,32 +19,21 @@ REAL: dict[str, Any] = {"data": None, "samples": 64, "length": 8192, "window": 2
 
 def calibrate(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; then `--score DIR`.")],
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of a causal language model [default: the bundled one].")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text as the model reads and writes it: a file or folder (.txt, .md, .jsonl, .json, .parquet), a "
-            "dataset of the hub (owner/name or owner/name:config), or problems:TASK=WEIGHT,... [bundled model: "
-            "problems].",
-        ),
-    ] = None,
+    model: Model = None,
+    data: Data = None,
     samples: Annotated[
         int | None, typer.Option(help="Samples that are read [default: 64; bundled model: 768].")
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of each [default: 8192; bundled model: 512].")] = None,
+    length: SampleLength = None,
     window: Annotated[int | None, typer.Option(help="Tokens in a window [default: 256; bundled model: 64].")] = None,
     recent: Annotated[int, typer.Option(help="Newest tokens, always kept whole.")] = 32,
     rank: Annotated[int, typer.Option(help="Directions of a head's keys whose products count.")] = 32,
     split: Annotated[str, typer.Option(help="Split of a dataset of the hub.")] = "train",
-    text_column: Annotated[str, typer.Option(help="Column or field of the text.")] = "text",
+    text_column: TextColumn = "text",
     seed: Annotated[int, typer.Option(help="Seed of which samples are drawn.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one].")] = None,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fit a score to a model: which keys will be looked at, told from the key alone.
 
@@ -54,11 +43,11 @@ def calibrate(
     with readable_errors():
         from dataclasses import replace
 
-        from .pod import counting, open_samples
+        from .samples import counting, open_samples
 
         defaults = REAL if model else BUNDLED
         samples = defaults["samples"] if samples is None else samples
-        runner, text, origin = open_samples(
+        loaded, text, origin = open_samples(
             model,
             defaults["data"] if data is None else data,
             samples=samples,
@@ -74,7 +63,7 @@ def calibrate(
 
         with counting(samples) as done:
             found = fit(
-                runner.model,
+                loaded.model,
                 text,
                 window=defaults["window"] if window is None else window,
                 recent=recent,

@@ -17,7 +17,7 @@ STRIP_LINES = 3
 
 
 @dataclass(frozen=True)
-class Run:
+class CacheRun:
     """One generation and what its cache held at the end.
 
     Attributes:
@@ -90,7 +90,7 @@ RAMP = (
 )
 
 
-def show_runs(console: Console, runs: Sequence[Run], title: str) -> None:
+def show_runs(console: Console, runs: Sequence[CacheRun], title: str) -> None:
     """Prints the runs side by side, and for each cache that evicts what survived: by position, and by KV head."""
     console.print()
     console.print(Text(title, "bold"))
@@ -106,7 +106,7 @@ def show_runs(console: Console, runs: Sequence[Run], title: str) -> None:
             console.print(kept_table(run.report, width=console.width))
 
 
-def _table(runs: Sequence[Run]) -> Table:
+def _table(runs: Sequence[CacheRun]) -> Table:
     """One column for each run."""
     caption = (
         "%: of the full cache after the same tokens; resident: with free slots, tables and held queries; peak: with "
@@ -130,24 +130,24 @@ def _table(runs: Sequence[Run]) -> Table:
     return table
 
 
-def _verdict(run: Run) -> Text:
+def _verdict(run: CacheRun) -> Text:
     answer = Text(run.answer or "(none)")
     if run.correct:
         return answer.append(" right", "bold green")
     return answer.append(f" wrong, it is {run.expected}", "bold red")
 
 
-def _ending(run: Run) -> Text:
+def _ending(run: CacheRun) -> Text:
     text = run.text.strip()
     return Text(text if len(text) <= TEXT_LIMIT else f"[...] {text[-TEXT_LIMIT:]}", justify="left")
 
 
-def _ragged(run: Run) -> bool:
+def _ragged(run: CacheRun) -> bool:
     """Whether heads keep different numbers of tokens."""
     return min(run.kept) < max(run.kept)
 
 
-def _kept(run: Run) -> str:
+def _kept(run: CacheRun) -> str:
     """The mean over heads, with its share of the tokens seen."""
     mean = sum(run.kept) / len(run.kept)
     return f"{mean:,.0f} ({mean / run.seen:.0%})"
@@ -178,7 +178,7 @@ def survival(rows: Sequence[Sequence[tuple[int, int, str]]], seen: int) -> dict[
     return shares
 
 
-def show_strip(console: Console, run: Run) -> None:
+def show_strip(console: Console, run: CacheRun) -> None:
     """Prints the sequence as cells, oldest first: what most of the cell survived as, darker where more rows keep it."""
     shares = survival(run.rows, run.seen)
     stretch = -(-run.seen // (STRIP_LINES * console.width))

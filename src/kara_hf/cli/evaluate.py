@@ -1,7 +1,7 @@
 """`kara-hf evaluate` and `kara-hf report`. Torch and Transformers are imported by what runs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,19 +9,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from ..config import require
-from .options import BUNDLED_CALIBRATION, BUNDLED_MODEL, DTYPES, readable_errors
+from ..needs import Check, Need, Package, check_needs, extra
+from .options import Dtype, Model, TrustRemoteCode, check_dtype, names_in, numbers_in, readable_errors
 
 # What runs without a model and tasks: the bundled model has a language of its own and short windows.
 BUNDLED_TASKS = "trace:generated=300,fact:generated=300"
-BUNDLED_SKELETON = {"window": 64, "block_size": 4, "observation": 8}
+BUNDLED_SHARED = {"window": 64, "block_size": 4, "observation": 8}
+RESULTS = [Package("pandas", extra("evaluate"))]
+REPORT = [*RESULTS, *(Package(name, extra("evaluate")) for name in ("scipy", "plotly"))]
 LADDER = "full,random,random-chunks,recency,causal,kara-top-k,kara,oracle"
 
 
 def evaluate(
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of a causal language model [default: the bundled one].")
-    ] = None,
+    model: Model = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -34,10 +36,10 @@ def evaluate(
     rules: Annotated[
         str,
         typer.Option(
-            help="What may be compressed: pinned (not the prompt), before (the prompt too), after (the context, before "
-            "the question comes); separated by commas."
+            help="What may be compressed: prompt-kept (not the prompt), query-aware (the prompt too), query-agnostic "
+            "(the context, before the question comes); separated by commas."
         ),
-    ] = "pinned",
+    ] = "prompt-kept",
     equal: Annotated[
         str,
         typer.Option(
@@ -73,11 +75,9 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...; under `accelerate launch` each process has its own.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")] = "auto",
+    dtype: Dtype = "auto",
     no_text: Annotated[bool, typer.Option("--no-text", help="Keep scores and lengths only, not the answers.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[Path, typer.Option(help="Folder of results; what it holds already is not measured again.")] = Path(
         "results"
     ),
@@ -87,49 +87,46 @@ def evaluate(
     A run that was stopped goes on where it was. `accelerate launch -m kara_hf evaluate ...` shares the examples among
     several devices. `kara-hf report DIR` makes a page of the results.
     """
-    with readable_errors(), extra():
-        require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+    with readable_errors():
+        check_dtype(dtype)
         require(model is None or tasks is not None, "tasks", None, "given with --model, like --tasks niah:length=4096")
-        from ..evaluation.measure.evaluator import Evaluator, Request
-        from ..integration.loading import Runner
-        from ..methods.registry import Skeleton, make_method
-        from ..policy import KeyCalibration
-        from ..policy.sharing import PoDSharing
-        from ..tasks import published  # noqa: F401  they register their tasks
-        from ..tasks import reasoner_tasks as bundled  # noqa: F401
-        from ..tasks.task import make_task
+        task_names, method_names = names_in(tasks or BUNDLED_TASKS), names_in(methods)
+        calibration = calibration or (None if model else str(BUNDLED_CALIBRATION))
+        _look_up(task_names, [*method_names, reference], sharing, calibration)
 
-        if calibration is not None:
-            KeyCalibration.from_pretrained(calibration)  # shows now what could not be read later
-        skeleton: dict[str, Any] = {} if model else dict(BUNDLED_SKELETON)
+        from ..evaluation.measure.evaluator import Evaluator
+        from ..evaluation.measure.identity import weights_of
+        from ..evaluation.measure.processes import Rank
+        from ..evaluation.measure.request import Request
+        from ..integration.loading import LoadedModel
+        from ..methods.registry import SharedSettings, make_method
+        from ..policy.sharing import PoDSharing
+        from ..tasks import make_task
+
+        shared: dict[str, Any] = {} if model else dict(BUNDLED_SHARED)
         given = {"window": window, "recent": recent, "block_size": block_size, "observation": observation}
-        skeleton |= {name: value for name, value in {**given, "sinks": sinks}.items() if value is not None}
+        shared |= {name: value for name, value in {**given, "sinks": sinks}.items() if value is not None}
         request = Request(
-            methods=[make_method(name) for name in _names(methods)],
-            budgets=_numbers("budgets", budgets, float),
-            rules=_names(rules),
-            seeds=_numbers("seeds", seeds, int),
+            methods=[make_method(name) for name in method_names],
+            budgets=numbers_in("budgets", budgets, float),
+            rules=names_in(rules),
+            seeds=numbers_in("seeds", seeds, int),
             n=n,
             batch=batch,
             equal=equal,  # type: ignore[arg-type]  # checked by Request
             reference=make_method(reference),
-            skeleton=Skeleton(**skeleton),
+            shared=SharedSettings(**shared),
             sharing=None if sharing is None else PoDSharing.from_pretrained(sharing),
-            calibration=calibration or (None if model else str(BUNDLED_CALIBRATION)),
+            calibration=calibration,
             keep_text=not no_text,
         )
-        share = Share(device)
-        runner = Runner(
-            model or str(BUNDLED_MODEL),
-            device=share.device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
+        rank = Rank(device)
+        place = model or str(BUNDLED_MODEL)
+        runner = LoadedModel(place, device=rank.device, dtype=dtype, trust_remote_code=trust_remote_code)
         runner.tokenizer.padding_side = "left"
-        evaluator = Evaluator(
-            runner.model, runner.tokenizer, name=runner.name, weights=weights_of(runner, model), limit=runner.limit
-        )
-        wanted = [make_task(name, runner.tokenizer) for name in _names(tasks or BUNDLED_TASKS)]
+        weights = weights_of(runner.model, place)
+        evaluator = Evaluator(runner.model, runner.tokenizer, name=runner.name, weights=weights, limit=runner.limit)
+        wanted = [make_task(name, runner.tokenizer) for name in task_names]
         columns = (
             TextColumn("{task.description:<48}"),
             BarColumn(),
@@ -139,20 +136,41 @@ def evaluate(
             TimeRemainingColumn(),
         )
         console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=share.process > 0) as progress:
+        with Progress(*columns, console=console, disable=rank.number > 0) as progress:
             bar = progress.add_task("", total=len(wanted) * len(list(request.cells())))
             for task in wanted:
                 evaluator.measure(
                     task,
                     request,
                     out,
-                    process=share.process,
-                    processes=share.processes,
-                    together=share.together,
+                    process=rank.number,
+                    processes=rank.processes,
+                    barrier=rank.barrier,
                     progress=lambda label, part: progress.update(bar, description=label, advance=part),
                 )
-        if share.process == 0:
+        if rank.number == 0:
             typer.echo(f"results are in {out}; `kara-hf report {out}` makes a page of them")
+
+
+def _look_up(tasks: list[str], methods: list[str], sharing: str | None, calibration: str | None) -> None:
+    """Everything that the run will need, before a model is loaded. Raises ImportError and ValueError."""
+    check_needs({"": RESULTS})  # without which the kit cannot be imported
+    from ..evaluation.measure import processes
+    from ..methods import registry
+    from ..policy import KeyCalibration
+    from ..policy.sharing import PoDSharing
+    from ..tasks.task import needs_of
+
+    needs: dict[str, Sequence[Need]] = {"": processes.needed()}
+    needs |= {name: registry.needs_of(name) for name in methods}
+    needs |= {name: needs_of(name) for name in tasks}
+    files = [(sharing, PoDSharing), (calibration, KeyCalibration)]
+    needs[""] = [*needs[""], *(Check(partial(kind.from_pretrained, place)) for place, kind in files if place)]  # type: ignore[attr-defined]
+    for name in methods:
+        if name in registry.METHODS:
+            given = {"sharing": sharing is not None, "calibration": calibration is not None}
+            needs[name] = [*needs[name], Check(partial(registry.METHODS[name].check_given, **given))]
+    check_needs(needs)
 
 
 def report(
@@ -167,7 +185,8 @@ def report(
     ] = None,
 ) -> None:
     """Make one self-contained HTML page, which needs no network, and a Markdown file of results."""
-    with readable_errors(), extra():
+    with readable_errors():
+        check_needs({"": REPORT})
         from ..evaluation.measure.results import load, save_packed
         from ..evaluation.report.write import write
 
@@ -179,66 +198,3 @@ def report(
         if pack is not None:
             save_packed(frame, pack)
             typer.echo(pack)
-
-
-@contextmanager
-def extra() -> Iterator[None]:
-    """Says which extra brings a package that is not installed."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None:  # one of ours, which says what to do
-            raise
-        raise ImportError(f"{error.name} is not installed; run: pip install 'kara_hf[evaluate]'") from error
-
-
-class Share:
-    """Which part of the work is this process's, under `accelerate launch` or torchrun; otherwise all of it."""
-
-    def __init__(self, device: str | None):
-        import os
-
-        from ..integration.loading import find_device
-
-        self.process, self.processes, self.device = 0, 1, device
-        self._state: Any = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            try:
-                from accelerate import PartialState
-            except ImportError as error:
-                raise ImportError("several processes need accelerate; run: pip install 'kara_hf[evaluate]'") from error
-
-            self._state = PartialState(cpu=find_device(device).type == "cpu")
-            self.process, self.processes = self._state.process_index, self._state.num_processes
-            self.device = str(self._state.device)
-
-    def together(self) -> None:
-        """Waits for the other processes."""
-        if self._state is not None:
-            self._state.wait_for_everyone()
-
-
-def weights_of(runner: Any, model: str | None) -> str:
-    """What tells these weights from others: a digest of a folder's files, or the revision that a hub gave."""
-    from ..evaluation.measure.provenance import digest
-
-    folder = BUNDLED_MODEL if model is None else Path(model)
-    if folder.is_dir():
-        try:
-            return digest(folder)
-        except FileNotFoundError:
-            return "unknown"
-    return str(getattr(runner.model.config, "_commit_hash", None) or "unknown")
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _numbers(name: str, text: str, kind: Any) -> list[Any]:
-    """Numbers separated by commas. Raises ValueError."""
-    try:
-        return [kind(part) for part in _names(text)]
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"{name}={text!r} is not possible: {name} must be {what} separated by commas") from None

@@ -1,13 +1,52 @@
-"""What the commands of `kara-hf` have in common. Needs neither torch nor Transformers."""
+"""What the commands of `kara-hf` have in common: options, and errors. Needs neither torch nor Transformers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, TypeVar
 
 import typer
 
-from ..bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL  # noqa: F401  the commands take them from here
+from ..config import require
 
+Number = TypeVar("Number", int, float)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+Model = Annotated[
+    str | None, typer.Option(help="Hub id or folder of a causal language model [default: the bundled one].")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one].")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Text: a file or folder (.txt, .md, .jsonl, .json, .parquet), a dataset of the hub (owner/name or "
+        "owner/name:config), or problems:TASK=WEIGHT,... [bundled model: problems].",
+    ),
+]
+SampleLength = Annotated[
+    int | None, typer.Option(help="Tokens of a sample [default: 8192; bundled model: 1024, to calibrate 512].")
+]
+TextColumn = Annotated[str, typer.Option(help="Column or field of the text.")]
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises ValueError if there is no such dtype."""
+    require(dtype is None or dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+
+
+def names_in(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers_in(name: str, text: str, kind: type[Number]) -> list[Number]:
+    """Numbers separated by commas. Raises ValueError."""
+    try:
+        return [kind(part) for part in names_in(text)]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{name}={text!r} is not possible: {name} must be {what} separated by commas") from None
 
 
 @contextmanager

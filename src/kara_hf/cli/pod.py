@@ -3,8 +3,6 @@
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,16 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..bundled import BUNDLED_MODEL
 from ..config import require
+from ..needs import check_needs
 from ..pod.config import AdaptConfig
-from .options import BUNDLED_MODEL, DTYPES, readable_errors
+from .options import (
+    DTYPES,
+    Data,
+    Device,
+    Model,
+    SampleLength,
+    TextColumn,
+    TrustRemoteCode,
+    check_dtype,
+    readable_errors,
+)
+from .samples import counting, open_samples
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..integration.loading import Runner
     from ..pod.similarity import LayerSimilarity
 
 THRESHOLD = 0.5
@@ -41,16 +48,8 @@ def main() -> None:
 
 @app.command()
 def explore(
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of a causal language model [default: the bundled one].")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text that the model is measured on: a file or folder (.txt, .md, .jsonl, .json, .parquet), a dataset "
-            "of the hub (owner/name or owner/name:config), or problems:TASK=WEIGHT,... [bundled model: problems].",
-        ),
-    ] = None,
+    model: Model = None,
+    data: Data = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to write; needed unless --from is given.")
     ] = None,
@@ -80,7 +79,7 @@ def explore(
         str, typer.Option(help="Query that looks at distant tokens: the lead's or its own (own).")
     ] = "lead",
     samples: Annotated[int | None, typer.Option(help="Samples to measure on [default: 16].")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of each [default: 8192; bundled model: 1024].")] = None,
+    length: SampleLength = None,
     queries: Annotated[int | None, typer.Option(help="Last tokens whose attention is compared [default: 32].")] = None,
     region: Annotated[
         str | None, typer.Option(help="Attention to all tokens, or to distant ones only [default: all].")
@@ -89,13 +88,11 @@ def explore(
     text_column: Annotated[str | None, typer.Option(help="Column or field of the text [default: text].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of which samples are drawn [default: 0].")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to write, .html or .png.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one].")] = None,
+    device: Device = None,
     dtype: Annotated[
         str | None, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]} [default: auto].")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure how alike the layers of a model attend, and group those that can share keys.
 
@@ -111,9 +108,9 @@ def explore(
         require(fits, "saving", saving, "a number between 0 and 0.5, since values are never shared")
         require(saving is not None or at_tokens is None, "at_tokens", at_tokens, "given with --saving, or left out")
         require(compare in ("lead", "all", "prev"), "compare", compare, "'lead', 'all' or 'prev'")
+        near = given(sinks=sinks, recent=recent)
         from ..policy.sharing import PoDSharing
 
-        near = given(sinks=sinks, recent=recent)
         PoDSharing.none(1, 1, distant_query=distant_query, **near)  # refuses what is out of range before a model runs
         measured = given(
             model=model,
@@ -137,7 +134,6 @@ def explore(
                 f"{', '.join(measured)} cannot be changed with --from: what was measured in {source} is taken as it is"
             )
 
-        from ..needs import check_needs
         from ..pod.plot import needs_of as needs_of_plot
         from ..pod.plot import plot as draw
         from ..pod.similarity import LayerSimilarity
@@ -171,19 +167,11 @@ def adapt(
         str, typer.Option(metavar="DIR", help="Folder or hub id of a sharing map, which `pod explore` writes.")
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of a causal language model [default: the bundled one].")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text that is trained on: a file or folder (.txt, .md, .jsonl, .json, .parquet), a dataset of the hub "
-            "(owner/name or owner/name:config), or problems:TASK=WEIGHT,... [bundled model: problems].",
-        ),
-    ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a sample [default: 8192; bundled model: 1024].")] = None,
+    model: Model = None,
+    data: Data = None,
+    length: SampleLength = None,
     split: Annotated[str, typer.Option(help="Split of a dataset of the hub, or of problems.")] = AdaptConfig.split,
-    text_column: Annotated[str, typer.Option(help="Column or field of the text.")] = AdaptConfig.text_column,
+    text_column: TextColumn = AdaptConfig.text_column,
     learn_after: Annotated[
         str | None,
         typer.Option(metavar="TOKEN", help="Learn only what follows this token, up to EOS [bundled model: >]."),
@@ -236,9 +224,7 @@ def adapt(
     dtype: Annotated[
         str | None, typer.Option(help=f"Of the weights: {', '.join(DTYPES)} [default: auto; with --full float32].")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a model to share keys as a map says, by LoRA or in all weights.
 
@@ -246,7 +232,7 @@ def adapt(
     devices: accelerate launch -m kara_hf pod adapt ...
     """
     with readable_errors():
-        require(dtype is None or dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+        check_dtype(dtype)
         require(model is None or data is not None, "data", None, f"given with --model: --model {model} --data TEXT")
         names = tuple(name.strip() for name in (targets or "").split(","))
         chosen = {"length": length, "learn_after": learn_after, "learn_first": learn_first or None}
@@ -273,19 +259,18 @@ def adapt(
             save_every=save_every,
             held_out=held_out,
         )
-        from ..policy.sharing import PoDSharing
-
-        shared = PoDSharing.from_pretrained(sharing)
         data = data or BUNDLED["data"]
 
-        from ..integration.loading import Runner
+        from ..integration.loading import LoadedModel
         from ..pod.adapt import adapt as adapt_model
         from ..pod.refusals import check_requirements
         from ..pod.samples import opener
+        from ..policy.sharing import PoDSharing
 
         check_requirements(config, data, out, log, push_to_hub)
+        shared = PoDSharing.from_pretrained(sharing)
         # accelerate moves it to the device of the process
-        runner = Runner(
+        loaded = LoadedModel(
             model or str(BUNDLED_MODEL),
             device="cpu",
             dtype=dtype or ("auto" if config.rank else "float32"),
@@ -293,15 +278,15 @@ def adapt(
         )
         others = None
         if held_out_split is not None:
-            start = opener(data, runner.tokenizer, replace(config, split=held_out_split))
+            start = opener(data, loaded.tokenizer, replace(config, split=held_out_split))
             others = list(islice(start(0), held_out))
         result = adapt_model(
-            runner.model,
+            loaded.model,
             shared,
             data,
             config,
             out,
-            tokenizer=runner.tokenizer,
+            tokenizer=loaded.tokenizer,
             held_out=others,
             resume=resume,
             log=log,  # type: ignore[arg-type]
@@ -347,7 +332,7 @@ def measure(
     require(region in ("all", "distant"), "region", region, "'all' or 'distant'")
     defaults = BUNDLED if model is None else REAL
     recent = defaults["recent"] if recent is None else recent
-    runner, text, origin = open_samples(
+    loaded, text, origin = open_samples(
         model,
         defaults["data"] if data is None else data,
         samples=samples,
@@ -363,7 +348,7 @@ def measure(
 
     with counting(samples) as done:
         similarity = explore_model(
-            runner.model,
+            loaded.model,
             text,
             queries=queries,
             region=region,  # type: ignore[arg-type]
@@ -372,52 +357,3 @@ def measure(
             progress=done,
         )
     return replace(similarity, origin={**similarity.origin, **origin})
-
-
-def open_samples(
-    model: str | None,
-    data: str | None,
-    *,
-    samples: int,
-    length: int,
-    split: str,
-    text_column: str,
-    seed: int,
-    device: str | None,
-    dtype: str,
-    trust_remote_code: bool,
-) -> tuple["Runner", Iterator["torch.Tensor"], dict[str, Any]]:
-    """A loaded model, samples of text in its tokens, and where they are from.
-
-    Raises:
-        ValueError, OSError, ImportError: something asked is not possible; the message says what.
-    """
-    require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
-    require(samples >= 1, "samples", samples, "1 or more")
-    require(data is not None, "data", None, f"given with --model: --model {model} --data TEXT")
-    own = "problems:..., since the bundled model knows only the words of its own problems; pass --model for other text"
-    data = str(data)
-    require(model is not None or data.startswith("problems:"), "data", data, own)
-
-    from ..integration.loading import Runner
-    from ..needs import check_needs
-    from ..probing.data import needs_of, token_samples
-
-    check_needs({"data": needs_of(data)})
-    runner = Runner(model or str(BUNDLED_MODEL), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    require(length <= runner.limit, "length", length, f"at most the {runner.limit} positions of the model")
-    text = token_samples(
-        data, runner.tokenizer, length=length, count=samples, split=split, text_column=text_column, seed=seed
-    )
-    path = Path(data).expanduser()
-    return runner, text, {"data": path.name if path.exists() else data, "split": split, "seed": seed}
-
-
-@contextmanager
-def counting(samples: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, where that is a terminal: to be called with the number of samples done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("samples", total=samples)
-        yield lambda done: bar.update(task, completed=done)

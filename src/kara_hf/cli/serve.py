@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ..bundled import BUNDLED_MODEL
 from ..config import require
-from .options import BUNDLED_MODEL, DTYPES, readable_errors
+from .options import DTYPES, readable_errors
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

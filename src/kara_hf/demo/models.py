@@ -9,7 +9,7 @@ from typing import Any
 
 from ..bundled import ASSETS, BUNDLED_MODEL
 from ..integration.attach import attach
-from ..integration.loading import Runner, find_device, is_folder
+from ..integration.loading import LoadedModel, find_device, is_folder
 from ..policy.sharing import FILE, PoDSharing
 from .control import FifoLock
 from .generation import take_over_settings
@@ -28,7 +28,7 @@ class Loaded:
         name: what it was chosen by.
         place: folder or hub id.
         sharing: folder or hub id with a map for PoD; None: the one beside the model, if there is one.
-        options: of `kara_hf.integration.loading.Runner`.
+        options: of `kara_hf.integration.loading.LoadedModel`.
 
     Attributes:
         bundled: whether it knows only the words of its own problems.
@@ -42,7 +42,7 @@ class Loaded:
     """
 
     def __init__(self, name: str, place: str, sharing: str | None, **options: Any):
-        runner = Runner(place, **options)
+        runner = LoadedModel(place, **options)
         self.name, self.bundled = name, name in BUNDLED
         self.model, self.tokenizer, self.limit, self.encode = (
             runner.model,
@@ -69,7 +69,7 @@ class Models:
         folders: local models that may be chosen, named when the demo was started. No other folder can be.
         sharing: folder or hub id of the PoD map of the first of `folders`.
         hub: whether hub ids may be chosen.
-        options: of `kara_hf.integration.loading.Runner`.
+        options: of `kara_hf.integration.loading.LoadedModel`.
 
     Raises:
         ValueError: a folder has no model, two folders have one name, or the device is not there.

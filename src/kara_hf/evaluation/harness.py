@@ -21,17 +21,19 @@ except ImportError as error:
     raise ImportError("lm-evaluation-harness cannot be imported; run: pip install 'kara_hf[harness]'") from error
 
 from ..config import is_number, require
-from ..integration.loading import any_name_of_the_cache
-from ..methods.registry import METHODS, Method, Plan, Skeleton, make_method
+from ..integration.generation import check_used, for_generate, greedy, only
+from ..methods.registry import METHODS, Method, Plan, SharedSettings, make_method, needs_of
+from ..methods.rules import PROMPT_KEPT, QUERY_AWARE, rule_named
+from ..needs import check_needs
 from ..policy.sharing import PoDSharing
 from .measure.memory import held_bytes
 
-RULES = ("pinned", "before")  # a request is one text, of which nobody says where its question begins
-SKELETON = {field.name for field in fields(Skeleton)}
+RULES = (PROMPT_KEPT, QUERY_AWARE)  # a request is one text, of which nobody says where its question begins
+SHARED = {field.name for field in fields(SharedSettings)}
 
 
 def make_plan(
-    method: Method, budget: float | None, rule: str | None, seed: int, sharing: str | None, skeleton: Skeleton
+    method: Method, budget: float | None, rule: str | None, seed: int, sharing: str | None, shared: SharedSettings
 ) -> Plan:
     """What the caches of `method` are made for, the prompts apart.
 
@@ -40,8 +42,9 @@ def make_plan(
     """
     name = method.name
     require(not method.oracle, "method", name, "one that does not have to know the answer before it is given")
-    shared = "the folder of a sharing map" if method.shares else "left out"
-    require((sharing is not None) == method.shares, "sharing", sharing, f"{shared} with method {name!r}")
+    what = "the folder of a sharing map" if method.shares else "left out"
+    require((sharing is not None) == method.shares, "sharing", sharing, f"{what} with method {name!r}")
+    rule = None if rule is None else rule_named(rule)
     if method.budgeted:
         possible = budget is not None and is_number(budget) and 0 < budget <= 1
         require(possible, "budget", budget, f"a share in (0, 1] with method {name!r}")
@@ -50,7 +53,7 @@ def make_plan(
         for setting, value in (("budget", budget), ("rule", rule)):
             require(value is None, setting, value, f"left out with method {name!r}, which has no budget")
     return Plan(
-        skeleton,
+        shared,
         rule=(rule or RULES[0]) if method.budgeted else "none",
         share=1.0 if budget is None else budget,
         prompts=[],
@@ -67,10 +70,10 @@ class KaraLM(HFLM):
         pretrained: hub id or folder, as for the harness's model ``hf``.
         method: a name that `kara_hf.methods.registry.make_method` knows.
         budget: share of the tokens that is kept, in (0, 1]; for methods that have one.
-        rule: "pinned" (the prompt is kept whole) or "before" (it is compressed, too); for methods with a budget.
+        rule: "prompt-kept" (whole) or "query-aware" (it is compressed, too); for methods with a budget.
         seed: of what is random in the method.
         sharing: folder of a sharing map, for methods with PoD.
-        settings: fields of `kara_hf.methods.registry.Skeleton`, and what ``hf`` takes.
+        settings: fields of `kara_hf.methods.registry.SharedSettings`, and what ``hf`` takes.
 
     Raises:
         ValueError: there is no such method, or an argument is missing, not possible, or not for this method.
@@ -86,9 +89,10 @@ class KaraLM(HFLM):
         sharing: str | None = None,
         **settings: Any,
     ):
-        skeleton = Skeleton(**{name: settings.pop(name) for name in SKELETON & settings.keys()})
+        shared = SharedSettings(**{name: settings.pop(name) for name in SHARED & settings.keys()})
+        check_needs({method: needs_of(method)})
         self.method = make_method(method)
-        self.plan = make_plan(self.method, budget, rule, seed, sharing, skeleton)
+        self.plan = make_plan(self.method, budget, rule, seed, sharing, shared)
         self._held: list[float] = []
         super().__init__(pretrained, **settings)
 
@@ -97,16 +101,18 @@ class KaraLM(HFLM):
         info: dict[str, Any] = super().get_model_info()
         return info | ({"cache_bytes": round(sum(self._held) / len(self._held))} if self._held else {})
 
-    @any_name_of_the_cache()
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
-        """Ids ``[B, S + new]`` from those of prompts ``[B, S]``, left-padded."""
+        """Ids ``[B, S + new]`` from those of prompts ``[B, S]``, left-padded.
+
+        Of the model's own `generation_config` only the end tokens count; what the task asks for comes on top.
+        """
         prompts = generation_kwargs["attention_mask"].sum(1).tolist()
         cache = self.method.make(self.model, replace(self.plan, prompts=prompts))
-        # A limit in the model's generation_config would come before that of the task, which is `max_length`.
-        generation_kwargs = {"max_new_tokens": None, "past_key_values": cache} | generation_kwargs
-        ids: torch.Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
+        with only(self.model, greedy(self.model, self.tokenizer)):
+            out = super()._model_generate(context, max_length, stop, **for_generate(cache), **generation_kwargs)
+        ids = check_used(self.model, cache, out)
         self._held += len(prompts) * [held_bytes(cache) / len(prompts)]
         return ids
 

@@ -21,6 +21,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
 # Fields of a model's settings that say which tokens are special. They are its own; of them only the ends are used.
 _TOKENS = {"bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"}
 _NO_SETTINGS = {"_from_model_config", "transformers_version"}
+_LENGTHS = {"max_length", "max_new_tokens"}  # which every call gives
 # Values that change nothing in greedy generation, beside those that are false.
 _NEUTRAL: dict[str, Any] = {
     "encoder_repetition_penalty": 1,
@@ -70,12 +71,9 @@ def greedy(model: Any, tokenizer: Any, **limits: Any) -> GenerationConfig:
 
 def ignored(model: Any) -> dict[str, Any]:
     """What a model's `generation_config` asks for and `greedy` leaves out, by field."""
-    fields = model.generation_config.to_diff_dict()
-    return {
-        name: value
-        for name, value in sorted(fields.items())
-        if name not in _TOKENS | _NO_SETTINGS and (value != _NEUTRAL[name] if name in _NEUTRAL else bool(value))
-    }
+    fields = sorted(model.generation_config.to_diff_dict().items())
+    left_out = {name: value for name, value in fields if name not in _TOKENS | _NO_SETTINGS | _LENGTHS}
+    return {name: value for name, value in left_out.items() if (value != _NEUTRAL[name] if name in _NEUTRAL else value)}
 
 
 @contextmanager

@@ -1,29 +1,16 @@
-"""Runs of the `kara-hf` command: one model, one prompt, one cache after the other, measured in the same way."""
+"""A model by its name: checked, loaded, on its device, with its tokenizer."""
 
 import sys
 import textwrap
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-from transformers.cache_utils import Cache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ..cli.display import Run
-from ..methods.caches import Method
-from ..tasks.reasoner import Problem, final_answer
 
-
-class Runner:
-    """A loaded model that runs a prompt under one cache after the other.
+class LoadedModel:
+    """A causal LM in memory, with its tokenizer.
 
     Args:
         name: hub id or folder of a causal LM.
@@ -66,132 +53,6 @@ class Runner:
         else:
             encoded = self.tokenizer(prompt, return_tensors="pt")
         return encoded["input_ids"].to(self.device)
-
-    def run(
-        self,
-        methods: Sequence[Method],
-        ids: torch.Tensor,
-        *,
-        max_new_tokens: int,
-        stream: bool,
-        problem: Problem | None,
-    ) -> list[Run]:
-        """Continues the prompt `ids` ``[1, S]`` greedily, once under each cache and after a warm-up.
-
-        Shows a progress bar on stderr, or with `stream` the text on stdout. `problem` is what the prompt asks, if its
-        answer is known.
-
-        Raises:
-            ValueError: the model has not so many positions, or the cache does not support it.
-            PoolExhausted: `max_bytes` is too low.
-        """
-        if ids.shape[1] + max_new_tokens > self.limit:
-            raise ValueError(
-                f"max_new_tokens={max_new_tokens} is not possible behind a prompt of {ids.shape[1]}: the model has "
-                f"{self.limit} positions; lower max_new_tokens or shorten the prompt"
-            )
-        columns = (TextColumn("{task.description:<15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        console = Console(stderr=True)
-        hidden = stream or not console.is_terminal
-        with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
-            task = progress.add_task("warm-up", total=len(methods))
-            for method in methods:
-                method.make(self.model)  # refuses a model or a setting before anything runs
-            for method in methods:
-                self._warm_up(method, ids)
-                progress.advance(task)
-            progress.remove_task(task)
-            runs = []
-            for method in methods:
-                if stream:
-                    print(f"--- {method.title}", flush=True)
-                task = progress.add_task(method.title, total=max_new_tokens)
-                watch = Watch(partial(progress.advance, task), self._text_streamer() if stream else None)
-                runs.append(self._run(method, ids, max_new_tokens, watch, problem))
-                progress.update(task, total=watch.count)
-        return runs
-
-    def _run(
-        self, method: Method, ids: torch.Tensor, max_new_tokens: int, watch: "Watch", problem: Problem | None
-    ) -> Run:
-        cache = method.make(self.model)
-        new = self._generate(ids, cache, max_new_tokens, streamer=watch)[0, ids.shape[1] :]
-        text = self.tokenizer.decode(new, skip_special_tokens=True)
-        fields = method.held(cache)
-        if problem is not None:
-            fields |= {"answer": final_answer(text), "expected": problem.answer, "correct": problem.grade(text)}
-        return Run(
-            name=method.title,
-            settings=method.describe(),
-            text=text,
-            new_tokens=len(new),
-            decode_rate=watch.rate,
-            **fields,
-        )
-
-    def _warm_up(self, method: Method, ids: torch.Tensor) -> None:
-        """Pays the costs of first calls."""
-        plan = method.rehearsal()
-        new_tokens = min(plan.new_tokens, self.limit // 2)
-        length = min(plan.length, self.limit - new_tokens)
-        ids = ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
-        self._generate(ids, method.make(self.model, **plan.changes), new_tokens, min_new_tokens=new_tokens)
-
-    def _generate(self, ids: torch.Tensor, cache: Cache, max_new_tokens: int, **options: Any) -> torch.Tensor:
-        with any_name_of_the_cache():
-            return self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                **options,
-            )
-
-    def _text_streamer(self) -> TextStreamer:
-        return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-@contextmanager
-def any_name_of_the_cache() -> Iterator[None]:
-    """Newer versions of Transformers 5 prefer another name for `past_key_values`, which older ones do not know."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
-        yield
-
-
-class Watch:
-    """A streamer that counts and times the tokens of one run.
-
-    Args:
-        on_token: called after each token.
-        echo: another streamer that is given everything too, or None.
-    """
-
-    def __init__(self, on_token: Callable[[], None], echo: TextStreamer | None = None):
-        self.on_token, self.echo = on_token, echo
-        self.count = -1  # the prompt is streamed first
-        self.first = self.last = 0.0
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens per second behind the first one, so that the prompt's own forward is left out; None without any."""
-        return (self.count - 1) / (self.last - self.first) if self.count > 1 else None
-
-    def put(self, tokens: torch.Tensor) -> None:
-        self.count += 1
-        self.last = time.perf_counter()
-        if self.count == 1:
-            self.first = self.last
-        if self.count > 0:
-            self.on_token()
-        if self.echo is not None:
-            self.echo.put(tokens)
-
-    def end(self) -> None:
-        if self.echo is not None:
-            self.echo.end()
 
 
 def is_folder(name: str) -> bool:

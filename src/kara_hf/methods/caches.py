@@ -18,7 +18,7 @@ from ..policy.sharing import PoDSharing
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class WarmUp:
     """A short run in which everything that a cache does happens once.
 
     Attributes:
@@ -62,12 +62,12 @@ class Method(ABC):
         """An empty cache for `model`, which is attached or detached for it. Raises ValueError."""
 
     @abstractmethod
-    def rehearsal(self) -> Rehearsal:
+    def warm_up(self) -> WarmUp:
         """How to warm up for it."""
 
     @abstractmethod
     def held(self, cache: Any) -> dict[str, Any]:
-        """The fields of `kara_hf.cli.display.Run` that say what the first sequence of `cache` holds."""
+        """The fields of `kara_hf.cli.display.CacheRun` that say what the first sequence of `cache` holds."""
 
 
 class Full(Method):
@@ -83,8 +83,8 @@ class Full(Method):
         detach(model)  # so that the comparison is with the model as it is without this package
         return DynamicCache(config=model.config)
 
-    def rehearsal(self) -> Rehearsal:
-        return Rehearsal(length=64, new_tokens=4, changes={})
+    def warm_up(self) -> WarmUp:
+        return WarmUp(length=64, new_tokens=4, changes={})
 
     def held(self, cache: DynamicCache) -> dict[str, Any]:
         """Its tensors' bytes. It grows by copying, so the largest tensor was there twice."""
@@ -145,9 +145,9 @@ class Kara(Compressed):
             f"anchor share {config.anchor_share:g}"
         )
 
-    def rehearsal(self) -> Rehearsal:
+    def warm_up(self) -> WarmUp:
         """One window is sealed within a prompt."""
-        return Rehearsal(self.config.window + self.config.recent, 4, {"compress_prompt": True, "max_bytes": None})
+        return WarmUp(self.config.window + self.config.recent, 4, {"compress_prompt": True, "max_bytes": None})
 
 
 class KVCompress(Compressed):
@@ -169,12 +169,12 @@ class KVCompress(Compressed):
             f"{budget}, observation {voters}, protected {config.protected}, sinks {config.sinks}, {config.metric}{when}"
         )
 
-    def rehearsal(self) -> Rehearsal:
+    def warm_up(self) -> WarmUp:
         """A prompt is cut, and a block later what is decoded; half of it, as a budget might allow all of so little."""
         size = self.config.block_size
         retention = 1 if self.config.retention == 1 else 0.5
         changes = {"max_cache_tokens": None, "retention": retention, "max_bytes": None}
-        return Rehearsal((self.config.least_blocks + 4) * size, size + 2, changes)
+        return WarmUp((self.config.least_blocks + 4) * size, size + 2, changes)
 
 
 @dataclass(frozen=True)
@@ -198,19 +198,19 @@ class PoD(Compressed):
             f"query {sharing.distant_query}, prompt {sharing.prefill}"
         )
 
-    def rehearsal(self) -> Rehearsal:
+    def warm_up(self) -> WarmUp:
         """A few tokens become distant."""
-        return Rehearsal(min(512, self.settings["sharing"].proximal + 8), 4, {"max_bytes": None})
+        return WarmUp(min(512, self.settings["sharing"].proximal + 8), 4, {"max_bytes": None})
 
 
-METHODS: dict[str, type[Method]] = {"full": Full, "kara": Kara, "kv-compress": KVCompress, "pod": PoD}
+CACHES: dict[str, type[Method]] = {"full": Full, "kara": Kara, "kv-compress": KVCompress, "pod": PoD}
 
 
 def make_methods(names: Sequence[str], given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Method]:
     """The methods of these names, in their order.
 
     Args:
-        names: keys of `METHODS`.
+        names: keys of `CACHES`.
         given: settings that were asked for; each must be one of at least one of the methods.
         defaults: settings where none is given.
 
@@ -219,13 +219,13 @@ def make_methods(names: Sequence[str], given: dict[str, Any], defaults: dict[str
     """
     require(bool(names), "cache", None, "the name of at least one")
     for name in names:
-        require(name in METHODS, "cache", name, " or ".join(METHODS))
+        require(name in CACHES, "cache", name, " or ".join(CACHES))
         require(names.count(name) == 1, "cache", ",".join(names), "each of them named once")
     for option, value in given.items():
-        if not any(option in METHODS[name].options for name in names):
-            owners = [name for name, method in METHODS.items() if option in method.options]
+        if not any(option in CACHES[name].options for name in names):
+            owners = [name for name, method in CACHES.items() if option in method.options]
             raise ValueError(
                 f"{option}={value!r} does not apply to {' and '.join(names)}: it is a setting of "
                 f"{' and '.join(owners)}; leave it out, or choose {' or '.join(owners)} with --cache"
             )
-    return {name: METHODS[name](given, defaults) for name in names}
+    return {name: CACHES[name](given, defaults) for name in names}

@@ -2,7 +2,7 @@
 
     presses = import_kvpress()
     cache = PressCache(model, presses.SnapKVPress(window_size=32), max_cache_tokens=512)
-    out = model.generate(**inputs, past_key_values=cache)
+    out = model.generate(**inputs, cache=cache)
 
 Of a press only `score` is called: sequence by sequence, without padding, on what is stored in the order of true
 positions. Budget, passes and memory are those of `kara_hf.KVCompressCache`.
@@ -18,10 +18,17 @@ from ..cache.compressed import CompressedCache
 from ..cache.compression import register_compression
 from ..config import KVCompressConfig, is_int, require
 from ..integration.attach import unwrap
+from ..needs import Package
 from .press_scoring import Listener, Press, PressPolicy, Scoring
 
 register_compression(PressPolicy, Scoring)
 
+_WITHOUT_ITS_REQUIREMENTS = "pip install --no-deps kvpress"
+_BESIDE_IT = ("cachetools", "datasets", "fire", "requests")
+KVPRESS = (
+    Package("kvpress", _WITHOUT_ITS_REQUIREMENTS),
+    *(Package(name, f"pip install {' '.join(_BESIDE_IT)}") for name in _BESIDE_IT),
+)
 OBSERVATION = 128  # hidden states held for a press that does not say how many it reads
 # Presses that read keys and values alone, or do so where the press that they wrap does.
 _BLIND = {
@@ -59,8 +66,8 @@ def import_kvpress() -> ModuleType:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"kvpress cannot be imported, because {error.name} is not installed. Its requirements exclude this version "
-            "of Transformers, so install it without them, and what it imports beside it: `pip install --no-deps "
-            "kvpress` and `pip install cachetools datasets fire requests`"
+            "of Transformers, so install it without them, and what it imports beside it: "
+            f"`{_WITHOUT_ITS_REQUIREMENTS}` and `pip install {' '.join(_BESIDE_IT)}`"
         ) from error
     finally:
         for mapping, old in zip(changed, before, strict=True):

@@ -13,7 +13,6 @@ from ..cache.bound_model import Binding
 from ..cache.budget_compression import Evicting, Votes
 from ..cache.layer import StoreLayer
 from ..cache.sequence import Sequence
-from ..cache.state import CacheState
 from ..cache.step import Step
 from ..config import KVCompressConfig
 from ..policy import Eviction, KVCompressPolicy
@@ -55,6 +54,9 @@ class PressPolicy(KVCompressPolicy):
         protected: newest tokens that are never evicted, from 0 on, in place of the setting.
         observation: newest hidden states held while decoding; None: of no token, not even of a prompt.
         attentions: whether the press is given attention probabilities.
+
+    Attributes:
+        listener: what hands over the inputs of attention modules, once there is a model.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class PressPolicy(KVCompressPolicy):
         super().__init__(config)
         self.press, self.protected = press, protected
         self.observation, self.attentions = observation, attentions
-        self.listener: Listener | None = None  # of the cache that uses it
+        self.listener: Listener | None = None
 
     @property
     def votes(self) -> bool:
@@ -244,6 +246,10 @@ class Scoring(Evicting):
             for head in heads:
                 metric[head].scatter_(0, orders[head], scores[head])
 
+    def _rotary(self) -> torch.nn.Module | None:
+        listener = self.policy.listener
+        return None if listener is None else listener.rotary
+
     @torch.no_grad()
     def _ask(
         self, layer: StoreLayer, sequence: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
@@ -260,7 +266,7 @@ class Scoring(Evicting):
         ratio = max(0.0, 1 - (int(self.left[sequence]) + 0.5) / tokens)
         kwargs = {"position_embeddings": tuple(further)} if further else {}
         try:
-            with _asking(press, ratio, module, self.policy.listener.rotary, seen - held):
+            with _asking(press, ratio, module, self._rotary(), seen - held):
                 scores = press.score(module, hidden, keys, values, attentions, kwargs)
         except torch.OutOfMemoryError:
             raise

@@ -1,13 +1,13 @@
 """Every method that the kit compares, by name: what it spends its bytes on. Adding one is one function.
 
-The window methods are one skeleton (`kara_hf.KaraCache`: trigger, window, recent tokens, blocks, protection of the
+The window methods share one frame (`kara_hf.KaraCache`: trigger, window, recent tokens, blocks, protection of the
 prompt) in which only the score changes; the eviction methods another (`kara_hf.KVCompressCache`), in which the metric
 changes and whether heads may differ.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import Cache
@@ -16,24 +16,21 @@ from ..cache.caches import KaraCache, KVCompressCache, PoDCache
 from ..config import KaraConfig, require
 from ..integration.attach import detach
 from ..integration.shape import head_dim
+from ..needs import Need, Package, extra
 from ..policy.sharing import PoDSharing
 from .float8 import Float8Cache
 from .oracle import Future, OracleCache
 from .peer_scores import PEERS
-from .press_cache import PressCache, import_kvpress
+from .press_cache import KVPRESS, PressCache, import_kvpress
+from .rules import PROMPT_KEPT
 
-Rule = Literal["pinned", "before", "after"]
-RULES: dict[str, str] = {
-    "pinned": "the prompt is kept whole, what is generated is compressed",
-    "before": "the prompt is compressed, the question in it",
-    "after": "the context is compressed, then the question is asked",
-}
 PRESS = "press:"
+QUANTO = Package("optimum.quanto", extra("evaluate"), name="optimum-quanto")
 
 
 @dataclass(frozen=True)
-class Skeleton:
-    """What is the same for all methods.
+class SharedSettings:
+    """Settings that are the same for all methods.
 
     Attributes:
         window, recent: of the window methods; `recent` tokens are protected by the eviction methods too.
@@ -54,7 +51,7 @@ class Plan:
     """What a cache is made for.
 
     Attributes:
-        skeleton: what is the same for all methods.
+        shared: settings that are the same for all methods.
         rule: what may be compressed.
         share: of the tokens, that is kept where something may be dropped.
         prompts: tokens of each prompt of the batch.
@@ -64,7 +61,7 @@ class Plan:
         future: for the oracle; empty where only its bytes matter.
     """
 
-    skeleton: Skeleton
+    shared: SharedSettings
     rule: str
     share: float
     prompts: list[int]
@@ -86,6 +83,7 @@ class Method:
         oracle: whether it needs `Plan.future`.
         shares: whether it needs `Plan.sharing`.
         calibrated: whether it needs `Plan.calibration`.
+        needs: what it needs beside this package.
         about: in words.
     """
 
@@ -97,30 +95,40 @@ class Method:
     oracle: bool = False
     shares: bool = False
     calibrated: bool = False
+    needs: tuple[Need, ...] = ()
+
+    def check_given(self, *, sharing: bool, calibration: bool) -> None:
+        """Raises ValueError if the method needs a sharing map or a calibration that is not given."""
+        for needed, given, what, option in (
+            (self.shares, sharing, "sharing map", "--sharing"),
+            (self.calibrated, calibration, "key calibration", "--calibration"),
+        ):
+            if needed and not given:
+                raise ValueError(f"method {self.name!r} needs a {what}; pass {option} DIR, or leave it out")
 
 
 def window_settings(plan: Plan) -> dict[str, Any]:
-    """Settings of `KaraCache` in the skeleton of all window methods."""
+    """Settings of `KaraCache` as all window methods have them."""
     return {
         "retention": plan.share,
-        "window": plan.skeleton.window,
-        "recent": plan.skeleton.recent,
-        "block_size": plan.skeleton.block_size,
-        "compress_prompt": plan.rule != "pinned",
+        "window": plan.shared.window,
+        "recent": plan.shared.recent,
+        "block_size": plan.shared.block_size,
+        "compress_prompt": plan.rule != PROMPT_KEPT,
         "seed": plan.seed,
     }
 
 
 def eviction_settings(plan: Plan) -> dict[str, Any]:
-    """Settings of `KVCompressCache` in the skeleton of all eviction methods. A pinned prompt is all sinks: of a batch,
+    """Settings of `KVCompressCache` as all eviction methods have them. A prompt that is kept is all sinks: of a batch,
     as many tokens as the longest prompt has.
     """
     return {
         "retention": plan.share,
-        "observation": plan.skeleton.observation,
-        "protected": max(1, plan.skeleton.recent),
-        "sinks": max(plan.prompts) if plan.rule == "pinned" else plan.skeleton.sinks,
-        "block_size": plan.skeleton.block_size,
+        "observation": plan.shared.observation,
+        "protected": max(1, plan.shared.recent),
+        "sinks": max(plan.prompts) if plan.rule == PROMPT_KEPT else plan.shared.sinks,
+        "block_size": plan.shared.block_size,
         "seed": plan.seed,
     }
 
@@ -156,7 +164,7 @@ def _quantized(bits: int) -> Callable[[Any, Plan], Cache]:
 
 def _pod(model: Any, plan: Plan) -> Cache:
     assert plan.sharing is not None, "the method is marked as one that needs a sharing"
-    return PoDCache(model, plan.sharing, block_size=plan.skeleton.block_size)
+    return PoDCache(model, plan.sharing, block_size=plan.shared.block_size)
 
 
 def _calibrated(model: Any, plan: Plan) -> Cache:
@@ -175,7 +183,7 @@ def _press(name: str) -> Callable[[Any, Plan], Cache]:
     def make(model: Any, plan: Plan) -> Cache:
         press = kind()
         if hasattr(press, "window_size"):
-            press.window_size = plan.skeleton.observation
+            press.window_size = plan.shared.observation
         settings = eviction_settings(plan)
         del settings["observation"], settings["seed"]
         return PressCache(model, press, **settings)
@@ -214,7 +222,7 @@ METHODS: dict[str, Method] = {
         Method(
             "kv-compress-random", evictions(metric="random", levels=1), "random tokens, evicted at once", random=True
         ),
-        Method("streaming-llm", evictions(metric="recency", levels=1), "sinks, or the pinned prompt, and the newest"),
+        Method("streaming-llm", evictions(metric="recency", levels=1), "sinks, or the kept prompt, and the newest"),
         Method("pod", _pod, "shared keys of distant tokens", budgeted=False, shares=True),
         Method(
             "kara+pod",
@@ -223,10 +231,25 @@ METHODS: dict[str, Method] = {
             shares=True,
         ),
         Method("float8", _float8, "all tokens in 8-bit floating point", budgeted=False),
-        Method("quantized-4", _quantized(4), "Transformers' QuantizedCache, 4 bits", budgeted=False),
-        Method("quantized-2", _quantized(2), "Transformers' QuantizedCache, 2 bits", budgeted=False),
+        *(
+            Method(
+                f"quantized-{bits}",
+                _quantized(bits),
+                f"Transformers' QuantizedCache, {bits} bits",
+                budgeted=False,
+                needs=(QUANTO,),
+            )
+            for bits in (4, 2)
+        ),
     )
 }
+
+
+def needs_of(name: str) -> tuple[Need, ...]:
+    """What the method of that name needs; nothing, where there is none of that name."""
+    if name.startswith(PRESS):
+        return KVPRESS
+    return METHODS[name].needs if name in METHODS else ()
 
 
 def make_method(name: str) -> Method:
@@ -238,7 +261,7 @@ def make_method(name: str) -> Method:
     """
     if name.startswith(PRESS) and len(name) > len(PRESS):
         kind = name.removeprefix(PRESS)
-        return Method(name, _press(kind), f"{kind} of kvpress, freeing memory")
+        return Method(name, _press(kind), f"{kind} of kvpress, freeing memory", needs=KVPRESS)
     known = ", ".join(METHODS)
     require(name in METHODS, "method", name, f"one of {known}, or {PRESS}NAME with a scorer press of kvpress")
     return METHODS[name]

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from .grading import share_found
 from .haystack import ADJECTIVES, FIRST_NAMES, NOUNS, SURNAMES, Haystack, scatter
-from .sizing import Count, Draft, Plan, TextTask, fit
+from .sizing import Count, Draft, Drafting, TextTask, fit
 from .steps import program_trace, state_recall
 from .task import register_task
 
@@ -44,7 +44,7 @@ def needles(
     queries: int = 1,
     kind: str = "number",
     depth: float | None = None,
-) -> Plan:
+) -> Drafting:
     """Access codes in a haystack, of which some are asked for.
 
     Args:
@@ -90,7 +90,7 @@ def _code(rng: Random, kind: str, number: int) -> str:
     return str(number) if kind == "number" else str(UUID(int=rng.getrandbits(128), version=4))
 
 
-def variable_tracking(haystack: Haystack, *, chains: int, hops: int) -> Plan:
+def variable_tracking(haystack: Haystack, *, chains: int, hops: int) -> Drafting:
     """Chains of variables, each set to the one before it; all that hold the first chain's value are asked for."""
 
     def plan(rng: Random, count: Count) -> Callable[[int], Draft]:
@@ -127,7 +127,7 @@ def _letters(rng: Random, number: int) -> list[str]:
     return list(found)
 
 
-def frequent_words(*, asked: int, alpha: float) -> Plan:
+def frequent_words(*, asked: int, alpha: float) -> Drafting:
     """Words in disorder, the k-th most frequent of them written in proportion to k to the power of minus `alpha`."""
 
     def plan(rng: Random, count: Count) -> Callable[[int], Draft]:
@@ -166,7 +166,7 @@ FACTS = (
 )
 
 
-def stated_once(haystack: Haystack, *, distance: int, facts: int) -> Plan:
+def stated_once(haystack: Haystack, *, distance: int, facts: int) -> Drafting:
     """Facts about people that are stated once in a text; the one that stands `distance` tokens before its end is asked.
 
     Units are sentences before it. The other facts stand anywhere.
@@ -212,7 +212,7 @@ def _whole(name: str, **options: object) -> None:
             raise ValueError(f"task={name!r}: {option}={value!r} is not possible; give a whole number of at least 1")
 
 
-@register_task("niah")
+@register_task("niah", files=("haystack",))
 def _niah(
     name: str,
     tokenizer: Any,
@@ -227,21 +227,21 @@ def _niah(
     return _hidden(name, tokenizer, length, haystack, kind=kind, keys=1, depth=depth)
 
 
-@register_task("niah-multikey")
+@register_task("niah-multikey", files=("haystack",))
 def _multikey(
     name: str, tokenizer: Any, *, length: int = 4096, haystack: str = "", kind: str = "number", keys: int = 4
 ) -> TextTask:
     return _hidden(name, tokenizer, length, haystack, kind=kind, keys=keys)
 
 
-@register_task("niah-multivalue")
+@register_task("niah-multivalue", files=("haystack",))
 def _multivalue(
     name: str, tokenizer: Any, *, length: int = 4096, haystack: str = "", kind: str = "number", values: int = 4
 ) -> TextTask:
     return _hidden(name, tokenizer, length, haystack, kind=kind, keys=1, values=values)
 
 
-@register_task("niah-multiquery")
+@register_task("niah-multiquery", files=("haystack",))
 def _multiquery(
     name: str, tokenizer: Any, *, length: int = 4096, haystack: str = "", kind: str = "number", queries: int = 4
 ) -> TextTask:
@@ -254,17 +254,19 @@ def _hidden(name: str, tokenizer: Any, length: int, haystack: str, *, kind: str,
     _whole(name, length=length, keys=keys, **{key: value for key, value in options.items() if key != "depth"})
     if keys > len(ADJECTIVES) * len(NOUNS):
         raise ValueError(f"task={name!r}: there are names for {len(ADJECTIVES) * len(NOUNS)} keys; ask for fewer")
-    plan = needles(Haystack(str(haystack)), keys=keys, kind=kind, **options)
-    return _checked(TextTask(name, name.partition(":")[0], tokenizer, plan, length))
+    hay = Haystack(str(haystack))
+    drafting = needles(hay, keys=keys, kind=kind, **options)
+    return _checked(TextTask(name, name.partition(":")[0], tokenizer, drafting, length, source=hay.source))
 
 
-@register_task("variable-tracking")
+@register_task("variable-tracking", files=("haystack",))
 def _variables(
     name: str, tokenizer: Any, *, length: int = 4096, haystack: str = "", chains: int = 2, hops: int = 4
 ) -> TextTask:
     _whole(name, length=length, chains=chains, hops=hops)
-    plan = variable_tracking(Haystack(str(haystack)), chains=chains, hops=hops)
-    return _checked(TextTask(name, "variable-tracking", tokenizer, plan, length))
+    hay = Haystack(str(haystack))
+    drafting = variable_tracking(hay, chains=chains, hops=hops)
+    return _checked(TextTask(name, "variable-tracking", tokenizer, drafting, length, source=hay.source))
 
 
 @register_task("frequent-words")
@@ -272,19 +274,20 @@ def _frequent(name: str, tokenizer: Any, *, length: int = 4096, asked: int = 3, 
     _whole(name, length=length, asked=asked)
     if not isinstance(alpha, (int, float)) or alpha < 1 or asked > 10:
         raise ValueError(f"task={name!r}: asked={asked}, alpha={alpha} is not possible; at most 10 words, alpha >= 1")
-    plan = frequent_words(asked=asked, alpha=alpha)
-    return _checked(TextTask(name, "frequent-words", tokenizer, plan, length, least=64))
+    drafting = frequent_words(asked=asked, alpha=alpha)
+    return _checked(TextTask(name, "frequent-words", tokenizer, drafting, length, least=64))
 
 
-@register_task("stated-once")
+@register_task("stated-once", files=("haystack",))
 def _stated_once(
     name: str, tokenizer: Any, *, length: int = 4096, haystack: str = "", distance: int | None = None, facts: int = 8
 ) -> TextTask:
     distance = length // 2 if distance is None and isinstance(length, int) else distance
     _whole(name, length=length, distance=distance, facts=facts)
     assert distance is not None
-    plan = stated_once(Haystack(str(haystack)), distance=distance, facts=facts)
-    return _checked(TextTask(name, "stated-once", tokenizer, plan, length, least=1))
+    hay = Haystack(str(haystack))
+    drafting = stated_once(hay, distance=distance, facts=facts)
+    return _checked(TextTask(name, "stated-once", tokenizer, drafting, length, least=1, source=hay.source))
 
 
 @register_task("state-recall")

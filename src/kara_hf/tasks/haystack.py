@@ -1,5 +1,6 @@
 """Text to hide things in: English prose of any length, made up here or read from files, and places in it."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from itertools import count, islice
@@ -100,6 +101,11 @@ class Haystack:
 
     def __init__(self, path: str = "") -> None:
         self.own = _sentences(path) if path else ()
+
+    @property
+    def source(self) -> str:
+        """SHA-256 of the text that it was given; empty where there is none."""
+        return hashlib.sha256("\n".join(self.own).encode()).hexdigest() if self.own else ""
 
     def sentences(self, rng: Random, number: int) -> list[str]:
         """So many sentences, from a place that `rng` chooses; more of them begin with the same."""

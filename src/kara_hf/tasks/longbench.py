@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from ..needs import Package, extra
 from .grading import optional
 
 CHINESE_PUNCTUATION = (
@@ -42,6 +43,11 @@ class Dataset:
     score: Score
     chat: bool = True
     first_line: bool = False
+
+    @property
+    def packages(self) -> tuple[Package, ...]:
+        """What its score needs."""
+        return PACKAGES.get(self.score, ())
 
     def best(self, text: str, *, answers: Sequence[str], classes: Sequence[str]) -> float:
         """The text's score for the right answer that suits it best."""
@@ -116,6 +122,14 @@ def _f1(given: Sequence[str], right: Sequence[str]) -> float:
     common = (Counter(given) & Counter(right)).total()
     return 2 * common / (len(given) + len(right)) if common else 0.0
 
+
+JIEBA, ROUGE, RAPIDFUZZ = (Package(name, extra("evaluate")) for name in ("jieba", "rouge", "rapidfuzz"))
+PACKAGES: dict[Score, tuple[Package, ...]] = {
+    question_f1_chinese: (JIEBA,),
+    rouge_l: (ROUGE,),
+    rouge_l_chinese: (ROUGE, JIEBA),
+    code_similarity: (RAPIDFUZZ,),
+}
 
 BRIEF = "Reply with nothing but the answer."
 STORY = "Reply as briefly as possible, best in a single phrase, and explain nothing."

@@ -4,17 +4,21 @@ Examples are in the order of the set. Prompts are in words of our own. The probl
 no question; LongBench's questions stand behind their context.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..needs import Package, extra
 from .grading import gsm8k_answer, mathematics, optional
 from .longbench import DATASETS, Dataset
 from .task import Example, register_task
 
 Row = Mapping[str, Any]
+DATASETS_PACKAGE = Package("datasets", extra("evaluate"))
+MATHEMATICS = (DATASETS_PACKAGE, Package("math_verify", extra("evaluate"), name="math-verify"))
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -25,11 +29,13 @@ class PublishedTask:
     Attributes:
         rows: the set, a sequence of mappings from column to value.
         make: from number and row to the example.
+        source: what tells the set or file from others.
     """
 
     name: str
     rows: Any
     make: Callable[[str, int, Row], Example]
+    source: str
     chat: bool = True
 
     @property
@@ -87,6 +93,14 @@ def load_rows(
     return rows
 
 
+def source_of(hub: str, path: str | None) -> str:
+    """The set's id, or of a file the SHA-256 of its content."""
+    if path is None:
+        return hub
+    with Path(path).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _mathematics(name: str, number: int, row: Row, *, problem: str, gold: Callable[[str], str], room: int) -> Example:
     right = gold(str(row["answer"]))
     return Example(
@@ -115,20 +129,21 @@ def _room(name: str, max_new_tokens: object) -> int:
     return max_new_tokens
 
 
-@register_task("gsm8k")
+@register_task("gsm8k", packages=MATHEMATICS, files=("path",))
 def _gsm8k(name: str, tokenizer: Any, *, path: str | None = None, max_new_tokens: int = 1024) -> PublishedTask:
-    rows = load_rows(name, "openai/gsm8k", "main", "test", ("question", "answer"), path)
+    hub = "openai/gsm8k"
+    rows = load_rows(name, hub, "main", "test", ("question", "answer"), path)
     make = partial(
         _mathematics,
         problem="question",
         gold=gsm8k_answer,
         room=_room(name, max_new_tokens),
     )
-    return PublishedTask(name, rows, make)
+    return PublishedTask(name, rows, make, source_of(hub, path))
 
 
 def _register_mathematics(task: str, hub: str, split: str, room: int) -> None:
-    @register_task(task)
+    @register_task(task, packages=MATHEMATICS, files=("path",))
     def make(name: str, tokenizer: Any, *, path: str | None = None, max_new_tokens: int = room) -> PublishedTask:
         rows = load_rows(name, hub, None, split, ("problem", "answer"), path)
         to_example = partial(
@@ -137,7 +152,7 @@ def _register_mathematics(task: str, hub: str, split: str, room: int) -> None:
             gold=str,
             room=_room(name, max_new_tokens),
         )
-        return PublishedTask(name, rows, to_example)
+        return PublishedTask(name, rows, to_example, source_of(hub, path))
 
 
 _register_mathematics("math500", "HuggingFaceH4/MATH-500", "test", 4096)
@@ -183,13 +198,14 @@ def _longbench(
 
 
 def _register_longbench(key: str, dataset: Dataset) -> None:
-    @register_task(f"longbench-{key}")
+    @register_task(f"longbench-{key}", packages=(DATASETS_PACKAGE, *dataset.packages), files=("path",))
     def make(name: str, tokenizer: Any, *, path: str | None = None, max_length: int | None = None) -> PublishedTask:
         if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
             raise ValueError(f"task={name!r}: max_length={max_length!r} is not possible; give at least 2 tokens")
-        rows = load_rows(name, "Xnhyacinth/LongBench", key, "test", ("input", "context", "answers"), path)
+        hub = "Xnhyacinth/LongBench"
+        rows = load_rows(name, hub, key, "test", ("input", "context", "answers"), path)
         to_example = partial(_longbench, dataset=dataset, tokenizer=tokenizer, max_length=max_length)
-        return PublishedTask(name, rows, to_example, chat=dataset.chat)
+        return PublishedTask(name, rows, to_example, source_of(hub, path), chat=dataset.chat)
 
 
 for _key, _dataset in DATASETS.items():

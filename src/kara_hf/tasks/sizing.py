@@ -33,7 +33,7 @@ class Draft:
 
 
 Count = Callable[[str], int]  # tokens of a text
-Plan = Callable[
+Drafting = Callable[
     [Random, Count], Callable[[int], Draft]
 ]  # draws what is asked, then drafts it with so many units of text
 
@@ -44,11 +44,12 @@ class TextTask:
 
     Attributes:
         kind: name without options; examples of one kind and number ask the same at every length.
-        plan: draws what is asked and returns its drafts; tokens grow with the number of units.
+        drafting: draws what is asked and returns its drafts; tokens grow with the number of units.
         length: tokens of context, question and answer in all, what a tokenizer puts before a text included, those of
             a chat template left out.
         generated: instead of `length`: at least so many tokens in the reference answer.
         least: units of the shortest draft.
+        source: what tells a text that the task was given from others; empty where it was given none.
 
     What is left of `length` when no further unit fits is room for the answer, so that it is met exactly.
     """
@@ -56,12 +57,13 @@ class TextTask:
     name: str
     kind: str
     tokenizer: Any
-    plan: Plan
+    drafting: Drafting
     length: int | None
     generated: int | None = None
     least: int = 4
     size: int | None = None
     chat: bool = True
+    source: str = ""
 
     def example(self, number: int) -> Example:
         """The example of that number, from 0 on.
@@ -72,7 +74,7 @@ class TextTask:
         """
         if number < 0:
             raise IndexError(f"task {self.name!r} has no example {number}; numbers begin at 0")
-        draft = cache(self.plan(Random(f"{self.kind}/{number}"), self.count))
+        draft = cache(self.drafting(Random(f"{self.kind}/{number}"), self.count))
 
         @cache
         def prompt(units: int) -> int:

@@ -6,10 +6,10 @@ from functools import partial
 from random import Random
 
 from .grading import share_found
-from .sizing import Count, Draft, Plan
+from .sizing import Count, Draft, Drafting
 
 
-def state_recall(*, stack: bool) -> Plan:
+def state_recall(*, stack: bool) -> Drafting:
     """The log of a depth-first walk through a building; the state after a step in its middle is asked for.
 
     Units are rooms, two steps each. With `stack`, all rooms on the way from the entrance to the walker are asked for,
@@ -96,7 +96,7 @@ def _rooms_named(text: str, *, answers: frozenset[str], rooms: frozenset[str]) -
     return len(named & answers) / len(named | answers)
 
 
-def program_trace() -> Plan:
+def program_trace() -> Drafting:
     """A program without branches, which a model is to execute in writing; only the last value is graded.
 
     Every line needs a number of the prompt, the value just computed and one from anywhere before, so that one wrong

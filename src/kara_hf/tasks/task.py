@@ -1,9 +1,13 @@
 """What is asked of a model, and where such questions come from: `Example`, `Task` and the registry of tasks."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
+
+from ..needs import Check, Need, Package
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,10 @@ class Example:
 
 
 class Task(Protocol):
-    """Numbered examples of one kind."""
+    """Numbered examples of one kind.
+
+    A task may have a `source`: what tells the file or set that its examples come from, where its name does not.
+    """
 
     @property
     def name(self) -> str:
@@ -54,11 +61,34 @@ class Task(Protocol):
 
 Factory = Callable[..., Task]
 
-TASKS: dict[str, Factory] = {}
+
+@dataclass(frozen=True)
+class Registered:
+    """How a task is made.
+
+    Attributes:
+        factory: ``factory(name, tokenizer, **options)``; options are keyword-only, with defaults.
+        packages: what it needs.
+        files: options that name a file or a folder.
+    """
+
+    factory: Factory
+    packages: tuple[Package, ...] = ()
+    files: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> list[str]:
+        parameters = inspect.signature(self.factory).parameters.values()
+        return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def register_task(name: str) -> Callable[[Factory], Factory]:
-    """Makes ``factory(name, tokenizer, **options)`` the maker of a task; options are keyword-only, with defaults.
+TASKS: dict[str, Registered] = {}
+
+
+def register_task(
+    name: str, *, packages: Sequence[Package] = (), files: Sequence[str] = ()
+) -> Callable[[Factory], Factory]:
+    """Makes ``factory(name, tokenizer, **options)`` the maker of a task, see `Registered`.
 
     Raises:
         ValueError: the name is taken.
@@ -67,7 +97,7 @@ def register_task(name: str) -> Callable[[Factory], Factory]:
     def register(factory: Factory) -> Factory:
         if name in TASKS:
             raise ValueError(f"task {name!r} is registered already; choose another name")
-        TASKS[name] = factory
+        TASKS[name] = Registered(factory, tuple(packages), tuple(files))
         return factory
 
     return register
@@ -81,12 +111,32 @@ def make_task(text: str, tokenizer: Any) -> Task:
     Raises:
         ValueError: there is no such task or option, or a value is not possible; the message says what there is.
     """
+    registered, options = _parse(text)
+    return registered.factory(text, tokenizer, **options)
+
+
+def needs_of(text: str) -> list[Need]:
+    """What a task needs, by its name and options: packages and files.
+
+    Raises:
+        ValueError: as `make_task`, of a task or option that is not there.
+    """
+    registered, options = _parse(text)
+    files = [(option, str(options[option])) for option in registered.files if options.get(option)]
+    return [*registered.packages, *(Check(partial(_find, option, path)) for option, path in files)]
+
+
+def _find(option: str, path: str) -> None:
+    if not Path(path).expanduser().exists():
+        raise ValueError(f"{option}={path!r} is not there; give a file or folder that is")
+
+
+def _parse(text: str) -> tuple[Registered, dict[str, Any]]:
     name, *parts = text.split(":")
     if name not in TASKS:
         raise ValueError(f"task={name!r} is not there; choose one of {', '.join(sorted(TASKS))}")
-    factory = TASKS[name]
-    known = [p.name for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    options: dict[str, Any] = {}
+    registered, options = TASKS[name], {}
+    known = registered.options
     for part in parts:
         option, equals, value = part.partition("=")
         if not equals or option not in known:
@@ -95,7 +145,7 @@ def make_task(text: str, tokenizer: Any) -> Task:
                 f"task={text!r} has no option {option!r}; options of {name}, given as option=value: {told}"
             )
         options[option] = _value(value)
-    return factory(text, tokenizer, **options)
+    return registered, options
 
 
 def _value(text: str) -> int | float | str:

@@ -51,9 +51,10 @@ def digest(folder: Path) -> str:
     """SHA-256 of the weights in a folder, which ties a result to what it was measured on.
 
     Raises:
-        OSError: there are no safetensors.
+        OSError: there are none, as safetensors or in torch's own format.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    found = (sorted(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"))
+    files = next(filter(None, found), [])
     if not files:
         raise FileNotFoundError(f"there are no *.safetensors in {folder}")
     total = hashlib.sha256()

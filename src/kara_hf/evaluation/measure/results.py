@@ -12,6 +12,8 @@ from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 
+from ...methods.rules import OLD_SPELLINGS
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -21,8 +23,8 @@ class Cell:
         model: name of the model.
         weights: which weights these were: a SHA-256 or a revision.
         task: name of the task, options included.
-        rule: "pinned" (the prompt is kept whole), "before" (compressed, the question known), "after" (the context is
-            compressed, then the question comes), or "none" where no rule applies, as for the full cache.
+        rule: a key of `kara_hf.methods.rules.RULES`, or "none" where no rule applies, as for the full cache. Files that
+            have an old spelling of it are read as if they had the new one.
         method: name of the method.
         budget: share of the tokens that is kept, nominally.
         equal: "bytes" (all methods hold the resident bytes of one of them) or "tokens" (all keep the same share).
@@ -75,7 +77,8 @@ class CellFile:
 
     Args:
         folder: of all results.
-        settings: of the method and the run, which all parts of a cell share.
+        settings: of the method, the model and the run, which all parts of a cell share: whatever could change the
+            numbers. A file with others is not added to.
         provenance: where this part comes from.
         process: rank of the process that writes; each has a file of its own.
 
@@ -101,7 +104,8 @@ class CellFile:
         self.path = stem.with_name(f"{stem.name}.{process}.jsonl")
         self.done: set[int] = set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        found = stem.parent.glob("*.jsonl")
+        rules = [cell.rule, *(old for old, new in OLD_SPELLINGS.items() if new == cell.rule)]
+        found = [path for rule in rules for path in (stem.parent.with_name(_safe(rule))).glob("*.jsonl")]
         parts = [path for path in found if re.fullmatch(re.escape(stem.name) + r"\.\d+", path.stem)]
         for path in sorted(parts):
             lines, size = _read(path)
@@ -237,6 +241,7 @@ def _check_example(line: Any) -> dict[str, Any]:
 def _cell(entries: dict[str, Any]) -> Cell:
     if not isinstance(entries, dict) or entries.keys() != set(CELL):
         raise ValueError(f"a cell must have the fields {', '.join(CELL)}")
+    entries = entries | {"rule": OLD_SPELLINGS.get(entries["rule"], entries["rule"])}
     try:
         return Cell(**{field.name: field.type(entries[field.name]) for field in fields(Cell)})  # type: ignore[operator]
     except TypeError as error:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 
+from ...methods.rules import PROMPT_KEPT, QUERY_AGNOSTIC, QUERY_AWARE
 from .statistics import summarise
 
 FULL, ORACLE = "full", "oracle"
-RULES = {
-    "pinned": "prompt pinned",
-    "before": "prompt compressed, question known",
-    "after": "context compressed, then the question",
+RULE_LABELS = {
+    PROMPT_KEPT: "prompt kept",
+    QUERY_AWARE: "prompt compressed, question known",
+    QUERY_AGNOSTIC: "context compressed, then the question",
     "none": "nothing evicted",
 }
 UNEQUAL = 0.02  # share of resident bytes; a method that is further from the reference is pointed out
@@ -42,7 +43,7 @@ class Panel:
 
 
 def _kind(rule: str, equal: str) -> str:
-    return RULES.get(rule, rule) + ("" if equal == "bytes" or rule == "none" else f", equal {equal}")
+    return RULE_LABELS.get(rule, rule) + ("" if equal == "bytes" or rule == "none" else f", equal {equal}")
 
 
 class Results:
@@ -55,7 +56,7 @@ class Results:
         self.methods = sorted(
             {row["method"] for row in rows}, key=lambda m: (m != FULL, m in ruled, m != reference, m == ceiling, m)
         )
-        rules = list(RULES)
+        rules = list(RULE_LABELS)
         self.rows = sorted(
             rows,
             key=lambda row: (
@@ -180,7 +181,7 @@ def guide_lines(results: Results, mark: Mark) -> list[str]:
         "problems won, lost and tied. With few problems, or where all of them agree, intervals are too narrow.",
         f"**Gap closed**: how far the score is on the way from random to {ceiling}; empty where {ceiling} was not "
         "measured or is not above random.",
-        "**Rules**: a pinned prompt is kept whole, and only generated tokens are compressed; otherwise the prompt is "
+        "**Rules**: where the prompt is kept, only generated tokens are compressed; otherwise the prompt is "
         "compressed as well, with the question known, or before the question comes. What evicts nothing is shown under "
         "every rule.",
         "**Budget**: nominal. Methods are set to hold equal bytes there or, where it says so, equal shares of tokens.",
