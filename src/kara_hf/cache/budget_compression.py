@@ -373,7 +373,7 @@ class Evicting:
         return PagedStore(
             prompt.keys.shape[:2],
             (prompt.keys.shape[-1], prompt.values.shape[-1]),
-            dtype=prompt.keys.dtype,
+            dtypes=(prompt.keys.dtype, prompt.values.dtype),
             device=prompt.device,
             block_size=self.block_size,
             meter=self.cache.meter,

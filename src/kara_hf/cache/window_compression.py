@@ -109,7 +109,7 @@ class Sealing:
         return PagedStore(
             keys.shape[:2],
             (keys.shape[-1], values.shape[-1]),
-            dtype=keys.dtype,
+            dtypes=(keys.dtype, values.dtype),
             device=keys.device,
             block_size=self.block_size,
             meter=self.cache.meter,

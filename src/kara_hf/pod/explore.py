@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..cache.bound_model import Binding
 from ..config import is_int, require
 from ..integration.attention import AttentionFunction, decoder_config, hooked, unwrap
-from ..kernels import Near
+from ..kernels import Near, softcapped
 from ..policy.sharing import layer_kinds, model_shape
 from .forward import causal_tokens
 from .similarity import LayerSimilarity
@@ -154,9 +154,7 @@ class Attention:
         place = torch.arange(tokens, device=self.query.device)
         at = place[-last:].repeat(group)[part, None]
         query = self.query[head * group : (head + 1) * group].reshape(-1, size)[part]
-        logits = query.float() * self.scaling @ self.key[head].float().T
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = softcapped(query.float() * self.scaling @ self.key[head].float().T, self.softcap)
         seen = place <= at if near is None else near.distant(at, place)
         rows = torch.full((len(query), tokens + 1), -math.inf, device=query.device)
         rows[:, :-1] = logits.masked_fill_(~seen, -math.inf)

@@ -92,6 +92,7 @@ class NearStore:
         if not new:
             return
         rows = self.rows
+        keys = keys.to(rows.keys.dtype)
         keys = keys if len(rows.heads) == keys.shape[1] else keys.index_select(1, rows.index)
         places = rows.places(positions).long()
         if new == 1:

@@ -35,6 +35,9 @@ class Store(Protocol):
     ) -> None:
         """Stores new tokens: `keys` ``[B, H, S, Dk]``, `values` ``[B, H, S, Dv]``, `positions` and `real` ``[B, S]``.
 
+        They are stored in the dtypes that the store has. Raises ValueError, and stores nothing, where those would round
+        them.
+
         Without `looks`, `real` is not read back from the device: `lengths` count every new token as real, and are upper
         bounds until `look`.
         """
@@ -71,7 +74,7 @@ class PagedStore:
     Args:
         rows: B sequences and H KV heads.
         sizes: Dk and Dv, of a key and of a value.
-        dtype: of keys and values.
+        dtypes: of keys and of values, which need not be the same.
         device: of everything but the host's tables.
         block_size: P.
         meter: counts every byte.
@@ -90,7 +93,7 @@ class PagedStore:
         rows: tuple[int, ...],
         sizes: tuple[int, int],
         *,
-        dtype: torch.dtype,
+        dtypes: tuple[torch.dtype, torch.dtype],
         device: torch.device,
         block_size: int,
         meter: MemoryMeter,
@@ -102,7 +105,7 @@ class PagedStore:
     ):
         self.block_size, self.meter, self.device = block_size, meter, device
         self.tight, self.steady = tight, steady
-        key, value, position = ((sizes[0],), dtype), ((sizes[1],), dtype), ((), torch.int32)
+        key, value, position = ((sizes[0],), dtypes[0]), ((sizes[1],), dtypes[1]), ((), torch.int32)
         beside = [position, ((), torch.float32)] if metric else [position]
         self._key_table: torch.Tensor | None = None
         self._whole = np.setdiff1d(np.arange(rows[1]), followers)  # heads whose keys are in blocks
@@ -111,7 +114,7 @@ class PagedStore:
         self.near: NearStore | None = None
         if followers and near is not None:
             self.near = NearStore(
-                rows, followers, sizes[0], near, dtype=dtype, device=device, block_size=block_size, meter=meter
+                rows, followers, sizes[0], near, dtype=dtypes[0], device=device, block_size=block_size, meter=meter
             )
         self.shares = not metric
         self.in_order = True  # whether slot s of every row holds position s
