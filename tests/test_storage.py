@@ -1,8 +1,10 @@
 """The paged store does what the dense oracle does, shares and frees blocks as promised, and counts every byte."""
 
 import contextlib
+import gc
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kara_hf.storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, QueryBuffer, QueryMoments
+from kara_hf.kernels import Near
+from kara_hf.storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, QueryBuffer, QueryMoments, paged_store
 from kara_hf.storage.paged import HEADROOM
 from kara_hf.storage.queries import GROWTH
 
@@ -697,6 +700,50 @@ def test_query_buffer_forks_within_max_bytes():
     buffer.fork(torch.tensor([1, 0]))
     assert torch.equal(buffer.window(torch.tensor([1, 0]), 0, GROWTH), queries)
     assert meter.held == held
+
+
+def filled(kind):
+    """A store, prompt or buffer that has been through what they go through, in a meter of its own."""
+    meter = MemoryMeter()
+    if kind in ("queries", "moments"):
+        make = QueryBuffer if kind == "queries" else QueryMoments
+        beside = (torch.float32,) if kind == "queries" else ()
+        holder, queries = make(2, 4, 3, *beside, CPU, meter), torch.randn(2, 4, 5, 3)
+        holder.append(queries, np.array([0, 0])) if kind == "queries" else holder.add(queries)
+        holder.fork(torch.tensor([1, 0, 1]))
+        return holder
+    tokens = Tokens()
+    if kind == "prompt":
+        holder = Prompt(meter)
+        holder.append(*tokens(2, 3, 9))
+    else:
+        near = {"followers": (0, 2), "near": Near(1, 2)} if kind == "followers" else {}
+        holder = paged_store((2, 3), (KEY_DIM, VALUE_DIM), dtypes=SINGLE, device=CPU, block_size=4, meter=meter, **near)
+        holder.widen(2)
+        for new in (9, 1, 5):
+            holder.append(*tokens(2, 3, new))
+        with pytest.raises(PoolExhausted):
+            meter.max_bytes = 1
+            holder.reserve(99)
+        meter.max_bytes = None
+    holder.fork(np.array([1, 0, 1]))
+    holder.crop(np.array([1, 0, 1]))
+    return holder
+
+
+@pytest.mark.parametrize("kind", ["paged", "followers", "prompt", "queries", "moments"])
+def test_the_last_reference_frees_the_tensors_at_once(kind):
+    """Nothing holds itself in a circle, which memory would wait in for the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        holder = filled(kind)
+        tensors = [weakref.ref(tensor) for tensor in tensors_of(holder).values()]
+        assert len(tensors) > 0 and all(tensor() is not None for tensor in tensors)
+        del holder
+        assert all(tensor() is None for tensor in tensors)
+    finally:
+        gc.enable()
 
 
 def test_after_a_failed_copy_of_shared_blocks_writes_go_where_reads_look():

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..policy import Eviction, KVCompressPolicy, moves
-from ..storage import MemoryMeter, PagedStore, PoolExhausted, Prompt
+from ..storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, paged_store
 from .layer import Step, StoreLayer
 from .sequence import Kind, Segment, Sequence
 
@@ -370,7 +370,7 @@ class Evicting:
             first += heads
 
     def _empty_like(self, layer: StoreLayer, prompt: Prompt) -> PagedStore:
-        return PagedStore(
+        return paged_store(
             prompt.keys.shape[:2],
             (prompt.keys.shape[-1], prompt.values.shape[-1]),
             dtypes=(prompt.keys.dtype, prompt.values.dtype),

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..policy import KaraPolicy, Window
-from ..storage import PagedStore, QueryBuffer, QueryMoments, upload
+from ..storage import PagedStore, QueryBuffer, QueryMoments, paged_store, upload
 from .layer import Step, StoreLayer
 from .sequence import Kind, Sequence
 
@@ -106,7 +106,7 @@ class Sealing:
             self._places = lengths - self._settled
 
     def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore:
-        return PagedStore(
+        return paged_store(
             keys.shape[:2],
             (keys.shape[-1], values.shape[-1]),
             dtypes=(keys.dtype, values.dtype),
