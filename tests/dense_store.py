@@ -7,8 +7,8 @@ import torch
 class DenseStore:
     """Every row is a Python list of (key, value, position), one entry per stored token; nothing is shared or reused."""
 
-    def __init__(self, sequences, heads, key_dim, value_dim, dtype):
-        self.heads, self.key_dim, self.value_dim, self.dtype = heads, key_dim, value_dim, dtype
+    def __init__(self, sequences, heads, key_dim, value_dim, dtypes):
+        self.heads, self.key_dim, self.value_dim, self.dtypes = heads, key_dim, value_dim, dtypes
         self.content = [[[] for _ in range(heads)] for _ in range(sequences)]
 
     @property
@@ -44,7 +44,8 @@ class DenseStore:
 
     def read(self, sequence, head):
         row = self.content[sequence][head]
-        keys, values = torch.zeros(0, self.key_dim, dtype=self.dtype), torch.zeros(0, self.value_dim, dtype=self.dtype)
+        keys, values = torch.zeros(0, self.key_dim), torch.zeros(0, self.value_dim)
+        keys, values = keys.to(self.dtypes[0]), values.to(self.dtypes[1])
         if row:
             keys, values = torch.stack([token[0] for token in row]), torch.stack([token[1] for token in row])
         return keys, values, torch.tensor([token[2] for token in row], dtype=torch.int64)

@@ -285,6 +285,32 @@ def test_half_precision(dtype):
     torch.testing.assert_close(ours, theirs, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [KaraCache, KVCompressCache])
+def test_autocast(model, make, dtype, padded):
+    """Keys come out of the rotary embedding in float32, values in autocast's dtype; each is stored as it comes."""
+    inputs = left_padded([prompt(n)["input_ids"][0] for n in (60, 23)]) if padded else prompt(60, batch=2)
+    ours, theirs = make(model, retention=1.0, block_size=8), DynamicCache(config=model.config)
+    got = []
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        for cache in (ours, theirs):
+            parts = []
+            for start, stop in ((0, 50), (50, 57), (57, 58), (58, 59), (59, 60)):  # a prompt, a turn, single tokens
+                given = {"input_ids": inputs["input_ids"][:, start:stop], "past_key_values": cache, "use_cache": True}
+                places = inputs["attention_mask"].cumsum(1)[:, start:stop].sub(1).clamp(min=0)
+                mask = inputs["attention_mask"][:, :stop]
+                parts.append(model(**given, attention_mask=mask, position_ids=places).logits[:, -1])
+            got.append(torch.stack(parts).float())
+        torch.testing.assert_close(*got, atol=0.05, rtol=0.05)
+        tokens = model.generate(**inputs, past_key_values=make(model, retention=0.5, block_size=8), **LONG)
+    assert tokens.shape[1] == 120
+    store = ours.layers[0].store
+    dense = theirs.layers[0].keys.dtype, theirs.layers[0].values.dtype
+    assert (store.keys.pools[0].dtype, store.values.pools[0].dtype) == dense == (torch.float32, dtype)
+    assert store.stored_bytes == int(store.lengths.sum()) * model.config.head_dim * (4 + 2)
+
+
 def test_peft_model():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")

@@ -426,7 +426,7 @@ def test_attend_in_float32_takes_half_precision_in_parts(dtype, monkeypatch):
     query, rows, settings = attend_inputs(case, dtype, 4, "shuffled", metric=True)
     exact = attend_plain(query, rows, torch.float64, **settings)
     metric = observe_plain(query, rows, torch.float64, 2, **settings)
-    monkeypatch.setattr(importlib.import_module("kara_hf.kernels.attend"), "KEY_CHUNK", 7)
+    monkeypatch.setattr(importlib.import_module("kara_hf.kernels.dense"), "KEY_CHUNK", 7)
     before = clone(rows)
     plain = attend_plain(query, rows, dtype, **settings)
     assert_error_bounded(attend(query, rows, **settings, observe=2), plain, exact)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import itertools
 
 import architectures
@@ -246,8 +247,9 @@ def test_the_gate_is_one_softmax(case):
 def test_many_queries_are_taken_in_chunks(monkeypatch, model):
     ids = prompt(60)["input_ids"]
     expected = whole(model, SHARED, input_ids=ids)
-    monkeypatch.setattr("kara_hf.kernels.shared.QUERY_CHUNK", 7)
-    monkeypatch.setattr("kara_hf.kernels.shared.KEPT_LOGITS", 7)
+    module = importlib.import_module("kara_hf.kernels.shared_attention")
+    monkeypatch.setattr(module, "QUERY_CHUNK", 7)
+    monkeypatch.setattr(module, "KEPT_LOGITS", 7)
     close(whole(model, SHARED, input_ids=ids), expected, 1e-5)
     with SharedForward(model, SHARED):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

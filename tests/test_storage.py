@@ -1,8 +1,10 @@
 """The paged store does what the dense oracle does, shares and frees blocks as promised, and counts every byte."""
 
 import contextlib
+import gc
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -12,23 +14,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kara_hf.storage import MemoryMeter, PagedStore, PoolExhausted, QueryBuffer
+from kara_hf.kernels import Near
+from kara_hf.storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, QueryBuffer, QueryMoments, paged_store
 from kara_hf.storage.paged import HEADROOM
 from kara_hf.storage.queries import GROWTH
 
 CPU = torch.device("cpu")
 KEY_DIM, VALUE_DIM = 3, 2
+SINGLE = (torch.float32, torch.float32)
+DTYPES = [SINGLE, (torch.float32, torch.bfloat16), (torch.float16, torch.float32)]  # of keys and of values
 
 
 # ------------------------------------------------------------------------------------------------------------- building
-def paged(sequences, heads, block_size, meter=None, dtype=torch.float32):
+def paged(sequences, heads, block_size, meter=None, dtypes=SINGLE):
     meter = meter or MemoryMeter()
     sizes = (KEY_DIM, VALUE_DIM)
-    return PagedStore((sequences, heads), sizes, dtype=dtype, device=CPU, block_size=block_size, meter=meter)
+    return PagedStore((sequences, heads), sizes, dtypes=dtypes, device=CPU, block_size=block_size, meter=meter)
 
 
-def dense(sequences, heads, dtype=torch.float32):
-    return DenseStore(sequences, heads, KEY_DIM, VALUE_DIM, dtype)
+def dense(sequences, heads, dtypes=SINGLE):
+    return DenseStore(sequences, heads, KEY_DIM, VALUE_DIM, dtypes)
 
 
 class Tokens:
@@ -113,6 +118,8 @@ def assert_sound(store):
     rows = store.rows()
     assert torch.equal(rows.lengths, torch.from_numpy(store.lengths))
     assert rows.max_length == store.lengths.max(initial=0)
+    assert store.stored_bytes == int(store.lengths.sum()) * sum(store.slot_bytes)
+    assert store.slot_bytes == (KEY_DIM * rows.keys.itemsize, VALUE_DIM * rows.values.itemsize)
     assert rows.uniform == bool((store.lengths == rows.max_length).all())
     assert store.meter.held == live_bytes(store)
     assert store.meter.peak >= store.meter.held
@@ -127,9 +134,12 @@ class StoreMachine(RuleBasedStateMachine):
         sequences=st.integers(1, 4),
         heads=st.integers(1, 3),
         first=st.integers(0, 40),
+        dtypes=st.sampled_from(DTYPES),
     )
-    def start(self, block_size, sequences, heads, first):
-        self.store, self.oracle = paged(sequences, heads, block_size), dense(sequences, heads)
+    def start(self, block_size, sequences, heads, first, dtypes):
+        self.dtypes = dtypes
+        self.store = paged(sequences, heads, block_size, dtypes=dtypes)
+        self.oracle = dense(sequences, heads, dtypes)
         self.tokens = Tokens()
         self.append(None, first)
 
@@ -143,7 +153,8 @@ class StoreMachine(RuleBasedStateMachine):
         return 90 - int(self.oracle.lengths.max(initial=0))
 
     def append(self, real, new):
-        arrivals = self.tokens(self.sequences, self.oracle.heads, new)
+        keys, values, positions = self.tokens(self.sequences, self.oracle.heads, new)
+        arrivals = keys.to(self.dtypes[0]), values.to(self.dtypes[1]), positions
         for store in (self.store, self.oracle):
             store.append(*arrivals, real)
 
@@ -242,6 +253,79 @@ def test_oracle():
     assert [store.read(b, 0)[0][:, 0].tolist() for b in range(3)] == [[], [0, 2], [4]]
     store.free(np.array([1]))
     assert store.lengths.tolist() == [[0], [0], [1]]
+
+
+# --------------------------------------------------------------------------------------------------------------- dtypes
+@pytest.mark.parametrize("padded", [False, True], ids=["all-real", "padded"])
+@pytest.mark.parametrize("new", [1, 3])
+def test_what_a_wider_dtype_holds_too_is_stored_in_that(new, padded):
+    store, oracle = paged(1, 2, 4), dense(1, 2)
+    real = torch.tensor([[True] * new]) if padded else None
+    keys, values, positions = Tokens()(1, 2, new)
+    for each in (store, oracle):
+        for _ in range(2):
+            each.append(keys, values, positions, real)
+    store.append(keys.half(), values.bfloat16(), positions, real)
+    oracle.append(keys.half().float(), values.bfloat16().float(), positions, real)
+    assert_same_content(store, oracle)
+    assert_sound(store)
+
+
+@pytest.mark.parametrize("name, place", [("keys", 0), ("values", 1)])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_what_would_be_rounded_is_refused_and_nothing_is_stored(name, place, tokens):
+    half = (torch.bfloat16, torch.bfloat16)
+    store, oracle = paged(2, 2, 4, dtypes=half), dense(2, 2, half)
+    keys, values, positions = Tokens()(2, 2, tokens)
+    for each in (store, oracle):
+        each.append(keys.bfloat16(), values.bfloat16(), positions)
+    keys, values, positions = Tokens()(2, 2, 3)
+    given = [keys.bfloat16(), values.bfloat16()]
+    given[place] = given[place].float()
+    stored = rf"{name} of torch.float32 are to join {name} stored in torch.bfloat16, .*one torch.autocast around all"
+    with pytest.raises(ValueError, match=stored):
+        store.append(*given, positions)
+    assert_same_content(store, oracle)
+    assert_sound(store)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_a_prompt_holds_keys_and_values_as_they_come(dtypes):
+    meter = MemoryMeter()
+    prompt = Prompt(meter)
+    keys, values, positions = Tokens()(2, 3, 5)
+    keys, values = keys.to(dtypes[0]), values.to(dtypes[1])
+    prompt.append(keys, values, positions)
+    assert meter.held == live_bytes(prompt)
+    assert prompt.slot_bytes == (KEY_DIM * keys.itemsize, VALUE_DIM * values.itemsize)
+    store = paged(2, 3, 4, meter, dtypes)
+    kept = torch.rand(2, 3, 5) < 0.6
+    store.fill(keys, values, positions, prompt.metric, prompt.real, kept, 1)
+    for b, h in itertools.product(range(2), range(3)):
+        chosen = kept[b, h]
+        for got, expected in zip(store.read(b, h)[:2], (keys, values), strict=True):
+            assert got.dtype == expected.dtype and torch.equal(got, expected[b, h, chosen])
+
+
+def test_queries_are_rounded_to_the_dtype_of_their_buffer():
+    buffer = QueryBuffer(2, 4, 3, torch.bfloat16, CPU, MemoryMeter())
+    queries = torch.randn(2, 4, 5, 3)
+    buffer.append(queries[:, :, :4], np.array([0, 0]))
+    buffer.put(queries[:, :, 4:], torch.tensor([[4], [4]]))
+    assert torch.equal(buffer.window(torch.tensor([0, 1]), 0, 5), queries.bfloat16())
+
+
+def test_moments_are_as_exact_under_autocast():
+    sums = []
+    for enabled in (False, True):
+        moments = QueryMoments(1, 2, 3, CPU, MemoryMeter())
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            for new in (1, 4):
+                moments.add(torch.randn(1, 4, new, 3))
+                moments.commit()
+        sums.append(moments.sums)
+    assert sums[1].dtype == torch.float32 and torch.equal(*sums)
 
 
 # -------------------------------------------------------------------------------------------------------------- sharing
@@ -381,8 +465,8 @@ def test_freeing_one_sequence_of_many_gives_back_its_blocks():
 # ----------------------------------------------------------------------------------------------------- views of a store
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_window_and_slots(dtype):
-    store = paged(3, 2, 4, dtype=dtype)
-    oracle = dense(3, 2, dtype)
+    store = paged(3, 2, 4, dtypes=(dtype, dtype))
+    oracle = dense(3, 2, (dtype, dtype))
     keys, values, positions = Tokens()(3, 2, 21)
     real = torch.ones(3, 21, dtype=torch.bool)
     real[1, :5] = False
@@ -618,12 +702,56 @@ def test_query_buffer_forks_within_max_bytes():
     assert meter.held == held
 
 
+def filled(kind):
+    """A store, prompt or buffer that has been through what they go through, in a meter of its own."""
+    meter = MemoryMeter()
+    if kind in ("queries", "moments"):
+        make = QueryBuffer if kind == "queries" else QueryMoments
+        beside = (torch.float32,) if kind == "queries" else ()
+        holder, queries = make(2, 4, 3, *beside, CPU, meter), torch.randn(2, 4, 5, 3)
+        holder.append(queries, np.array([0, 0])) if kind == "queries" else holder.add(queries)
+        holder.fork(torch.tensor([1, 0, 1]))
+        return holder
+    tokens = Tokens()
+    if kind == "prompt":
+        holder = Prompt(meter)
+        holder.append(*tokens(2, 3, 9))
+    else:
+        near = {"followers": (0, 2), "near": Near(1, 2)} if kind == "followers" else {}
+        holder = paged_store((2, 3), (KEY_DIM, VALUE_DIM), dtypes=SINGLE, device=CPU, block_size=4, meter=meter, **near)
+        holder.widen(2)
+        for new in (9, 1, 5):
+            holder.append(*tokens(2, 3, new))
+        with pytest.raises(PoolExhausted):
+            meter.max_bytes = 1
+            holder.reserve(99)
+        meter.max_bytes = None
+    holder.fork(np.array([1, 0, 1]))
+    holder.crop(np.array([1, 0, 1]))
+    return holder
+
+
+@pytest.mark.parametrize("kind", ["paged", "followers", "prompt", "queries", "moments"])
+def test_the_last_reference_frees_the_tensors_at_once(kind):
+    """Nothing holds itself in a circle, which memory would wait in for the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        holder = filled(kind)
+        tensors = [weakref.ref(tensor) for tensor in tensors_of(holder).values()]
+        assert len(tensors) > 0 and all(tensor() is not None for tensor in tensors)
+        del holder
+        assert all(tensor() is None for tensor in tensors)
+    finally:
+        gc.enable()
+
+
 def test_after_a_failed_copy_of_shared_blocks_writes_go_where_reads_look():
     """Whichever allocation of `keep` fails, pools that moved before it are the ones that the next token goes to."""
     failures = 0
     for spare in range(0, 4000, 40):
         meter = MemoryMeter()
-        sizes = {"dtype": torch.float32, "device": torch.device("cpu"), "block_size": 4, "meter": meter}
+        sizes = {"dtypes": SINGLE, "device": torch.device("cpu"), "block_size": 4, "meter": meter}
         store = PagedStore((1, 2), (8, 4), **sizes)
         prompt, rest, last = torch.randn(1, 2, 6, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 1, 8)
         store.append(prompt, prompt[..., :4], torch.arange(6, dtype=torch.int32)[None])

@@ -72,9 +72,10 @@ def run(*arguments, **environment):
             "test_attend_observes and not bfloat16 and not contiguous and not one-by-one and not chunk",
         ],
         ["test_kernels.py", "-k", "not test_attend and not bfloat16 and not contiguous and not one-by-one"],
+        ["test_kernel_dtypes.py", "-k", "not bfloat16"],
         ["test_triton.py", "-o", "python_functions=check_*"],
     ],
-    ids=["attend", "observe", "other-ops", "checks"],
+    ids=["attend", "observe", "other-ops", "dtypes", "checks"],
 )
 def test_interpreted(arguments):
     pytest.importorskip("triton", reason="triton is not installed")

@@ -34,16 +34,20 @@ POINTERS = {
 SIZES = ("block_size", "key_size", "value_size", "size", "width", "scores_width")
 OF_THE_MODEL = {"query", "queries", "keys", "values", "sinks", "out", "new_keys", "new_values"}
 OF_THE_MODEL |= {"held_keys", "held_values", "near_keys"}
+# Under autocast keys are float32 where they come from a rotary embedding, and all else is bfloat16.
+AUTOCAST = dict.fromkeys(OF_THE_MODEL, torch.bfloat16) | dict.fromkeys(["keys", "near_keys"], torch.float32)
 
 
 def compiled(kernel, dtype, target, constants):
-    """`kernel` for a model of `dtype`, with tensors and strides aligned as a model's are."""
+    """`kernel` for a model of `dtype`, or of `AUTOCAST`, with tensors and strides aligned as a model's are."""
     options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
     constants = {name: value for name, value in constants.items() if name not in options}
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
         of_the_model = name in OF_THE_MODEL and not (kernel is merge.merge_kernel and name == "queries")
-        kind = "*" + TYPES[dtype] if of_the_model else POINTERS.get(name, "i32")
+        kind = POINTERS.get(name, "i32")
+        if of_the_model:
+            kind = "*" + TYPES[dtype[name] if isinstance(dtype, dict) else dtype]
         signature[name] = "constexpr" if name in constants else kind
         if name not in constants and (kind.startswith("*") or "stride" in name or name in SIZES):
             aligned[place,] = [["tt.divisibility", 16]]
@@ -102,17 +106,17 @@ def shipped():
         kind = TYPES[dtype]
         for sizes, rows in itertools.product(configs.PAIRS, (configs.FEW, configs.FEW + 1)):
             for name, observed, constants in attend_variants(dtype):
-                constants = constants | configs.attend_config(dtype, *sizes, rows, observed)
+                constants = constants | configs.attend_config(dtype.itemsize, *sizes, rows, observed)
                 constants |= {} if observed else {"observed": None, "totals": None}
                 yield f"attend-{sizes[0]}-{sizes[1]}-{rows}-{kind}-{name}", attend.attend_kernel, dtype, constants
         for sizes in configs.PAIRS:
             for name, constants in shared_variants(dtype, sizes):
-                constants = constants | configs.attend_shared_config(dtype, *sizes)
+                constants = constants | configs.attend_shared_config(dtype.itemsize, *sizes)
                 kernel = attend_shared.attend_shared_kernel
                 yield f"attend_shared-{sizes[0]}-{sizes[1]}-{kind}-{name}", kernel, dtype, constants
         for size in configs.PADS:
             if dtype != torch.bfloat16:
-                constants = configs.lead_scores_config(dtype, size) | {"SOFTCAP": dtype == torch.float32}
+                constants = configs.lead_scores_config(dtype.itemsize, size) | {"SOFTCAP": dtype == torch.float32}
                 yield f"lead_scores-{size}-{kind}", attend_shared.lead_scores_kernel, dtype, constants
             for every in {torch.float16: (True,), torch.bfloat16: (False,)}.get(dtype, (True, False)):
                 constants = configs.score_config(dtype, size) | {"SOFTCAP": every, "CAUSAL": every}
@@ -136,6 +140,20 @@ def shipped():
         yield f"observe-{name}-{square}", observe.observe_kernel, torch.float32, constants
 
 
+def mixed():
+    """What reads keys and values, where they differ: with every feature and all elements as wide as the widest."""
+    for sizes in configs.PAIRS:
+        for rows in (configs.FEW, configs.FEW + 1):
+            constants = configs.attend_config(4, *sizes, rows, True) | {"SOFTCAP": True}
+            yield f"attend-{sizes[0]}-{sizes[1]}-{rows}-autocast", attend.attend_kernel, AUTOCAST, constants
+        constants = configs.attend_shared_config(4, *sizes) | {"SOFTCAP": True}
+        kernel = attend_shared.attend_shared_kernel
+        yield f"attend_shared-{sizes[0]}-{sizes[1]}-autocast", kernel, AUTOCAST, constants
+    for size in configs.PADS:
+        constants = configs.lead_scores_config(4, size) | {"SOFTCAP": True}
+        yield f"lead_scores-{size}-autocast", attend_shared.lead_scores_kernel, AUTOCAST, constants
+
+
 def with_ones():
     """The first case of every kernel with one KV head, and one query head to it: Triton makes constants of ones."""
     seen = set()
@@ -147,7 +165,7 @@ def with_ones():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", [pytest.param(case[1:], id=case[0]) for case in [*shipped(), *with_ones()]])
+@pytest.mark.parametrize("case", [pytest.param(case[1:], id=case[0]) for case in [*shipped(), *mixed(), *with_ones()]])
 def test_fits(case, target, tmp_path):
     registers, spilled, shared = resources(compiled(*case[:2], target, case[2]), tmp_path)
     print(f"registers {registers}, spilled {spilled}, shared {shared}")

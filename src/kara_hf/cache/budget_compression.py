@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..policy import Eviction, KVCompressPolicy, moves
-from ..storage import MemoryMeter, PagedStore, PoolExhausted, Prompt
+from ..storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, paged_store
 from .compression import Compression
 from .layer import StoreLayer
 from .sequence import Kind, Segment, Sequence
@@ -371,10 +371,10 @@ class Evicting(Compression):
             first += heads
 
     def _empty_like(self, layer: StoreLayer, prompt: Prompt) -> PagedStore:
-        return PagedStore(
+        return paged_store(
             prompt.keys.shape[:2],
             (prompt.keys.shape[-1], prompt.values.shape[-1]),
-            dtype=prompt.keys.dtype,
+            dtypes=(prompt.keys.dtype, prompt.values.dtype),
             device=prompt.device,
             block_size=self.block_size,
             meter=self.state.meter,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..policy import KaraPolicy, Window
-from ..storage import PagedStore, QueryBuffer, QueryMoments, upload
+from ..storage import PagedStore, QueryBuffer, QueryMoments, paged_store, upload
 from .compression import Compression
 from .layer import StoreLayer
 from .sequence import Kind, Sequence
@@ -105,10 +105,10 @@ class Sealing(Compression):
             self._places = lengths - self._settled
 
     def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore:
-        return PagedStore(
+        return paged_store(
             keys.shape[:2],
             (keys.shape[-1], values.shape[-1]),
-            dtype=keys.dtype,
+            dtypes=(keys.dtype, values.dtype),
             device=keys.device,
             block_size=self.block_size,
             meter=self.state.meter,

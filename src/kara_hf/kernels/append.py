@@ -2,12 +2,14 @@
 
     rows       Rows, modified in place: keys, values, positions, and the metric, which starts at 0 (not lengths: the
                store counts)
-    keys       [B, H, S, Dk]  new keys, dtype of the pool; those of heads in rows.near are left to the store
+    keys       [B, H, S, Dk]  new keys; those of heads in rows.near are left to the store
     values     [B, H, S, Dv]  new values
     positions  [B, S] int32   true position of each new token
     real       [B, S] bool or None   False marks padding, which is not written; None: every token is real
 
-Blocks for every real token must be in the tables already, owned by one row alone. S = 0 writes nothing.
+Keys and values are stored in the dtype of their pool. Those of a dtype that would lose by it raise ValueError before
+anything is written. Blocks for every real token must be in the tables already, owned by one row alone. S = 0 writes
+nothing.
 """
 
 import torch
@@ -20,6 +22,16 @@ def slot_index(table: torch.Tensor, slots: torch.Tensor, block_size: int) -> tor
     """Flat pool slot (``block * P + offset``) of logical slots `slots` ``[B, H, n]``: ``[B, H, n]`` int64."""
     blocks = table.gather(2, (slots // block_size).long()).long()
     return blocks * block_size + slots % block_size
+
+
+def check_stored_as(dtype: torch.dtype, **new: torch.Tensor) -> None:
+    """Raises ValueError unless a pool of `dtype` holds the one `new` tensor, keys or values, without loss."""
+    for name, tensor in new.items():
+        if torch.promote_types(tensor.dtype, dtype) != dtype:
+            raise ValueError(
+                f"{name} of {tensor.dtype} are to join {name} stored in {dtype}, which would round them; give every "
+                "forward of one cache the same dtypes (one torch.autocast around all of them, or none)"
+            )
 
 
 def append_reference(
@@ -59,7 +71,9 @@ def append(
     real: torch.Tensor | None = None,
 ) -> None:
     """Writes keys, values and positions of new tokens into `rows`; see the module's contract."""
-    if use_triton(keys, keys.shape[-1], values.shape[-1]):
+    check_stored_as(rows.keys.dtype, keys=keys)
+    check_stored_as(rows.values.dtype, values=values)
+    if use_triton(keys, keys.shape[-1], values.shape[-1], dtypes=(values.dtype, *rows.dtypes)):
         from .triton_.append import append as append_triton
 
         return append_triton(rows, keys, values, positions, real)
@@ -79,7 +93,7 @@ def append(
         where = first.flatten() if new == 1 else (first[..., None] + torch.arange(new)).flatten()
         sources = (keys, values, positions[:, None].expand(-1, heads, -1))
         for pool, source in zip((rows.keys, rows.values, rows.positions), sources, strict=True):
-            pool.flatten(0, 1).index_copy_(0, where, source.flatten(0, 2))
+            pool.flatten(0, 1).index_copy_(0, where, source.flatten(0, 2).to(pool.dtype))
         if rows.metric is not None:
             rows.metric.flatten().index_fill_(0, where, 0.0)
         return
@@ -97,8 +111,8 @@ def append(
     chosen_keys = slice(None) if written is None else rows.of_keys(written).reshape(-1)
     where_key = slot_index(rows.of_keys(rows.key_table), rows.of_keys(slots), rows.block_size).reshape(-1)[chosen_keys]
     where_value = slot_index(rows.value_table, slots, rows.block_size).reshape(-1)[chosen]
-    rows.keys.flatten(0, 1)[where_key] = rows.of_keys(keys).flatten(0, 2)[chosen_keys]
-    rows.values.flatten(0, 1)[where_value] = values.flatten(0, 2)[chosen]
+    rows.keys.flatten(0, 1)[where_key] = rows.of_keys(keys).flatten(0, 2)[chosen_keys].to(rows.keys.dtype)
+    rows.values.flatten(0, 1)[where_value] = values.flatten(0, 2)[chosen].to(rows.values.dtype)
     rows.positions.flatten()[where_value] = positions[:, None].expand(-1, heads, -1).reshape(-1)[chosen]
     if rows.metric is not None:
         rows.metric.flatten()[where_value] = 0.0

@@ -12,7 +12,8 @@
     observe   1, 2 or None: each token's metric, in place, gains the sum over the G query heads of its row and the S
               queries of probability ** observe (KV-Compress, arXiv 2410.00161), sinks included in the normaliser
 
-Returns ``[B, Hq, S, Dv]`` in the query's dtype. A query that sees no token gets zeros, and adds nothing to any metric.
+Query, keys and values may each have a dtype of their own. Returns ``[B, Hq, S, Dv]``, in the query's dtype or, under
+autocast, in that of autocast; see `precision`. A query that sees no token gets zeros, and adds nothing to any metric.
 Nothing is modified but what `observe` asks for; rows that are observed own their value blocks. Softmax and accumulation
 are float32. Shapes that do not fit, and `observe` without a metric or of another value, raise ValueError.
 
@@ -22,18 +23,19 @@ What a query sees, of whatever cause, is one mask for plain torch: `attend_maske
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .append import slot_index
 from .backend import use_triton
+from .dense import attend_masked, probabilities, row_logits, row_weights, softcapped, weighted, weights_of
+from .precision import as_sdpa
 from .rows import Rows, gather_rows
 
 FEW_ROWS = 32  # rows that are worth a loop of their own each
 QUERY_CHUNK = 256  # queries handled at once, so that a long new turn does not build an S x T mask
 OBSERVED_CHUNK = 32  # queries observed at once: their probabilities of all tokens lie in memory
-KEY_CHUNK = 1024  # half-precision tokens that are float32 at once
 
 
+@as_sdpa(2)
 def attend_reference(
     query: torch.Tensor,
     rows: Rows,
@@ -53,8 +55,8 @@ def attend_reference(
         for hq in range(query_heads):
             h = hq // group
             length = int(rows.lengths[b, h])
-            keys = gather_rows(rows.keys, rows.key_table[b : b + 1, h : h + 1], length)[0, 0].float()
-            values = gather_rows(rows.values, rows.value_table[b : b + 1, h : h + 1], length)[0, 0].float()
+            keys = rows.read(gather_rows(rows.keys, rows.key_table[b : b + 1, h : h + 1], length)[0, 0])
+            values = rows.read(gather_rows(rows.values, rows.value_table[b : b + 1, h : h + 1], length)[0, 0]).float()
             for s in range(new):
                 causal = max(0, length - (new - 1 - s if hidden is None else int(hidden[b, s])))
                 seen = torch.arange(causal)
@@ -62,12 +64,8 @@ def attend_reference(
                     seen = seen[visible[b, h % visible.shape[1], s, :causal]]
                 if not len(seen):
                     continue
-                logits = keys[seen] @ query[b, hq, s].float() * scaling
-                if softcap is not None:
-                    logits = softcap * torch.tanh(logits / softcap)
-                if sinks is not None:
-                    logits = torch.cat([logits, sinks[hq : hq + 1].float()])
-                probability = logits.softmax(0)[: len(seen)]
+                logits = row_logits(query[b, hq, s], keys[seen], scaling, softcap)
+                probability = row_weights(logits, None if sinks is None else sinks[hq])
                 out[b, hq, s] = (probability @ values[seen]).to(out.dtype)
                 if observe is not None and rows.metric is not None:
                     blocks = rows.value_table[b, h, seen // rows.block_size]
@@ -75,6 +73,7 @@ def attend_reference(
     return out
 
 
+@as_sdpa(2)
 def attend(
     query: torch.Tensor,
     rows: Rows,
@@ -93,7 +92,7 @@ def attend(
     if new == 0 or rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
     settings: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    if visible is None and use_triton(query, key_dim, rows.values.shape[-1]):
+    if visible is None and use_triton(query, key_dim, rows.values.shape[-1], dtypes=rows.dtypes):
         return _attend_triton(query, rows, hidden, observe, **settings)
     if new == 1 and hidden is None and visible is None:
         if rows.starts is not None and batch * heads <= FEW_ROWS and not rows.contiguous:
@@ -111,7 +110,7 @@ def attend(
         if observe is None:
             parts.append(attend_masked(part, keys, values, seen, **settings))
             continue
-        weights = _probabilities(part, keys, seen, **settings)
+        weights = probabilities(part, keys, seen, **settings)
         add_to_metric(rows, (weights.detach() ** observe).sum((2, 3)))
         parts.append(weighted(weights, values, query.dtype))
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
@@ -154,34 +153,6 @@ def check_fits(query: torch.Tensor, rows: Rows, observe: int | None, visible: to
             )
 
 
-def attend_masked(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of `query` ``[B, Hq, S, Dk]`` over dense `keys` and `values` ``[B, H, T, D]``: ``[B, Hq, S, Dv]``.
-
-    `mask` ``[B, 1 or H, S, T]`` bool says what is seen, None means everything. The rest as in the module's contract.
-    """
-    if softcap is not None or sinks is not None:
-        return weighted(_probabilities(query, keys, mask, scaling, softcap, sinks), values, query.dtype)
-    batch, query_heads, new, _ = query.shape
-    heads = keys.shape[1]
-    group = query_heads // heads
-    # The G query heads of a group become rows of one matrix, so that each key is read once for all of them.
-    grouped = query.reshape(batch, heads, group * new, -1)
-    if mask is not None:
-        mask = mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    if mask is not None:  # a query that sees nothing gets zeros, whatever the backend made of it
-        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return out.reshape(batch, query_heads, new, -1)
-
-
 def _attend_each(
     query: torch.Tensor,
     rows: Rows,
@@ -199,73 +170,13 @@ def _attend_each(
     places = zip(rows.starts.ravel().tolist(), rows.lengths.flatten().tolist(), strict=True)
     out = []
     for row, (start, length) in enumerate(places):
-        logits = torch.mm(grouped[row], keys.narrow(0, start, length).float().t())
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        weights = logits.softmax(-1)
-        if sinks is not None:
-            sink = sinks.view(heads, -1, 1)[row % heads].float()
-            weights = weights * torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sink)
+        logits = softcapped(torch.mm(grouped[row], rows.read(keys.narrow(0, start, length)).float().t()), softcap)
+        weights = weights_of(logits, None if sinks is None else sinks.view(heads, -1, 1)[row % heads])
         if metric is not None:
             votes = weights.detach()
             metric.narrow(0, start, length).add_((votes.square() if observe == 2 else votes).sum(0))
-        out.append(torch.mm(weights, values.narrow(0, start, length).float()))
+        out.append(torch.mm(weights, rows.read(values.narrow(0, start, length)).float()))
     return torch.stack(out).to(query.dtype).view(batch, query.shape[1], 1, -1)
-
-
-def _probabilities(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What part of its attention each query gives each token, ``[B, H, G, S, T]`` float32.
-
-    Arguments as in `attend_masked`. A query that sees nothing gives nothing.
-    """
-    logits = grouped_logits(query, keys, scaling, softcap)
-    if mask is None:
-        return weights_of(logits, sinks)
-    weights = weights_of(logits.masked_fill(~mask[:, :, None], float("-inf")), sinks)
-    return weights.masked_fill(~mask[:, :, None].any(-1, keepdim=True), 0.0)
-
-
-def grouped_logits(
-    query: torch.Tensor, keys: torch.Tensor, scaling: float, softcap: float | None = None
-) -> torch.Tensor:
-    """Scaled products of queries ``[B, H * G, S, D]`` and keys ``[B, H, T, D]``: ``[B, H, G, S, T]`` float32."""
-    batch, query_heads, new, _ = query.shape
-    heads = keys.shape[1]
-    group = query_heads // heads
-    grouped = (query.float() * scaling).reshape(batch, heads, group * new, -1)
-    products = [grouped @ part.float().transpose(-1, -2) for part in _parts(keys)]
-    logits = torch.cat(products, -1) if len(products) > 1 else products[0]
-    logits = logits.view(batch, heads, group, new, -1)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def weights_of(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Softmax of `logits` ``[B, H, G, S, T]`` over tokens and, with `sinks` ``[Hq]``, one more that has no value."""
-    weights = logits.softmax(-1)
-    if sinks is None:  # e^l / (sum + e^sink) is the softmax times sum / (sum + e^sink)
-        return weights
-    sink = sinks.float().view(logits.shape[1], logits.shape[2], 1, 1)
-    return weights * torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sink)
-
-
-def weighted(weights: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sum of `values` weighted as `_probabilities` says: ``[B, Hq, S, Dv]``."""
-    parts = _parts(values)
-    shares = weights.flatten(2, 3).split([part.shape[2] for part in parts], -1)
-    out = torch.stack([share @ part.float() for share, part in zip(shares, parts, strict=True)]).sum(0)
-    return out.to(dtype).reshape(weights.shape[0], -1, weights.shape[3], values.shape[-1])
-
-
-def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`tensor` ``[B, H, T, D]`` in parts that are made float32 one at a time: no float32 copy of all is held."""
-    return tensor.split(KEY_CHUNK, 2) if tensor.itemsize < 4 else (tensor,)
 
 
 def _behind(device: torch.device, new: int, queries: slice) -> torch.Tensor:

@@ -16,10 +16,11 @@ OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)
 
 
-def use_triton(tensor: torch.Tensor, *head_sizes: int) -> bool:
-    """Whether the Triton kernel runs an op on `tensor`, with heads of `head_sizes`.
+def use_triton(tensor: torch.Tensor, *head_sizes: int, dtypes: tuple[torch.dtype, ...] = ()) -> bool:
+    """Whether the Triton kernel runs an op on `tensor`, with heads of `head_sizes`, beside others of `dtypes`.
 
-    Left to choose, a GPU that cannot run the kernel warns once of each reason and runs plain torch.
+    Any mixture of dtypes that have a kernel is taken: elements are cast where they are loaded. Left to choose, a GPU
+    that cannot run the kernel warns once of each reason and runs plain torch.
 
     Raises:
         ValueError: ``KARA_BACKEND`` is none of "auto", "reference" and "triton", or asks for kernels of another dtype
@@ -34,7 +35,7 @@ def use_triton(tensor: torch.Tensor, *head_sizes: int) -> bool:
     if asked == "auto" and tensor.device.type != "cuda":
         return False
     missing = _missing(tensor.device)
-    reason = missing or _unfit(tensor.dtype, max(head_sizes))
+    reason = missing or _unfit((tensor.dtype, *dtypes), max(head_sizes))
     if reason is None:
         return True
     if asked == "auto":
@@ -74,9 +75,10 @@ def _not_on(device: torch.device) -> str | None:
     return None
 
 
-def _unfit(dtype: torch.dtype, head_size: int) -> str | None:
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"no kernel is made for {dtype}; float16, bfloat16 and float32 have one"
+def _unfit(dtypes: tuple[torch.dtype, ...], head_size: int) -> str | None:
+    for dtype in dtypes:
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"no kernel is made for {dtype}; float16, bfloat16 and float32 have one"
     if head_size > MAX_HEAD_SIZE:
         return f"no kernel is made for heads of size {head_size}, more than {MAX_HEAD_SIZE}"
     return None

@@ -70,7 +70,7 @@ class Rows:
 
     Attributes:
         keys: pool of key blocks, ``[Nk, P, Dk]``.
-        values: pool of value blocks, ``[Nv, P, Dv]``.
+        values: pool of value blocks, ``[Nv, P, Dv]``; keys and values have a dtype each.
         positions: true position of the token in every value slot, ``[Nv, P]`` int32.
         key_table: block ids, ``[B, H, M]`` int32; entries past a row's last block are -1, and all of a row that is in
             `near`.
@@ -87,6 +87,7 @@ class Rows:
             where some heads are in `near`.
         near: heads that store keys of proximal tokens only, or None. `contiguous` is about the blocks of the others.
         in_order: whether slot s of every row holds the token at position s.
+        read_as: dtype that attention rounds keys and values to; None: it takes them as they are stored.
     """
 
     keys: torch.Tensor
@@ -102,15 +103,25 @@ class Rows:
     starts: np.ndarray | None = None
     near: NearKeys | None = None
     in_order: bool = False
+    read_as: torch.dtype | None = None
 
     @property
     def block_size(self) -> int:
         return self.keys.shape[1]
 
     @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of keys and of values, as stored."""
+        return self.keys.dtype, self.values.dtype
+
+    @property
     def key_heads(self) -> torch.Tensor | None:
         """The K heads whose keys are stored whole, ``[K]`` int64; None: all."""
         return None if self.near is None else self.near.rest
+
+    def read(self, part: torch.Tensor) -> torch.Tensor:
+        """Keys or values as attention takes them."""
+        return part if self.read_as is None or part.dtype == torch.float64 else part.to(self.read_as)
 
     def of_keys(self, rows: torch.Tensor) -> torch.Tensor:
         """What `rows` ``[b, H, ...]`` says of the heads whose keys are stored whole, ``[b, K, ...]``."""
@@ -145,18 +156,20 @@ class Rows:
         """
         if self.contiguous:
             keys, values, _, _ = self.in_place
-            return keys.narrow(2, 0, self.max_length), values.narrow(2, 0, self.max_length)
-        return (
-            gather_rows(self.keys, self.of_keys(self.key_table), self.max_length),
-            gather_rows(self.values, self.value_table, self.max_length),
-        )
+            keys, values = keys.narrow(2, 0, self.max_length), values.narrow(2, 0, self.max_length)
+        else:
+            keys = gather_rows(self.keys, self.of_keys(self.key_table), self.max_length)
+            values = gather_rows(self.values, self.value_table, self.max_length)
+        return self.read(keys), self.read(values)
 
     def keys_of(self, head: int) -> torch.Tensor:
         """Keys ``[B, 1, max_length, Dk]`` of a head that stores all; in place, gathered and filled up as `dense`."""
         if self.contiguous:
             before = 0 if self.near is None else bisect_left(self.near.heads, head)
-            return self.in_place[0].narrow(1, head - before, 1).narrow(2, 0, self.max_length)
-        return gather_rows(self.keys, self.key_table.narrow(1, head, 1), self.max_length)
+            keys = self.in_place[0].narrow(1, head - before, 1).narrow(2, 0, self.max_length)
+        else:
+            keys = gather_rows(self.keys, self.key_table.narrow(1, head, 1), self.max_length)
+        return self.read(keys)
 
     def dense_positions(self) -> torch.Tensor:
         """True positions ``[B, H, max_length]`` int32, or ``[B, 1, max_length]`` where rows are in order; -1 where a
@@ -181,7 +194,7 @@ class Rows:
         index = places[..., None].expand(-1, len(near.heads), -1, keys.shape[-1]).long()
         out = keys.new_empty(batch, heads, *keys.shape[2:])
         out[:, self.key_heads] = keys
-        out[:, near.index] = near.keys.gather(2, index)
+        out[:, near.index] = self.read(near.keys.gather(2, index))
         return out
 
 

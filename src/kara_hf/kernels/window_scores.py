@@ -1,7 +1,7 @@
 """window_scores: how much attention every token of a window receives from the queries of that window.
 
     queries   [B, Hq, W, D]  as attention saw them (after RoPE and any norm)
-    keys      [B, H, W, D]
+    keys      [B, H, W, D]   of a dtype of their own
     scaling   factor on q.k; softcap as in attend
     causal    False: every query attends to every key of the window, in both directions (Kara, arXiv 2607.01237)
               True: only to keys that are not behind it
@@ -13,8 +13,11 @@ the softmax over the keys of the window. Each row sums to 1. Nothing is modified
 import torch
 
 from .backend import use_triton
+from .dense import softcapped
+from .precision import as_sdpa
 
 
+@as_sdpa(2)
 def window_scores_reference(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -30,15 +33,14 @@ def window_scores_reference(
     scores = torch.zeros(batch, heads, window, dtype=torch.float32, device=keys.device)
     for b in range(batch):
         for hq in range(query_heads):
-            logits = queries[b, hq].float() @ keys[b, hq // group].float().T * scaling
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
+            logits = softcapped(queries[b, hq].float() @ keys[b, hq // group].float().T * scaling, softcap)
             if causal:
                 logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf"))
             scores[b, hq // group] += logits.softmax(-1).mean(0) / group
     return scores
 
 
+@as_sdpa(2)
 def window_scores(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -55,15 +57,13 @@ def window_scores(
             f"queries {tuple(queries.shape)} and keys {tuple(keys.shape)} do not fit; expected [B, G * H, W, D] and "
             "[B, H, W, D]"
         )
-    if use_triton(queries, queries.shape[-1]):
+    if use_triton(queries, queries.shape[-1], dtypes=(keys.dtype,)):
         from .triton_.window_scores import window_scores as window_scores_triton
 
         return window_scores_triton(queries, keys, scaling=scaling, softcap=softcap, causal=causal)
 
     grouped = queries.float().reshape(batch, heads, -1, queries.shape[-1])
-    logits = grouped @ keys.float().transpose(-1, -2) * scaling
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = softcapped(grouped @ keys.float().transpose(-1, -2) * scaling, softcap)
     if causal:
         later = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
         logits = logits.masked_fill(later.repeat(query_heads // heads, 1), float("-inf"))

@@ -11,6 +11,7 @@ from ..cache.window_compression import Sealing
 from ..config import KaraConfig
 from ..integration.attach import hooked, unwrap
 from ..integration.attention import AttentionFunction
+from ..kernels import softcapped
 from ..policy import KaraPolicy, Window, top_tokens
 
 QUERY_CHUNK = 256  # queries whose attention to everything lies in memory at once, of one sequence
@@ -95,9 +96,7 @@ def _received(
     most = torch.zeros(heads, tokens, device=key.device)
     for part in place.split(QUERY_CHUNK):
         logits = grouped[:, :, part] @ key.float()[:, None].transpose(-1, -2) * scaling
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        shares = logits.masked_fill(place > part[:, None], float("-inf")).softmax(-1)
+        shares = softcapped(logits, softcap).masked_fill(place > part[:, None], float("-inf")).softmax(-1)
         most = torch.maximum(most, shares.masked_fill(part[:, None] < seal, 0.0).amax((1, 2)))
     return most
 

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from ..kernels import softcapped
 from ..policy import Window, register_score
 
 POOL = 7  # SnapKV's and R-KV's width of max-pooling along tokens
@@ -25,9 +26,7 @@ def observed(window: Window) -> torch.Tensor:
     assert queries is not None
     grouped = queries.float().unflatten(1, (window.keys.shape[1], -1))
     logits = grouped @ window.keys.float()[:, :, None].transpose(-1, -2) * window.scaling
-    if window.softcap is not None:
-        logits = window.softcap * torch.tanh(logits / window.softcap)
-    votes = logits.softmax(-1).mean((2, 3)).unflatten(1, (window.rows, -1)).mean(2)
+    votes = softcapped(logits, window.softcap).softmax(-1).mean((2, 3)).unflatten(1, (window.rows, -1)).mean(2)
     return F.max_pool1d(votes, POOL, stride=1, padding=POOL // 2)
 
 

@@ -13,8 +13,10 @@ from ..cache.bound_model import Binding
 from ..cache.budget_compression import Evicting, Votes
 from ..cache.layer import StoreLayer
 from ..cache.sequence import Sequence
+from ..cache.state import CacheState
 from ..cache.step import Step
 from ..config import KVCompressConfig
+from ..kernels import softcapped
 from ..policy import Eviction, KVCompressPolicy
 from ..storage import MemoryMeter
 
@@ -333,9 +335,7 @@ def probabilities(
     newest = queries.shape[1]
     queries = queries.unflatten(2, (-1, keys.shape[3])).transpose(1, 2)
     group = queries.shape[1] // keys.shape[1]
-    logits = queries @ keys.repeat_interleave(group, 1).mT * layer.scaling
-    if layer.softcap is not None:
-        logits = (logits / layer.softcap).tanh() * layer.softcap
+    logits = softcapped(queries @ keys.repeat_interleave(group, 1).mT * layer.scaling, layer.softcap)
     places = torch.arange(tokens - newest, tokens, device=keys.device)
     later = positions.repeat_interleave(group, 1)[:, :, None] > places[:, None]
     logits = logits.masked_fill(later, float("-inf")).float()

@@ -3,10 +3,13 @@
 import torch
 import torch.nn.functional as F
 
+from ..kernels import as_sdpa, softcapped
+
 CHUNK_ELEMENTS = 2**24  # attention probabilities that are held at once, in float32
 
 
 @torch.no_grad()
+@as_sdpa(2)
 def observe(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -62,8 +65,7 @@ def observe(
             seen = total - window + first + new
             # The G query heads of a group become rows of one matrix, so that each key is read once for all of them.
             logits = (chunk.flatten(1, 2) @ part_keys[:, :, :seen]).mul_(scaling).unflatten(1, (group, new))
-            if softcap is not None:
-                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            logits = softcapped(logits, softcap)
             later = torch.ones(new, seen, dtype=torch.bool, device=keys.device).triu(seen - new + 1)
             logits = logits.masked_fill_(later, float("-inf"))
             norm = logits.logsumexp(-1, keepdim=True)

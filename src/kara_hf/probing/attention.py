@@ -44,8 +44,7 @@ class Attention:
         at = place[-last:].repeat(group)[part, None]
         query = self.query[head * group : (head + 1) * group].reshape(-1, size)[part]
         logits = query.float() * self.scaling @ self.key[head].float().T
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = softcapped(logits, self.softcap)
         seen = place <= at if near is None else near.distant(at, place)
         rows = torch.full((len(query), tokens + 1), -math.inf, device=query.device)
         rows[:, :-1] = logits.masked_fill_(~seen, -math.inf)

@@ -1,13 +1,16 @@
 """Where keys and values live: a paged store per layer, its memory meter, and the queries of open windows."""
 
 from .blocks import Blocks, upload
+from .followers import FollowerStore, paged_store
 from .meter import MemoryMeter, PoolExhausted
-from .paged import PagedStore, Store
+from .paged import PagedStore
 from .prompt import Prompt
 from .queries import QueryBuffer, QueryMoments
+from .store import Store
 
 __all__ = [
     "Blocks",
+    "FollowerStore",
     "MemoryMeter",
     "PagedStore",
     "PoolExhausted",
@@ -15,5 +18,6 @@ __all__ = [
     "QueryBuffer",
     "QueryMoments",
     "Store",
+    "paged_store",
     "upload",
 ]

@@ -92,6 +92,7 @@ class NearStore:
         if not new:
             return
         rows = self.rows
+        keys = keys.to(rows.keys.dtype)
         keys = keys if len(rows.heads) == keys.shape[1] else keys.index_select(1, rows.index)
         places = rows.places(positions).long()
         if new == 1:
@@ -112,12 +113,8 @@ class NearStore:
                 rows.keys[sequence].index_copy_(1, places[sequence, chosen], keys[sequence][:, chosen])
 
     def count(self, tokens: np.ndarray | int) -> None:
-        """The host's part of `append`: counts `tokens` ``[B]`` more."""
+        """The host's part of `append`: counts `tokens` ``[B]`` more, less where what was counted was padding."""
         self.tokens = self.tokens + tokens
-
-    def look(self, excess: np.ndarray) -> None:
-        """`excess` ``[B]`` of the tokens counted turned out to be padding."""
-        self.tokens = self.tokens - excess
 
     def can_crop(self, tokens: np.ndarray) -> np.ndarray:
         """Whether enough keys are left once the newest `tokens` ``[B]`` go, ``[B]`` bool."""

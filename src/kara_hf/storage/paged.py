@@ -1,77 +1,25 @@
 """The paged store of one layer: ragged rows of keys, values and positions in blocks."""
 
-from typing import Protocol
-
 import numpy as np
 import torch
 
-from ..kernels import Near, Rows, append, compact, gather_rows, slot_index
+from ..kernels import Rows, append, compact, gather_rows, slot_index
 from .blocks import Blocks, upload
 from .meter import MemoryMeter
 from .near import NearStore
+from .store import Store
 
 SLACK = 1 / 8  # share of a pool that may be unused before it is given back
 HEADROOM = 1 / 32  # blocks reserved ahead, as a share of those in use: bounds both unused memory and copying
 
 
-class Store(Protocol):
-    """What a cache asks of one layer's storage. Rows are (sequence, head); slots count a row's tokens from 0."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens stored in each row, ``[B, H]`` int32, on the host."""
-
-    def reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` more in every row. Raises `PoolExhausted` and changes nothing that is stored."""
-
-    def append(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        positions: torch.Tensor,
-        real: torch.Tensor | None = None,
-        *,
-        looks: bool = True,
-    ) -> None:
-        """Stores new tokens: `keys` ``[B, H, S, Dk]``, `values` ``[B, H, S, Dv]``, `positions` and `real` ``[B, S]``.
-
-        Without `looks`, `real` is not read back from the device: `lengths` count every new token as real, and are upper
-        bounds until `look`.
-        """
-
-    def look(self) -> np.ndarray:
-        """Makes `lengths` exact again, and returns by how much each sequence's was too large, ``[B]``."""
-
-    def unshare(self, sequences: np.ndarray, start: np.ndarray, count: int) -> None:
-        """Copies the blocks that `count` slots from `start` ``[b]`` on share with other sequences.
-
-        `keep` does that first; afterwards it needs no more memory. Raises `PoolExhausted`; changes nothing that is
-        stored.
-        """
-
-    def keep(self, sequences: np.ndarray, start: np.ndarray, slots: torch.Tensor) -> None:
-        """Keeps of the named sequences ``[b]`` the slots below `start` ``[b]`` and `slots` ``[b, H, n]``, no others."""
-
-    def crop(self, tokens: np.ndarray) -> None:
-        """Drops the newest `tokens` ``[B]`` of every sequence."""
-
-    def fork(self, index: np.ndarray) -> None:
-        """Makes sequence i the same as sequence ``index[i]`` was, by reference."""
-
-    def free(self, sequences: np.ndarray) -> None:
-        """Empties the named sequences and gives their memory back."""
-
-    def read(self, sequence: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys ``[T, Dk]``, values ``[T, Dv]`` and positions ``[T]`` of one row, in slot order."""
-
-
-class PagedStore:
+class PagedStore(Store):
     """A `Store` in blocks of `block_size` slots; each block belongs to one head of one sequence, so freeing it is real.
 
     Args:
         rows: B sequences and H KV heads.
         sizes: Dk and Dv, of a key and of a value.
-        dtype: of keys and values.
+        dtypes: of keys and of values, which need not be the same.
         device: of everything but the host's tables.
         block_size: P.
         meter: counts every byte.
@@ -81,42 +29,33 @@ class PagedStore:
             row is given back.
         steady: whether `rows` stay as they are, bound for bound, while there is `room`, so that a CUDA graph can be
             replayed on them.
-        followers: heads of which only keys of proximal tokens are stored, ascending.
-        near: what is proximal.
     """
+
+    near: NearStore | None = None  # keys of heads that do not have theirs in blocks
 
     def __init__(
         self,
         rows: tuple[int, ...],
         sizes: tuple[int, int],
         *,
-        dtype: torch.dtype,
+        dtypes: tuple[torch.dtype, torch.dtype],
         device: torch.device,
         block_size: int,
         meter: MemoryMeter,
         metric: bool = False,
         tight: bool = False,
         steady: bool = False,
-        followers: tuple[int, ...] = (),
-        near: Near | None = None,
     ):
         self.block_size, self.meter, self.device = block_size, meter, device
         self.tight, self.steady = tight, steady
-        key, value, position = ((sizes[0],), dtype), ((sizes[1],), dtype), ((), torch.int32)
+        key, value, position = ((sizes[0],), dtypes[0]), ((sizes[1],), dtypes[1]), ((), torch.int32)
         beside = [position, ((), torch.float32)] if metric else [position]
-        self._key_table: torch.Tensor | None = None
-        self._whole = np.setdiff1d(np.arange(rows[1]), followers)  # heads whose keys are in blocks
-        self.keys = Blocks((rows[0], len(self._whole)), block_size, [key], device, meter)
+        self.lengths = np.zeros(rows, np.int32)
+        self.keys = Blocks(self._of_keys(self.lengths).shape, block_size, [key], device, meter)
         self.values = Blocks(rows, block_size, [value, *beside], device, meter)
-        self.near: NearStore | None = None
-        if followers and near is not None:
-            self.near = NearStore(
-                rows, followers, sizes[0], near, dtype=dtype, device=device, block_size=block_size, meter=meter
-            )
         self.shares = not metric
         self.in_order = True  # whether slot s of every row holds position s
         self.room = 0  # tokens that every row can take before anything has to be arranged
-        self.lengths = np.zeros(rows, np.int32)
         self._exact = True
         self._rows: Rows | None = None
         self._changed()
@@ -125,8 +64,7 @@ class PagedStore:
     def paged_bytes(self) -> int:
         """Bytes in blocks, tables and lengths."""
         blocks = sum(b.held_blocks * b.block_bytes + b.table.nbytes for b in (self.keys, self.values))
-        beside = 0 if self.near is None or self._key_table is None else self.near.nbytes + self._key_table.nbytes
-        return blocks + self.rows().lengths.nbytes + beside
+        return blocks + self.rows().lengths.nbytes
 
     @property
     def slot_bytes(self) -> tuple[int, int]:
@@ -138,8 +76,7 @@ class PagedStore:
     def stored_bytes(self) -> int:
         """Bytes of the keys and values of the tokens stored, without the room that is left in blocks."""
         key, value = self.slot_bytes
-        keys = int(self._of_keys(self.lengths).sum()) + (0 if self.near is None else self.near.held)
-        return keys * key + int(self.lengths.sum()) * value
+        return int(self._of_keys(self.lengths).sum()) * key + int(self.lengths.sum()) * value
 
     def rows(self) -> Rows:
         """What the kernels read and write. Valid until the next call that changes the store."""
@@ -150,19 +87,14 @@ class PagedStore:
         if tokens <= self.room:
             return
         needed = -(-(self.lengths + tokens) // self.block_size)
-        near = 0 if self.near is None else self.near.growth(tokens)
         even = self.keys.contiguous and self.values.contiguous and self.meter.max_bytes is None
         if not self.tight or even:  # before anything was evicted, tight rows grow like any others
             headroom = HEADROOM / 2 if self.tight else HEADROOM
             needed = np.where(needed > self.values.counts, needed + (needed * headroom).astype(np.int32), needed)
-        needed_keys = self._of_keys(needed)
-        self.meter.require(near + self.keys.growth(needed_keys) + self.values.growth(needed))  # all grow or none does
+        self.meter.require(self._growth(tokens, needed))  # all grow or none does
         in_order = self.tight and self.device.type == "cpu"  # copied once there, instead of gathered at every step
         try:
-            if self.near is not None:
-                self.near.grow(tokens)
-            self.keys.grow(needed_keys, in_order)
-            self.values.grow(needed, in_order)
+            self._grow(tokens, needed, in_order)
             for blocks, lengths in self._pools():  # a shared last block is about to be written
                 blocks.own(lengths // self.block_size, blocks.counts)
         finally:  # pools may have moved before something failed
@@ -180,9 +112,7 @@ class PagedStore:
         new = keys.shape[2]
         self.reserve(new)
         rows = self.rows()
-        append(rows, keys, values, positions, real)
-        if self.near is not None:
-            self.near.append(keys, positions, real)
+        self._write(keys, values, positions, real)
         if real is None or not looks:
             rows.lengths += new if real is None else real.sum(1, keepdim=True, dtype=torch.int32)
             rows.uniform &= real is None
@@ -190,17 +120,12 @@ class PagedStore:
             self.count(new)
         else:
             self.look()
-            counts = real.sum(1, dtype=torch.int32).cpu().numpy()
-            if self.near is not None:
-                self.near.count(counts)
-            self.lengths += counts[:, None]
+            self._count(real.sum(1, dtype=torch.int32).cpu().numpy())
             self._changed()
 
     def count(self, new: int) -> None:
         """The host's part of `append`: counts `new` tokens more in every row, and at least as many real ones."""
-        if self.near is not None:
-            self.near.count(new)
-        self.lengths = self.lengths + new
+        self._count(new)
         self.room -= new
         if not self.steady:
             self.rows().max_length += new
@@ -208,19 +133,15 @@ class PagedStore:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What a decode step reads and writes."""
         rows = self.rows()
-        near = () if self.near is None else (self.near.rows.keys,)
-        return *self.keys.pools, *self.values.pools, rows.key_table, rows.value_table, rows.lengths, *near
+        return *self.keys.pools, *self.values.pools, rows.key_table, rows.value_table, rows.lengths
 
     def look(self) -> np.ndarray:
         if self._exact:
             return np.zeros(len(self.lengths), np.int32)
         assumed, self.lengths = self.lengths, self.rows().lengths.cpu().numpy().copy()
         self._exact = True
-        excess = (assumed - self.lengths)[:, 0]
-        if self.near is not None:
-            self.near.look(excess)
         self._changed()
-        return excess
+        return (assumed - self.lengths)[:, 0]
 
     def unshare(self, sequences: np.ndarray, start: np.ndarray, count: int) -> None:
         first = np.full_like(self.lengths, np.iinfo(np.int32).max)
@@ -267,14 +188,8 @@ class PagedStore:
         """
         self.meter.require(self.fill_bytes(kept, real, ahead))
         lengths = kept.sum(2, dtype=torch.int32).cpu().numpy()
-        blocks = -(-(lengths + ahead) // self.block_size)
-        self.keys.grow(self._of_keys(blocks))
-        self.values.grow(blocks)
+        self._grow(int(real.sum(1).max()) + ahead, -(-(lengths + ahead) // self.block_size))
         self.lengths, self.in_order = lengths, bool((kept == real[:, None]).all())
-        if self.near is not None:
-            self.near.grow(int(real.sum(1).max()) + ahead)
-            self.near.append(keys, positions, real)
-            self.near.count(real.sum(1).cpu().numpy())
         self._changed()
         slots = (kept.cumsum(2, dtype=torch.int32) - 1).clamp(min=0)
         whole = self.rows().of_keys
@@ -287,9 +202,8 @@ class PagedStore:
 
     def fill_bytes(self, kept: torch.Tensor, real: torch.Tensor, ahead: int) -> int:
         """Bytes that `fill` takes."""
-        near = 0 if self.near is None else self.near.growth(int(real.sum(1).max()) + ahead)
         blocks = -(-(kept.sum(2, dtype=torch.int32).cpu().numpy() + ahead) // self.block_size)
-        return near + self.keys.growth(self._of_keys(blocks)) + self.values.growth(blocks)
+        return self._growth(int(real.sum(1).max()) + ahead, blocks)
 
     def ranked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Metric and true position of every slot, ``[B, H, N]``; behind a row's length anything."""
@@ -322,29 +236,18 @@ class PagedStore:
 
     def crop(self, tokens: np.ndarray) -> None:
         self.look()
-        if self.near is not None:
-            self.near.crop(tokens)
         self.lengths -= tokens[:, None].astype(np.int32)
         self._fit()
 
     def take_back(self, tokens: np.ndarray) -> None:
         """Undoes the last `append`, of `tokens` ``[B]``."""
-        self.look()
-        if self.near is not None:
-            self.near.take_back(tokens)
-        self.lengths -= tokens[:, None].astype(np.int32)
-        self._fit()
+        self.crop(tokens)
 
     def settle(self) -> None:
         """The last `append` will not be taken back."""
-        if self.near is not None:
-            self.near.settle()
 
     def widen(self, spare: int) -> None:
-        """Where heads follow, makes it possible to crop `spare` tokens from now on."""
-        if self.near is not None:
-            self.near.widen(spare)
-            self._changed()
+        """Makes it possible to crop `spare` tokens from now on; whole keys make it so always."""
 
     def fork(self, index: np.ndarray) -> None:
         self.look()
@@ -356,8 +259,6 @@ class PagedStore:
                 blocks.fork(index, count)
                 if not self.shares:
                     blocks.own(np.zeros_like(lengths), blocks.counts)
-            if self.near is not None:
-                self.near.fork(index)
         finally:
             self._changed()
 
@@ -369,25 +270,19 @@ class PagedStore:
             total += blocks.table_bytes(used) - blocks.table.nbytes
             if not self.shares:
                 total += max(0, int(used.sum()) - blocks.held_blocks) * blocks.block_bytes
-        return total + (0 if self.near is None else self.near.fork_bytes(index))
+        return total
 
     def free(self, sequences: np.ndarray) -> None:
         self.look()
         self.lengths[sequences] = 0
-        if self.near is not None:
-            self.near.free(sequences)
         self._fit()
 
     def read(self, sequence: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self.look()
         length = int(self.lengths[sequence, head])
-        row = (slice(sequence, sequence + 1), slice(head, head + 1))
-        place = int(np.searchsorted(self._whole, head))
-        keys = self.keys.pools[0].new_empty(1, 1, 0, self.keys.pools[0].shape[-1])
-        if place < len(self._whole) and self._whole[place] == head:
-            keys = gather_rows(self.keys.pools[0], self.keys.table[row[0], place : place + 1], length)
-        values, positions = (gather_rows(pool, self.values.table[row], length) for pool in self.values.pools[:2])
-        return keys[0, 0], values[0, 0], positions[0, 0].long()
+        row = self.values.table[sequence : sequence + 1, head : head + 1]
+        values, positions = (gather_rows(pool, row, length)[0, 0] for pool in self.values.pools[:2])
+        return self._read_keys(sequence, head, length), values, positions.long()
 
     def window(self, sequences: np.ndarray, start: np.ndarray, tokens: int) -> torch.Tensor:
         """Keys of `tokens` slots from `start` ``[b]`` on, of the named sequences ``[b]`` and the K heads whose keys are
@@ -408,18 +303,46 @@ class PagedStore:
         """Stops counting what is held here; the object is not used afterwards."""
         self.keys.release()
         self.values.release()
-        if self.near is not None:
-            self.near.release()
-        if self._key_table is not None:
-            self.meter.drop(self._key_table)
         self.meter.drop(self.rows().lengths)
+
+    # ------------------------------------------------------------------------ what is different where some heads follow
+    def _of_keys(self, rows: np.ndarray) -> np.ndarray:
+        """What `rows` ``[B, H]`` says of the K heads whose keys are in blocks, ``[B, K]``."""
+        return rows
+
+    def _growth(self, tokens: int, blocks: np.ndarray) -> int:
+        """Bytes that `_grow` takes."""
+        return self.keys.growth(self._of_keys(blocks)) + self.values.growth(blocks)
+
+    def _grow(self, tokens: int, blocks: np.ndarray, in_order: bool = False) -> None:
+        """Gives every row at least `blocks` ``[B, H]``, and every sequence room for `tokens` more."""
+        self.keys.grow(self._of_keys(blocks), in_order)
+        self.values.grow(blocks, in_order)
+
+    def _write(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None
+    ) -> None:
+        """Writes new tokens where there is room; they are not counted yet."""
+        append(self.rows(), keys, values, positions, real)
+
+    def _count(self, tokens: np.ndarray | int) -> None:
+        """Counts so many more tokens in all rows, or ``[B]`` in those of each sequence."""
+        self.lengths = self.lengths + (tokens if isinstance(tokens, int) else tokens[:, None])
+
+    def _read_keys(self, sequence: int, head: int, length: int) -> torch.Tensor:
+        """Keys ``[T, Dk]`` of one row that are in blocks."""
+        row = self.keys.table[sequence : sequence + 1, head : head + 1]
+        return gather_rows(self.keys.pools[0], row, length)[0, 0]
+
+    def _room(self) -> int:
+        """Tokens that every row has blocks for."""
+        return min(
+            int((blocks.counts * self.block_size - part).min(initial=np.iinfo(np.int32).max))
+            for blocks, part in self._pools()
+        )
 
     def _index(self, sequences: np.ndarray) -> torch.Tensor:
         return upload(sequences.astype(np.int64), self.device)
-
-    def _of_keys(self, rows: np.ndarray) -> np.ndarray:
-        """What `rows` ``[B, H]`` says of the heads whose keys are in blocks."""
-        return rows if len(self._whole) == rows.shape[1] else rows[:, self._whole]
 
     def _pools(self) -> tuple[tuple[Blocks, np.ndarray], tuple[Blocks, np.ndarray]]:
         """Blocks of keys and of values, each with the lengths of its rows."""
@@ -444,13 +367,7 @@ class PagedStore:
         lengths = self.lengths
         longest = int(lengths.max(initial=0))
         shared = any(blocks.shares(part // self.block_size) for blocks, part in self._pools())
-        room = min(
-            int((blocks.counts * self.block_size - part).min(initial=np.iinfo(np.int32).max))
-            for blocks, part in self._pools()
-        )
-        if self.near is not None:
-            room = min(room, self.near.room())
-        self.room = 0 if shared or not lengths.size else room
+        self.room = 0 if shared or not lengths.size else self._room()
         if self._rows is None or self._rows.lengths.shape != lengths.shape:
             if self._rows is not None:
                 self.meter.drop(self._rows.lengths)
@@ -459,46 +376,26 @@ class PagedStore:
             device_lengths = self._rows.lengths
             if self._exact:  # otherwise the device knows better
                 device_lengths.copy_(upload(lengths, self.device))
-        self._rows = Rows(
+        self._rows = self._make_rows(device_lengths, longest)
+
+    def _make_rows(self, lengths: torch.Tensor, longest: int) -> Rows:
+        """For `rows`: what the kernels see, of `lengths` on the device, of which `longest` is the largest."""
+        starts = None
+        if self.device.type == "cpu":  # a GPU reads through the table, and would have to be asked for the lengths
+            keys, values = self.keys.first, self.values.first
+            if keys is not None and values is not None and np.array_equal(keys, values):
+                starts = keys.astype(np.int64) * self.block_size
+        return Rows(
             keys=self.keys.pools[0],
             values=self.values.pools[0],
             positions=self.values.pools[1],
-            key_table=self._whole_key_table(),
+            key_table=self.keys.table,
             value_table=self.values.table,
-            lengths=device_lengths,
+            lengths=lengths,
             max_length=self.values.table.shape[2] * self.block_size if self.steady else longest,
-            uniform=self._exact and not self.steady and bool((lengths == longest).all()),
-            contiguous=self._contiguous(),
+            uniform=self._exact and not self.steady and bool((self.lengths == longest).all()),
+            contiguous=self.keys.contiguous and self.values.contiguous,
             metric=None if self.shares else self.values.pools[2],
-            starts=self._starts(),
-            near=None if self.near is None else self.near.rows,
+            starts=starts,
             in_order=self.in_order,
         )
-
-    def _contiguous(self) -> bool:
-        """For `Rows`; where some heads follow, keys and values need not have the same number of blocks."""
-        same = not len(self._whole) or self.keys.table.shape[2] == self.values.table.shape[2]
-        return same and self.keys.contiguous and self.values.contiguous
-
-    def _whole_key_table(self) -> torch.Tensor:
-        """For `Rows`: with rows of -1 for followers."""
-        if self.near is None:
-            return self.keys.table
-        batch, heads = self.lengths.shape
-        own = self.keys.host_table
-        table = np.full((batch, heads, max(own.shape[2], self.values.table.shape[2])), -1, np.int32)
-        table[:, self._whole, : own.shape[2]] = own
-        fresh = upload(table, self.device)
-        if self._key_table is not None:
-            self.meter.drop(self._key_table)
-        self._key_table = self.meter.count(fresh)
-        return fresh
-
-    def _starts(self) -> np.ndarray | None:
-        """For `Rows`; a GPU reads through the table, and would have to be asked for the lengths."""
-        keys, values = self.keys.first, self.values.first
-        if self.near is not None:
-            return None
-        if self.device.type != "cpu" or keys is None or values is None or not np.array_equal(keys, values):
-            return None
-        return keys.astype(np.int64) * self.block_size

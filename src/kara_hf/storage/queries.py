@@ -4,6 +4,7 @@ queries that there were."""
 import numpy as np
 import torch
 
+from ..kernels import as_sdpa
 from .meter import MemoryMeter
 
 GROWTH = 32  # places added at once
@@ -12,6 +13,7 @@ GROWTH = 32  # places added at once
 class QueryBuffer:
     """Queries of every sequence's open tokens, oldest first, ``[B, Hq, C, D]``; all bytes go through the meter.
 
+    Queries of another dtype are rounded to that of the buffer: they rank tokens, and attend to none.
     How many of a sequence's C places are in use is the caller's knowledge: it is the number of its open tokens.
     """
 
@@ -33,7 +35,7 @@ class QueryBuffer:
 
     def put(self, queries: torch.Tensor, places: torch.Tensor) -> None:
         """Writes one query ``[B, Hq, 1, D]`` of every sequence to its place ``[B, 1]`` int64, which must be there."""
-        self.buffer.scatter_(2, places[:, None, :, None].expand_as(queries), queries)
+        self.buffer.scatter_(2, places[:, None, :, None].expand_as(queries), queries.to(self.buffer.dtype))
 
     def append(self, queries: torch.Tensor, filled: np.ndarray, real: torch.Tensor | None = None) -> None:
         """Adds `queries` ``[B, Hq, S, D]`` behind the `filled` ``[B]`` ones, those where `real` ``[B, S]`` says so."""
@@ -109,21 +111,17 @@ class QueryMoments:
             queries = queries.masked_fill(~real[:, None, :, None], 0.0)
         grouped = queries.unflatten(1, (self.sums.shape[1], -1)).flatten(2, 3)
         self._summed = queries.shape[2] > 1  # those of many tokens would be held for all layers
-        self._pending = self._square(grouped) if self._summed else grouped
+        self._pending = squared(grouped) if self._summed else grouped
 
     def commit(self) -> None:
         """The step is done."""
         if self._pending is not None:
-            self.sums += self._pending if self._summed else self._square(self._pending)
+            self.sums += self._pending if self._summed else squared(self._pending)
             self._pending = None
 
     def let_go(self) -> None:
         """Forgets what was not committed."""
         self._pending = None
-
-    def _square(self, grouped: torch.Tensor) -> torch.Tensor:
-        grouped = grouped.float()
-        return grouped.transpose(-1, -2) @ grouped
 
     @torch.inference_mode(False)
     def fork(self, index: torch.Tensor) -> None:
@@ -140,3 +138,10 @@ class QueryMoments:
     def release(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
         self.meter.drop(self.sums)
+
+
+@as_sdpa(0)
+def squared(queries: torch.Tensor) -> torch.Tensor:
+    """Sums of q q^T over queries ``[..., n, D]``, ``[..., D, D]`` float32."""
+    queries = queries.float()
+    return queries.transpose(-1, -2) @ queries

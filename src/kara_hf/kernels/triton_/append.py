@@ -76,7 +76,7 @@ def append(
 ) -> None:
     """As `kara_hf.kernels.append`."""
     batch, heads, new, key_size = keys.shape
-    check_paged(rows, keys=keys, values=values, positions=positions)
+    check_paged(rows)
     if not batch * heads * new:
         return
     keys, values = (part if part.stride(-1) == 1 else part.contiguous() for part in (keys, values))

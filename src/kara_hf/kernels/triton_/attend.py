@@ -23,6 +23,7 @@ from .common import (
     on_its_device,
     pool_slots,
     processors,
+    read_dtypes,
 )
 from .configs import attend_config
 from .merge import merge_into
@@ -114,7 +115,9 @@ def attend_kernel(
             tl.store(observed + (result * width)[:, None] + slot[None, :], logits, mask=visible)
         logits = tl.where(visible, logits, float("-inf"))
         value_slots = pool_slots(value_table, slot, stored, block_size)
-        acc, peak, total = add_values(acc, peak, total, logits, values, value_slots, stored, value_size, VALUE_PAD)
+        acc, peak, total = add_values(
+            acc, peak, total, logits, query, values, value_slots, stored, value_size, VALUE_PAD
+        )
 
     # out is laid out [B, S, Hq, Dv], so that the transpose that follows attention is contiguous already.
     place = (batch * new + token) * heads * group + head
@@ -146,14 +149,16 @@ def attend(
 ) -> torch.Tensor:
     """As `kara_hf.kernels.attend`, of rows that hold something. `splits` forces a number of ranges."""
     batch, query_heads, new, key_size = query.shape
-    check_paged(rows, query=query)
+    check_paged(rows)
+    dtype, (common, itemsize) = query.dtype, read_dtypes(query, rows)
+    query = query.to(common)
     heads, value_size = rows.lengths.shape[1], rows.values.shape[-1]
     group = query_heads // heads
     if query.stride(-1) != 1:
         query = query.contiguous()
     hidden = None if hidden is None else hidden.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    constants = attend_config(query.dtype, key_size, value_size, group * new, observe is not None)
+    constants = attend_config(itemsize, key_size, value_size, group * new, observe is not None)
     tiles = -(-group * new // constants["TILE_QUERIES"])
     target = WAVES * processors(query.device)
     splits, span = plan_splits(batch * heads * tiles, rows.max_length, constants["TILE_KEYS"], splits, target)
@@ -161,7 +166,7 @@ def attend(
     def scratch(*shape: int) -> torch.Tensor:
         return query.new_empty(shape, dtype=torch.float32)
 
-    out = query.new_empty(batch, new, query_heads, value_size).transpose(1, 2)
+    out = query.new_empty(batch, new, query_heads, value_size, dtype=dtype).transpose(1, 2)
     kept = splits if splits > 1 else 0  # of one range no part is kept: the kernel writes `out`
     parts, lse = scratch(kept, batch, query_heads, new, value_size), scratch(kept, batch, query_heads, new)
     width = -(-rows.max_length // WIDTH_STEP) * WIDTH_STEP

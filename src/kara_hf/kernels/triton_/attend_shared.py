@@ -25,6 +25,7 @@ from .common import (
     on_its_device,
     pool_slots,
     processors,
+    read_dtypes,
 )
 from .configs import attend_shared_config, lead_scores_config
 from .merge import merge_into
@@ -124,7 +125,9 @@ def attend_shared_kernel(
                 tl.store(observed + (result * width)[:, None] + slot[None, :], logits, mask=visible)
             logits = tl.where(visible, logits, float("-inf"))
             value_slots = pool_slots(value_table, slot, stored, block_size)
-            acc, peak, total = add_values(acc, peak, total, logits, values, value_slots, stored, value_size, VALUE_PAD)
+            acc, peak, total = add_values(
+                acc, peak, total, logits, query, values, value_slots, stored, value_size, VALUE_PAD
+            )
     elif near_keys is not None:
         own_keys = near_keys + (batch * followers + role) * near_places * key_size
         for start in range(first, stop, TILE_KEYS):
@@ -159,7 +162,9 @@ def attend_shared_kernel(
                 logits = tl.where(proximal[None, :] & inside[:, None], own, logits)
             if observed is not None:
                 tl.store(observed + (result * width)[:, None] + slot[None, :], logits, mask=visible)
-            acc, peak, total = add_values(acc, peak, total, logits, values, value_slots, stored, value_size, VALUE_PAD)
+            acc, peak, total = add_values(
+                acc, peak, total, logits, query, values, value_slots, stored, value_size, VALUE_PAD
+            )
 
     queries = tl.num_programs(0).to(tl.int64) * group
     leave_attention(
@@ -252,7 +257,9 @@ def attend_shared(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `kara_hf.kernels.attend_shared` without `skip`. `splits` forces a number of ranges."""
     batch, query_heads, _, key_size = query.shape
-    check_paged(rows, query=query)
+    check_paged(rows)
+    dtype, (common, itemsize) = query.dtype, read_dtypes(query, rows)
+    query = query.to(common)
     heads, value_size, near = rows.lengths.shape[1], rows.values.shape[-1], rows.near
     group = query_heads // heads
     if query.stride(-1) != 1:
@@ -270,11 +277,11 @@ def attend_shared(
         scores = torch.cat([scores, scratch(batch, heads, group, 1, width - scores.shape[-1])], -1)
     scores = scores.contiguous()
 
-    constants = attend_shared_config(query.dtype, key_size, value_size)
+    constants = attend_shared_config(itemsize, key_size, value_size)
     tiles = triton.cdiv(group, constants["TILE_QUERIES"])
     target = WAVES * processors(query.device)
     splits, span = plan_splits(batch * heads * tiles, rows.max_length, constants["TILE_KEYS"], splits, target)
-    out = query.new_empty(batch, 1, query_heads, value_size).transpose(1, 2)
+    out = query.new_empty(batch, 1, query_heads, value_size, dtype=dtype).transpose(1, 2)
     kept = splits if splits > 1 else 0  # of one range no part is kept: the kernel writes `out`
     parts, lse = scratch(kept, batch, query_heads, 1, value_size), scratch(kept, batch, query_heads, 1)
     observed = totals = None
@@ -335,13 +342,13 @@ def lead_scores(
     softcap: float | None = None,
 ) -> None:
     """Writes what `kara_hf.kernels.lead_scores` returns to `scores`: one launch for each lead."""
-    if query.stride(-1) != 1:
-        query = query.contiguous()
     batch, all_heads, group, _, width = scores.shape
     size = query.shape[-1]
-    constants = lead_scores_config(query.dtype, size)
+    given = query if query.stride(-1) == 1 else query.contiguous()
     for rows in {id(rows): rows for rows in leads}.values():
-        check_paged(rows, query=query)
+        check_paged(rows)
+        common, itemsize = read_dtypes(given, rows)
+        query, constants = given.to(common), lead_scores_config(itemsize, size)
         named = tuple(head for head, lead in zip(heads, leads, strict=True) if lead is rows)
         lead_scores_kernel[
             triton.cdiv(rows.max_length, constants["TILE_KEYS"]),

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..precision import common_dtype
 from ..rows import Rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -45,7 +46,7 @@ def add_products(logits, query_rows, query_valid, key_columns, key_valid, size, 
     at = begin + tl.arange(0, CHUNK)
     query = tl.load(query_rows + at[None, :], mask=query_valid[:, None] & (at < size)[None, :], other=0.0)
     key = tl.load(key_columns + at[:, None], mask=(at < size)[:, None] & key_valid[None, :], other=0.0)
-    return tl.dot(query, key, logits, input_precision="ieee")
+    return tl.dot(query, key.to(query.dtype), logits, input_precision="ieee")
 
 
 @triton.jit
@@ -79,10 +80,11 @@ def attention_logits(
 
 
 @triton.jit
-def add_values(acc, peak, total, logits, values, value_slots, stored, size, PAD: tl.constexpr):
+def add_values(acc, peak, total, logits, query, values, value_slots, stored, size, PAD: tl.constexpr):
     """Attention so far (sums weighted by, maximum of, and sum of exponentials) with a tile of tokens more.
 
-    `logits` ``[Q, K]`` to base 2, -inf where a query does not see a token; `value_slots` ``[K]`` of the pool `values`.
+    `logits` ``[Q, K]`` to base 2, -inf where a query does not see a token; `value_slots` ``[K]`` of the pool `values`,
+    which are rounded to what `query` points to.
     """
     higher = tl.maximum(peak, tl.max(logits, 1))
     weights = tl.exp2(logits - higher[:, None])
@@ -92,6 +94,7 @@ def add_values(acc, peak, total, logits, values, value_slots, stored, size, PAD:
     # A slot that nobody wrote may hold NaN, and 0 * NaN is NaN: it must not be read at all.
     fits = stored[:, None] & (at < size)[None, :]
     value = tl.load(values + (value_slots * size)[:, None] + at, mask=fits, other=0.0)
+    value = value.to(query.dtype.element_ty)
     acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
     return acc, higher, total
 
@@ -127,16 +130,21 @@ def leave_attention(
         tl.store(lse + result, tl.where(something, (peak + tl.log2(total)) * LN2, float("-inf")), mask=inside)
 
 
-def check_paged(rows: Rows, **new: torch.Tensor) -> None:
-    """Raises ValueError unless the pools can be read and written in place and `new` tensors have their dtype."""
+def read_dtypes(query: torch.Tensor, rows: Rows) -> tuple[torch.dtype, int]:
+    """What a kernel computes products in, and the bytes of the widest element that it loads.
+
+    Its `query` is cast to that before, keys and values are where they are loaded.
+    """
+    parts = [query, rows.keys, rows.values, *([] if rows.near is None else [rows.near.keys])]
+    return rows.read_as or common_dtype(*parts), max(part.itemsize for part in parts)
+
+
+def check_paged(rows: Rows) -> None:
+    """Raises ValueError unless the pools can be read and written in place."""
     for name in ("keys", "values", "positions", "metric", "key_table", "value_table", "lengths"):
         part = getattr(rows, name)
         if part is not None and not part.is_contiguous():
             raise ValueError(f"rows.{name} must be contiguous, not of strides {part.stride()}")
-    for name, tensor in new.items():
-        pool = {"values": rows.values, "positions": rows.positions}.get(name, rows.keys)
-        if tensor.dtype != pool.dtype:
-            raise ValueError(f"{name} of dtype {tensor.dtype} do not fit a pool of {pool.dtype}")
 
 
 @lru_cache

@@ -82,24 +82,25 @@ def padded_pair(key_size: int, value_size: int) -> Constants:
     return {"KEY_PAD": pair[0], "VALUE_PAD": pair[1]}
 
 
-def attend_config(
-    dtype: torch.dtype, key_size: int, value_size: int, query_rows: int, observed: bool = False
-) -> Constants:
-    """Of `attend_kernel`, for heads of these sizes and `query_rows` = G * S query rows."""
+def attend_config(itemsize: int, key_size: int, value_size: int, query_rows: int, observed: bool = False) -> Constants:
+    """Of `attend_kernel`, for elements of at most `itemsize` bytes and heads of these sizes.
+
+    There are `query_rows` = G * S query rows.
+    """
     pads = padded_pair(key_size, value_size)
-    chosen = (ATTEND_OBSERVED if observed else ATTEND)[dtype.itemsize, max(pads.values()), query_rows <= FEW]
+    chosen = (ATTEND_OBSERVED if observed else ATTEND)[itemsize, max(pads.values()), query_rows <= FEW]
     return chosen | pads
 
 
-def attend_shared_config(dtype: torch.dtype, key_size: int, value_size: int) -> Constants:
+def attend_shared_config(itemsize: int, key_size: int, value_size: int) -> Constants:
     """Of `attend_shared_kernel`, for heads of these sizes: a decode step has few query rows."""
     pads = padded_pair(key_size, value_size)
-    return ATTEND_SHARED[dtype.itemsize, max(pads.values())] | pads
+    return ATTEND_SHARED[itemsize, max(pads.values())] | pads
 
 
-def lead_scores_config(dtype: torch.dtype, size: int) -> Constants:
+def lead_scores_config(itemsize: int, size: int) -> Constants:
     """Of `lead_scores_kernel`."""
-    return _unspilled(ATTEND[dtype.itemsize, padded(size), True]) | {"PAD": padded(size)}
+    return _unspilled(ATTEND[itemsize, padded(size), True]) | {"PAD": padded(size)}
 
 
 def score_config(dtype: torch.dtype, size: int) -> Constants:

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..precision import common_dtype
 from .common import NOTHING, attention_logits, on_its_device
 from .configs import score_config
 
@@ -149,8 +150,8 @@ def window_scores(
     """As `kara_hf.kernels.window_scores`."""
     batch, query_heads, window, size = queries.shape
     heads = keys.shape[1]
-    if queries.dtype != keys.dtype:
-        raise ValueError(f"queries are {queries.dtype} and keys {keys.dtype}; they must be of one dtype")
+    common = common_dtype(queries, keys)
+    queries, keys = (part.to(common) for part in (queries, keys))
     queries, keys = (part if part.stride(-1) == 1 else part.contiguous() for part in (queries, keys))
     scores = queries.new_empty(batch, heads, window, dtype=torch.float32)
     if not scores.numel():

@@ -1,0 +1,179 @@
+"""shared_attention: attention of heads that look at distant tokens through another layer's keys (PoD, 2412.02252 §2).
+
+    query            [B, Hq, S, Dk]      G = Hq / H queries of each KV head, which follow one another
+    keys             [B, H, T, Dk]       the layer's own; anything finite where a follower's token is distant to
+                                         every query
+    values           [B, H, T, Dv]       the layer's own
+    lead_query       [B, F * G, S, Dk]   for distant tokens of the F followers: queries of their leads, or their own
+    lead_keys        [B, F, T, Dk]       keys of their leads
+    followers        F KV heads, ascending
+    query_positions  [B, S] int32            true positions; negative: padding, which sees nothing
+    key_positions    [B, 1 or H, T] int32    true positions; negative: nothing there
+    near             Near                which tokens are proximal
+    scaling, softcap, sinks              as in attend; logits of distant tokens too are scaled by this layer's factor
+    skip             a follower's query whose proximal tokens get at least this share leaves out the rest; None: never
+
+The last S keys are those of the queries' own tokens, in order. A query at position i sees keys at positions j <= i.
+Distant are those with ``near.first <= j <= i - near.recent``: their logits are lead_query . lead_key, all others are
+query . key; one softmax goes over both, which is the paper's gate.
+
+All float tensors may have a dtype of their own. Returns ``[B, Hq, S, Dv]``, in the dtype that `attend` returns; zeros
+where nothing is seen. Differentiable in all that is float; softmax and accumulation are float32. Nothing is modified.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .attend import QUERY_CHUNK
+from .dense import grouped_logits, grouped_sinks, row_logits, weighted, weights_of
+from .precision import as_sdpa
+from .rows import Near
+
+KEPT_LOGITS = 2**25  # of one layer, that are held for the gradient
+
+
+@as_sdpa(5)
+def shared_attention_reference(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lead_query: torch.Tensor,
+    lead_keys: torch.Tensor,
+    *,
+    followers: Sequence[int],
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    near: Near,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    skip: float | None = None,
+) -> torch.Tensor:
+    """One query at a time, proximal and distant attention joined by the gate; the specification."""
+    batch, query_heads, new, _ = query.shape
+    heads = keys.shape[1]
+    group = query_heads // heads
+    out = query.new_zeros(batch, query_heads, new, values.shape[-1])
+
+    def attention(logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not len(logits):
+            return value.new_zeros(value.shape[-1]).float(), torch.tensor(float("-inf"))
+        return logits.softmax(0) @ value.float(), logits.logsumexp(0)
+
+    for b in range(batch):
+        for hq in range(query_heads):
+            h = hq // group
+            place = key_positions[b, h % key_positions.shape[1]]
+            for s in range(new):
+                at = int(query_positions[b, s])
+                seen = (place >= 0) & (place <= at)
+                far = seen & near.distant(torch.tensor(at), place) if h in followers else torch.zeros_like(seen)
+                logits = row_logits(query[b, hq, s], keys[b, h], scaling, softcap)
+                if h in followers:
+                    f = list(followers).index(h)
+                    lead = lead_query[b, f * group + hq % group, s]
+                    logits = torch.where(far, row_logits(lead, lead_keys[b, f], scaling, softcap), logits)
+                near_out, near_lse = attention(logits[seen & ~far], values[b, h][seen & ~far])
+                far_out, far_lse = attention(logits[far], values[b, h][far])
+                if at < 0 or not seen.any():
+                    continue
+                if sinks is not None:  # takes from the proximal part, which the query itself is always in
+                    near_out = near_out * torch.sigmoid(near_lse - sinks[hq].float())
+                    near_lse = torch.logaddexp(near_lse, sinks[hq].float())
+                gate = torch.sigmoid(near_lse - far_lse)
+                if skip is not None and gate >= skip:
+                    gate = torch.ones_like(gate)
+                out[b, hq, s] = gate * near_out + (1 - gate) * far_out
+    return out
+
+
+@as_sdpa(5)
+def shared_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lead_query: torch.Tensor,
+    lead_keys: torch.Tensor,
+    *,
+    followers: Sequence[int],
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    near: Near,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    skip: float | None = None,
+) -> torch.Tensor:
+    """Attention of several queries where followers share keys; see the module's contract.
+
+    Works through `QUERY_CHUNK` queries at a time. Where all logits would be more than `KEPT_LOGITS`, a chunk is
+    computed again for its gradient, so that no more than a chunk's lie in memory.
+    """
+    settings: dict[str, Any] = {
+        "followers": torch.tensor(list(followers), device=query.device),
+        "near": near,
+        "scaling": scaling,
+        "softcap": softcap,
+        "sinks": sinks,
+        "skip": skip,
+    }
+    attend = functools.partial(_attend, **settings)
+    several = query.shape[2] > QUERY_CHUNK
+    again = torch.is_grad_enabled() and query[..., 0].numel() * keys.shape[2] > KEPT_LOGITS
+    parts = []
+    for begin in range(0, query.shape[2], QUERY_CHUNK):
+        part = slice(begin, begin + QUERY_CHUNK)
+        seen = slice(0, keys.shape[2] - query.shape[2] + min(begin + QUERY_CHUNK, query.shape[2]))
+        given = [
+            *(query[:, :, part], keys[:, :, seen], values[:, :, seen]),
+            *(lead_query[:, :, part], lead_keys[:, :, seen], query_positions[:, part], key_positions[:, :, seen]),
+        ]
+        if several and again:
+            parts.append(checkpoint(attend, *given, use_reentrant=False))
+        else:
+            parts.append(attend(*given))
+    return torch.cat(parts, 2) if several else parts[0]
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lead_query: torch.Tensor,
+    lead_keys: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    *,
+    followers: torch.Tensor,
+    near: Near,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    skip: float | None,
+) -> torch.Tensor:
+    at, place = query_positions[:, None, :, None], key_positions[:, :, None]  # [B, 1, S, 1], [B, 1 or H, 1, T]
+    padding = at < 0  # sees nothing, but a softmax needs something
+    seen = ((place >= 0) & (place <= at)) | padding
+    distant = near.distant(at, place).expand(-1, keys.shape[1], -1, -1)[:, followers, None]
+    logits = grouped_logits(query, keys, scaling, softcap)
+    shared = grouped_logits(lead_query, lead_keys, scaling, softcap)
+    if len(followers) == keys.shape[1]:
+        logits = torch.where(distant, shared, logits)
+    else:
+        logits = logits.index_copy(1, followers, torch.where(distant, shared, logits[:, followers]))
+    logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
+    weights = weights_of(logits, grouped_sinks(sinks, keys.shape[1]))
+    if skip is not None:
+        weights = weights.index_copy(1, followers, skipped(weights[:, followers], distant, skip))
+    return weighted(weights, values, query.dtype).masked_fill(padding, 0.0)
+
+
+def skipped(weights: torch.Tensor, distant: torch.Tensor, skip: float) -> torch.Tensor:
+    """`weights` of followers without distant tokens where the others have at least `skip` of them (PoD §2.3)."""
+    near = weights.masked_fill(distant, 0.0)
+    gate = 1 - (weights - near).sum(-1, keepdim=True)
+    return torch.where(gate >= skip, near / gate, weights)

@@ -1,0 +1,170 @@
+"""The paged store of a layer some of whose heads follow another layer's (PoD, 2412.02252)."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..kernels import Near, Rows
+from .blocks import upload
+from .near import NearStore
+from .paged import PagedStore
+
+
+def paged_store(
+    shape: tuple[int, ...],
+    sizes: tuple[int, int],
+    *,
+    followers: tuple[int, ...] = (),
+    near: Near | None = None,
+    **settings: Any,
+) -> PagedStore:
+    """A `PagedStore` of this shape, and these sizes and settings; a `FollowerStore` where there are `followers`."""
+    if not followers:
+        return PagedStore(shape, sizes, **settings)
+    if near is None:
+        raise ValueError(f"heads {followers} follow, and near=None does not say which of their keys are stored")
+    return FollowerStore(shape, sizes, followers=followers, near=near, **settings)
+
+
+class FollowerStore(PagedStore):
+    """A `PagedStore` in which some heads, that follow, store the keys of proximal tokens only: in a ring of their own.
+
+    Args:
+        shape: B sequences and H KV heads.
+        sizes: Dk and Dv, of a key and of a value.
+        followers: heads that follow, ascending.
+        near: what is proximal.
+        settings: as of `PagedStore`.
+    """
+
+    near: NearStore
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        sizes: tuple[int, int],
+        *,
+        followers: tuple[int, ...],
+        near: Near,
+        **settings: Any,
+    ):
+        self._whole = np.setdiff1d(np.arange(shape[1]), followers)  # heads whose keys are in blocks
+        self._key_table = settings["meter"].zeros((*shape, 0), torch.int32, settings["device"])
+        ring = {name: settings[name] for name in ("device", "block_size", "meter")}
+        self.near = NearStore(shape, followers, sizes[0], near, dtype=settings["dtypes"][0], **ring)
+        super().__init__(shape, sizes, **settings)
+
+    @property
+    def paged_bytes(self) -> int:
+        return super().paged_bytes + self.near.nbytes + self._key_table.nbytes
+
+    @property
+    def stored_bytes(self) -> int:
+        return super().stored_bytes + self.near.held * self.slot_bytes[0]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return *super().tensors(), self.near.rows.keys
+
+    def look(self) -> np.ndarray:
+        excess = super().look()
+        if excess.any():
+            self.near.count(-excess)
+            self._changed()
+        return excess
+
+    def fill(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        metric: torch.Tensor,
+        real: torch.Tensor,
+        kept: torch.Tensor,
+        ahead: int,
+    ) -> None:
+        super().fill(keys, values, positions, metric, real, kept, ahead)
+        self.near.append(keys, positions, real)
+        self.near.count(real.sum(1).cpu().numpy())
+        self._changed()
+
+    def crop(self, tokens: np.ndarray) -> None:
+        self.look()
+        self.near.crop(tokens)
+        super().crop(tokens)
+
+    def take_back(self, tokens: np.ndarray) -> None:
+        self.look()
+        self.near.take_back(tokens)
+        super().crop(tokens)
+
+    def settle(self) -> None:
+        self.near.settle()
+
+    def widen(self, spare: int) -> None:
+        self.near.widen(spare)
+        self._changed()
+
+    def fork(self, index: np.ndarray) -> None:
+        super().fork(index)
+        self.near.fork(index)
+        self._changed()
+
+    def fork_bytes(self, index: np.ndarray) -> int:
+        return super().fork_bytes(index) + self.near.fork_bytes(index)
+
+    def free(self, sequences: np.ndarray) -> None:
+        self.look()
+        self.near.free(sequences)
+        super().free(sequences)
+
+    def release(self) -> None:
+        super().release()
+        self.near.release()
+        self.meter.drop(self._key_table)
+
+    def _of_keys(self, rows: np.ndarray) -> np.ndarray:
+        return rows[:, self._whole]
+
+    def _growth(self, tokens: int, blocks: np.ndarray) -> int:
+        return self.near.growth(tokens) + super()._growth(tokens, blocks)
+
+    def _grow(self, tokens: int, blocks: np.ndarray, in_order: bool = False) -> None:
+        self.near.grow(tokens)
+        super()._grow(tokens, blocks, in_order)
+
+    def _write(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None
+    ) -> None:
+        super()._write(keys, values, positions, real)
+        self.near.append(keys, positions, real)
+
+    def _count(self, tokens: np.ndarray | int) -> None:
+        self.near.count(tokens)
+        super()._count(tokens)
+
+    def _read_keys(self, sequence: int, head: int, length: int) -> torch.Tensor:
+        """None of a head that follows."""
+        place = np.flatnonzero(self._whole == head)
+        return super()._read_keys(sequence, int(place[0]), length) if len(place) else self.keys.pools[0][:0, 0]
+
+    def _room(self) -> int:
+        return min(super()._room(), self.near.room())
+
+    def _changed(self) -> None:
+        batch, heads = self.lengths.shape
+        own = self.keys.host_table
+        table = np.full((batch, heads, max(own.shape[2], self.values.table.shape[2])), -1, np.int32)
+        table[:, self._whole, : own.shape[2]] = own
+        fresh = self.meter.count(upload(table, self.device))
+        self.meter.drop(self._key_table)
+        self._key_table = fresh
+        super()._changed()
+
+    def _make_rows(self, lengths: torch.Tensor, longest: int) -> Rows:
+        """With a row of -1 in the key table for each follower; keys and values may have different numbers of blocks."""
+        rows = super()._make_rows(lengths, longest)
+        same = not len(self._whole) or self.keys.table.shape[2] == self.values.table.shape[2]
+        contiguous = same and rows.contiguous
+        return replace(rows, key_table=self._key_table, near=self.near.rows, starts=None, contiguous=contiguous)
