@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
-BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny_reasoner"
-BUNDLED_CALIBRATION = Path(__file__).parent / "assets" / "tiny_reasoner_calibration"
+BUNDLED_MODEL = Path(__file__).parents[1] / "assets" / "tiny_reasoner"
+BUNDLED_CALIBRATION = Path(__file__).parents[1] / "assets" / "tiny_reasoner_calibration"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
