@@ -121,9 +121,9 @@ class Run:
         return torch.cuda.get_device_properties(self.device).total_memory / GIB
 
     def tidy(self) -> None:
-        """Gives back what nobody holds any more."""
-        gc.collect()
+        """Gives back the memory of a GPU that nobody holds any more."""
         if self.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def allocated(self) -> int:

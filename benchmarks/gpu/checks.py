@@ -4,8 +4,8 @@ An op that computes may be at most twice as far from float64 as plain torch in t
 tokens must leave the pools exactly as its reference does.
 """
 
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -78,6 +78,8 @@ WINDOWS: dict[str, Row] = {
     "heads of 80": {"size": 80},
     "a window of 100": {"window": 100},
 }
+MERGES: dict[str, Row] = {"plain": {}, "sinks": {"with_sinks": True}}
+APPENDS: dict[str, Row] = {"one token": {"new": 1}, "several tokens": {}, "padding": {"padding": True}}
 
 
 @register(
@@ -96,42 +98,43 @@ WINDOWS: dict[str, Row] = {
     until=0.40,  # every kernel is compiled in them
 )
 def check_jobs(run: Run) -> list[Job]:
-    """Every check, of the ops first."""
-    found: list[tuple[str, str, torch.dtype, Any]] = []
-    for dtype in DTYPES:
-        found += [("attend", what, dtype, partial(check_attend, run, dtype, **case)) for what, case in ATTEND.items()]
-        found += [("attend_shared", what, dtype, partial(check_shared, run, dtype, **c)) for what, c in SHARED.items()]
-        found += [("window_scores", what, dtype, partial(check_scores, run, dtype, **c)) for what, c in WINDOWS.items()]
-        found += [("merge", what, dtype, partial(check_merge, run, dtype, what == "sinks")) for what in MERGES]
-        found += [("append", what, dtype, partial(check_append, run, dtype, what)) for what in APPENDS]
-        found += [("compact", "survivors", dtype, partial(check_compact, run, dtype))]
-    for graph in (False, True):
-        name = "graph" if graph else "decode"
-        found += [(name, "against the full cache", torch.bfloat16, partial(small_model.check_decode, run, graph))]
-        found += [
-            (
-                f"{name} waits",
-                "steps between compressions",
-                torch.bfloat16,
-                partial(small_model.check_waits, run, graph),
-            )
-        ]
-    found += [("graph", "against eager", torch.float32, partial(small_model.check_graph, run))]
-    for query in ("lead", "own"):
-        found += [("pod", f"distant queries of the {query}", torch.float32, partial(small_model.check_pod, run, query))]
-    found += [
-        (
-            "pod waits",
-            "steps between compressions",
-            torch.bfloat16,
-            partial(small_model.check_waits, run, False, small_model.shared()),
-        )
-    ]
-    found += [("graph", "PoDCache against eager", torch.float32, partial(small_model.check_pod_graph, run))]
+    """Every check, of the ops first; a smoke run has one dtype."""
+    found = [check for dtype in DTYPES[: 1 if run.smoke else None] for check in op_checks(run, dtype)]
     return [
         Job({"op": op, "what": what, "dtype": str(dtype).removeprefix("torch.")}, check)
-        for op, what, dtype, check in found
+        for op, what, dtype, check in [*found, *model_checks(run)]
     ]
+
+
+Check = tuple[str, str, torch.dtype, Callable[[], Row]]
+
+
+def op_checks(run: Run, dtype: torch.dtype) -> Iterator[Check]:
+    """Every op in one dtype."""
+    for op, check, table in (
+        ("attend", check_attend, ATTEND),
+        ("attend_shared", check_shared, SHARED),
+        ("window_scores", check_scores, WINDOWS),
+        ("merge", check_merge, MERGES),
+        ("append", check_append, APPENDS),
+        ("compact", check_compact, {"survivors": {}}),
+    ):
+        for what, case in table.items():
+            yield op, what, dtype, partial(check, run, dtype, **case)
+
+
+def model_checks(run: Run) -> Iterator[Check]:
+    """Decode steps of a small model, with graphs last."""
+    half, single, between = torch.bfloat16, torch.float32, "steps between compressions"
+    yield "decode", "against the full cache", half, partial(small_model.check_decode, run, False)
+    yield "decode waits", between, half, partial(small_model.check_waits, run, False)
+    for query in ("lead", "own"):
+        yield "pod", f"distant queries of the {query}", single, partial(small_model.check_pod, run, query)
+    yield "pod waits", between, half, partial(small_model.check_waits, run, False, small_model.shared())
+    yield "graph", "against the full cache", half, partial(small_model.check_decode, run, True)
+    yield "graph waits", between, half, partial(small_model.check_waits, run, True)
+    yield "graph", "against eager", single, partial(small_model.check_graph, run)
+    yield "graph", "PoDCache against eager", single, partial(small_model.check_pod_graph, run)
 
 
 # ------------------------------------------------------------------------------------------------------------- the ops
@@ -204,10 +207,7 @@ def check_shared(
     return bounded_votes(rows, plain_weights, exact_weights, observe)
 
 
-MERGES = ("plain", "sinks")
-
-
-def check_merge(run: Run, dtype: torch.dtype, with_sinks: bool) -> Row:
+def check_merge(run: Run, dtype: torch.dtype, with_sinks: bool = False) -> Row:
     """Parts with nothing to see hold NaN."""
     torch.manual_seed(0)
     lse = 3 * torch.randn(5, 2, 8, 3, device=run.device)
@@ -228,17 +228,13 @@ def check_scores(
     return bounded(window_scores(queries, keys, scaling=size**-0.5, softcap=softcap, causal=causal), plain, exact)
 
 
-APPENDS = ("one token", "several tokens", "padding")
-
-
-def check_append(run: Run, dtype: torch.dtype, what: str) -> Row:
+def check_append(run: Run, dtype: torch.dtype, new: int = 21, padding: bool = False) -> Row:
     torch.manual_seed(0)
-    new = 1 if what == "one token" else 21
     rows = make_rows(run, UNEVEN, (128, 128), dtype, room=new)
     batch, heads = rows.lengths.shape
     keys, values = torch.randn(2, batch, new, heads, 128, dtype=dtype, device=run.device).transpose(2, 3)
     positions = torch.randint(0, 9999, (batch, new), dtype=torch.int32, device=run.device)
-    real = torch.rand(batch, new, device=run.device) < 0.5 if what == "padding" else None
+    real = torch.rand(batch, new, device=run.device) < 0.5 if padding else None
     expected = cloned(rows)
     append_reference(expected, keys, values, positions, real)
     append(rows, keys, values, positions, real)

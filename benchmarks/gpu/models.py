@@ -16,7 +16,6 @@ from .shapes import (
     FULL,
     KARA,
     KARA_GRAPH,
-    LEAD,
     LLAMA,
     QWEN,
     STATIC,
@@ -24,6 +23,7 @@ from .shapes import (
     attached,
     batch_of,
     cache_bytes,
+    lead_of,
     new_cache,
     prefilled,
     settings,
@@ -186,8 +186,8 @@ def decode_speed(run: Run, name: str, kind: Kind, length: int, batch: int) -> Ro
     with attached(run, model, kind):
         one = prefilled(run, name, kind, length)
         before, seen, window = run.allocated(), tokens_seen(run, length), settings(run)["window"]
-        lead = min(LEAD, window // 2)
-        count = lead + 1 + TAIL
+        lead = lead_of(run)
+        count = lead + 1 + min(TAIL, window // 2)
         cache = batch_of(run, one, kind, batch, room=count)
         forward = compiled(run, model) if kind.static else model
         run.forget_peak()
@@ -261,7 +261,7 @@ def generate_speed(run: Run, kind: Kind, batch: int, prompt: int, new: int) -> R
 @torch.no_grad()
 def largest_batch(run: Run, name: str, kind: Kind, length: int, limit: int) -> Row:
     """The largest batch whose decode steps take at most `limit` bytes beside the weights; one more takes more."""
-    model, steps = the_model(run, name), LEAD + AFTER
+    model, steps = the_model(run, name), lead_of(run) + AFTER
     with attached(run, model, kind):
         one = prefilled(run, name, kind, length)
 

@@ -70,7 +70,7 @@ TINY = {
 }
 OPS = ("append", "attend", "merge", "window_scores", "compact", "decode")
 SHARED_OPS = ("append", "attend", "attend_shared", "merge", "pod")
-LEAD = 24  # steps before a compression
+LEAD = 24  # steps before a compression, at most
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ KARA, KARA_GRAPH = Kind(0.2), Kind(0.2, graph=True)
 
 
 def settings(run: Run) -> dict[str, int]:
-    return {"window": 32, "recent": 8} if run.smoke else {"window": 256, "recent": 32}
+    return {"window": 16, "recent": 8} if run.smoke else {"window": 256, "recent": 32}
 
 
 def the_model(run: Run, name: str) -> Any:
@@ -133,11 +133,15 @@ def the_model(run: Run, name: str) -> Any:
     return run.shared["model"]
 
 
+def lead_of(run: Run) -> int:
+    """Steps before a compression."""
+    return min(LEAD, settings(run)["window"] // 2)
+
+
 def tokens_seen(run: Run, length: int) -> int:
-    """About `length` tokens: as many as let the step after `LEAD` more be the one that seals a window."""
+    """About `length` tokens: as many as let the step after `lead_of` more be the one that seals a window."""
     window, recent = settings(run)["window"], settings(run)["recent"]
-    lead = min(LEAD, window // 2)
-    return length - (length - recent) % window + window - 1 - lead
+    return length - (length - recent) % window + window - 1 - lead_of(run)
 
 
 def new_cache(run: Run, model: Any, kind: Kind, whole_prompt: bool = True) -> Any:

@@ -154,7 +154,7 @@ def byte_aims(rows: Sequence[Row]) -> list[Aim]:
         ("within 2 % and a block", "{within_aim}"),
     ],
     sizes={"prompt": 8192, "new": 385, "rates": (2, 4, 8, 16, 32, 64)},
-    smoke={"prompt": 256, "new": 20},
+    smoke={"prompt": 256, "new": 20, "rates": (2, 8, 64)},
     aims=byte_aims,
 )
 def byte_jobs(run: Run, prompt: int, new: int, rates: list[int]) -> Iterator[Job]:
@@ -321,7 +321,7 @@ def level_rows(run: Run, prompt: int, new: int, repeats: int) -> list[Row]:
     "the largest batch within a fixed number of bytes, and tokens/s of all its sequences",
     [*SPEED[:2], ("sequences", "{batch}"), *SPEED[2:4], ("most MB after a step", "{most_mb:.1f}")],
     sizes={"prompt": 2048, "new": 129, "limit": 64_000_000, "repeats": 3},
-    smoke={"prompt": 96, "new": 8, "limit": 2_000_000, "repeats": 1},
+    smoke={"prompt": 96, "new": 4, "limit": 2_000_000, "repeats": 1},
 )
 def limit_jobs(run: Run, prompt: int, new: int, limit: int, repeats: int) -> Iterator[Job]:
     label = f"{case_name(prompt, new)}, {limit / 1e6:.0f} MB"
