@@ -129,10 +129,10 @@ def check_settings(cases: Sequence[Case], given: Sequence[str]) -> None:
 
 def _read(name: str, value: str, like: Any) -> Any:
     """`value` as what `like` is; of a tuple its parts, numbers separated by commas and texts by semicolons."""
+    if isinstance(like, tuple):
+        parts = value.split(";" if isinstance(like[0], str) else ",")
+        return tuple(_read(name, part.strip(), like[0]) for part in parts)
     try:
-        if isinstance(like, tuple):
-            parts = value.split(";" if isinstance(like[0], str) else ",")
-            return tuple(_read(name, part.strip(), like[0]) for part in parts)
         if isinstance(like, bool):
             return {"true": True, "false": False}[value.lower()]
         return type(like)(value)

@@ -33,7 +33,7 @@ WARM = 8  # first steps, which count for nothing
         ("held / full", "{resident_of_full:.1%}"),
     ],
     sizes={"batch": 4, "seen": (512, 2048, 8192), "steps": 200, "window": 256, "recent": 32},
-    smoke={"seen": (96,), "steps": 20, "window": 16, "recent": 8},
+    smoke={"seen": (96,), "steps": 24, "window": 16, "recent": 8},
 )
 def generation_jobs(run: Run, batch: int, seen: list[int], steps: int, window: int, recent: int) -> Iterator[Job]:
     """Nothing is evicted, or three quarters are; then steps enough that windows are sealed among them."""
