@@ -87,7 +87,7 @@ def test_quality_comes_from_the_kit(tmp_path):
 
 
 def test_answers_of_the_kit_are_not_asked_for_again(tmp_path):
-    sizes = ["tasks=recall:length=96", "n=1", "batch=1", "budgets=0.5", f"out={tmp_path / 'results'}"]
+    sizes = ["tasks=recall:length=96", "n=1", "batch=1", "budgets=0.5", "equal=tokens", f"out={tmp_path / 'results'}"]
     command = ["run", "quality.eviction", *(part for size in sizes for part in ("--set", size))]
     first = invoke(*command)
     assert first.exit_code == 0 and first.output.count("| snapkv |") == 2, first.output

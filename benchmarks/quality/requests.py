@@ -19,11 +19,13 @@ BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 SIZES: Row = {
     "model": "",
     "tasks": "trace:generated=300,fact:generated=300",
+    "budgets": BUDGETS,
+    "equal": "bytes",
     "n": 200,
     "batch": 16,
     "out": str(RESULTS),
 }
-SMOKE: Row = {"tasks": "trace:generated=48", "n": 2, "batch": 2, "budgets": (0.25,)}
+SMOKE: Row = {"tasks": "trace:generated=48", "budgets": (0.25,), "equal": "tokens", "n": 2, "batch": 2}
 
 
 def asked(
@@ -38,6 +40,7 @@ def asked(
         methods=[make_method(method) if isinstance(method, str) else method for method in methods],
         budgets=sizes["budgets"],
         rules=rules,
+        equal=sizes["equal"],
         n=sizes["n"],
         batch=sizes["batch"],
         reference=make_method(reference),
@@ -67,7 +70,7 @@ def snapkv(model: Any, plan: Any) -> Any:
     "quality.windows",
     "the kit's ladder: what is kept of every window, the prompt pinned",
     COLUMNS,
-    sizes=SIZES | {"budgets": BUDGETS},
+    sizes=SIZES,
     smoke=SMOKE,
     device="any",
     keep=False,
@@ -81,7 +84,7 @@ def window_jobs(run: Run, **sizes: Any) -> Iterator[Job]:
     "quality.eviction",
     "one budget over prompt and answer: whether heads may differ, beside uniform heads, SnapKV and controls",
     COLUMNS,
-    sizes=SIZES | {"tasks": "recall:length=384,copy:length=384", "budgets": BUDGETS},
+    sizes=SIZES | {"tasks": "recall:length=384,copy:length=384"},
     smoke=SMOKE | {"tasks": "recall:length=96"},
     device="any",
     keep=False,
