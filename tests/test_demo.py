@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'kara_hf[demo]'")
 
-from kara_hf import PoDSharing
 from kara_hf.cli.app import BUNDLED_SETTINGS
 from kara_hf.cli.app import app as command
 from kara_hf.demo.app import build, launch
@@ -599,11 +598,6 @@ def test_each_visitor_drives_their_own_run(models):
             break
         time.sleep(0.01)
     assert shows.live == 0
-
-
-def test_the_bundled_map_is_the_explored_one():
-    explored = Path(__file__).parents[1] / "benchmarks" / "results" / "pod" / "25"
-    assert PoDSharing.from_pretrained(BUNDLED[DEEP]) == PoDSharing.from_pretrained(explored)
 
 
 def test_methods_show_the_settings_that_they_have(models):
