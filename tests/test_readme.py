@@ -53,33 +53,3 @@ def test_commands_exist():
     for target in re.findall(r"^    make (\w+)", README, flags=re.M):
         assert f"\n{target}:" in makefile
     assert "make test" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_the_tables_are_the_measured_ones(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import generation
-    import provenance
-    import retention
-
-    results = ROOT / "benchmarks" / "results"
-    weights = provenance.digest(retention.ASSETS)
-    assert retention.markdown(provenance.load_rows(results / "retention.json"), weights) in README
-    assert generation.markdown(provenance.load_rows(results / "generation.json")) in README
-
-
-def test_the_tables_of_kv_compress_are_the_measured_ones(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import kv_compress
-    import kv_compress_quality
-    import kv_compress_tables
-    import provenance
-
-    shown = (ROOT / "docs" / "kv_compress.md").read_text()
-    rows, quality = (
-        provenance.load_rows(ROOT / "benchmarks" / "results" / f"{name}.json")
-        for name in ("kv_compress", "kv_compress_quality")
-    )
-    weights = provenance.digest(kv_compress_quality.ASSETS)
-    assert kv_compress.markdown(rows) in shown
-    assert kv_compress_tables.markdown(quality, weights) in shown
-    assert kv_compress_tables.summary(quality, weights) in README

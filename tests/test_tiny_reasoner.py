@@ -8,11 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-import kara_hf.evaluation
-from kara_hf.tasks.reasoner import VOCABULARY, make_problem
+import kara_hf
+from kara_hf import PoDSharing
+from kara_hf.evaluation.measure.evaluator import Evaluator
+from kara_hf.methods.registry import METHODS, Plan, Skeleton
+from kara_hf.pod.similarity import LayerSimilarity
+from kara_hf.tasks import reasoner_tasks as _tasks  # noqa: F401  registers the tasks of the bundled models
+from kara_hf.tasks.reasoner import VOCABULARY, make_problem, split_of
+from kara_hf.tasks.task import make_task
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = Path(kara_hf.evaluation.__file__).parents[1] / "assets" / "tiny_reasoner"
+FOLDER = Path(kara_hf.__file__).parent / "assets" / "tiny_reasoner"
 
 
 def load_script(path):
@@ -35,11 +41,14 @@ def model():
     return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield load_script(ROOT / "benchmarks" / "tiny_reasoner.py")
+def answered(folder, model, tokenizer, task, n):
+    """Scores and lengths of the first `n` examples of a task, by the full cache, and how many did not end."""
+    evaluator = Evaluator(model, tokenizer, name=folder.name, weights="", limit=model.config.max_position_embeddings)
+    prompts = [evaluator.prompt(make_task(task, tokenizer), number) for number in range(n)]
+    room = max(prompt.example.max_new_tokens for prompt in prompts)
+    plan = Plan(Skeleton(), "none", 1.0, [len(prompt.ids) for prompt in prompts])
+    lines = evaluator.lines(prompts, evaluator.answer(prompts, METHODS["full"], plan, room=room), room, False)
+    return sum(line["score"] for line in lines), sum(line["truncated"] for line in lines)
 
 
 def test_the_folder_is_small_and_whole():
@@ -73,21 +82,11 @@ def test_the_tokenizer_maps_one_word_to_one_token(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("trace", {"generated": 100}),
-        ("trace", {"generated": 300}),
-        ("fact", {"generated": 300}),
-        ("recall", {"length": 256}),
-        ("copy", {"length": 256}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+    "task", ["trace:generated=100", "trace:generated=300", "fact:generated=300", "recall:length=256", "copy:length=256"]
 )
-def test_test_problems_are_solved_and_end_by_themselves(name, size, model, tokenizer, benchmark):
-    problems = [make_problem(name, seed=10_000 + seed, **size) for seed in range(12)]
-    texts = benchmark.generate(model, tokenizer, problems)
-    assert sum(problem.grade(text) for problem, text in zip(problems, texts, strict=True)) >= 10
-    assert sum("<eos>" in text.split() for text in texts) >= 11
+def test_test_problems_are_solved_and_end_by_themselves(task, model, tokenizer):
+    right, unfinished = answered(FOLDER, model, tokenizer, task, 12)
+    assert right >= 10 and unfinished <= 1
 
 
 @torch.inference_mode()
@@ -144,24 +143,7 @@ def test_training_batches_come_from_the_train_split_alone(trainer):
     for row, weight in zip(input_ids.tolist(), weights, strict=True):
         prompt_end = int(weight.nonzero()[0]) + 1
         assert words[row[prompt_end - 1]] == ">"
-        assert kara_hf.evaluation.split_of(" ".join(words[index] for index in row[:prompt_end])) == "train"
-
-
-def test_published_numbers_belong_to_the_bundled_weights(benchmark):
-    rows = benchmark.load_rows(benchmark.RESULTS)
-    assert {row["task"] for row in rows} >= {"trace", "fact", "recall", "copy"}
-    assert {row["weights"] for row in rows} == {benchmark.digest(FOLDER)}
-    assert (FOLDER / "README.md").read_text() == benchmark.render_card(rows, FOLDER)
-
-
-def test_a_card_without_measurements_is_refused(benchmark):
-    with pytest.raises(ValueError, match="no rows measured on the weights"):
-        benchmark.render_card([], FOLDER)
-
-
-def test_the_wilson_interval_of_known_shares(benchmark):
-    assert benchmark.wilson(64, 64) == pytest.approx((0.9434, 1.0), abs=1e-4)
-    assert benchmark.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+        assert split_of(" ".join(words[index] for index in row[:prompt_end])) == "train"
 
 
 def test_the_model_card_says_what_was_measured_and_what_it_is_not():
@@ -188,10 +170,19 @@ def test_a_deepened_model_does_about_the_same_in_smaller_steps(trainer, model):
         trainer.deepen(model, 6)
 
 
-def test_the_deep_model_is_small_and_solves_test_problems(benchmark, tokenizer):
+def test_the_deep_model_is_small_and_solves_test_problems(tokenizer):
     folder = FOLDER.parent / "deep_reasoner"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 16 * 2**20
     deep = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert deep.config.num_hidden_layers == 12
-    problems = [make_problem("recall", length=384, seed=seed) for seed in range(12)]
-    assert benchmark.score(deep, tokenizer, problems, 12).accuracy >= 0.75
+    right, _ = answered(folder, deep, tokenizer, "recall:length=384", 12)
+    assert right >= 9
+
+
+def test_the_bundled_map_follows_from_how_alike_the_layers_attend():
+    """The similarity was measured on training problems of 512 tokens."""
+    similarity = LayerSimilarity.load(Path(__file__).parent / "data" / "deep_reasoner")
+    sharing = similarity.group_for(0.25, 512, sinks=4, recent=60)
+    bundled = PoDSharing.from_pretrained(FOLDER.parent / "deep_reasoner")
+    assert sharing.lead == bundled.lead and (bundled.sinks, bundled.recent) == (4, 60)
+    assert 0.25 <= bundled.saving(512) < 0.27

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..integration.attach import hooked
 from ..integration.attention import AttentionFunction, AttentionHook
 from ..integration.masks import AttentionMask, causal_tokens
-from ..kernels import Near
+from ..kernels import Near, softcapped
 
 
 @dataclass(frozen=True)

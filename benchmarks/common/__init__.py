@@ -1,0 +1,1 @@
+"""What all benchmarks share: cases and runs, rows and tables, races and models."""

@@ -1,0 +1,5 @@
+"""Where benchmarks print."""
+
+from rich.console import Console
+
+console = Console()

@@ -1,0 +1,28 @@
+"""The models of benchmarks on a CPU: one of random weights, and those that come with the package."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import kara_hf
+
+ASSETS = Path(kara_hf.__file__).parent / "assets"
+TINY, DEEP = ASSETS / "tiny_reasoner", ASSETS / "deep_reasoner"
+
+
+def random_llama(layers: int = 4, heads: int = 2) -> Any:
+    """A Llama of float32 random weights: 8 query heads and `heads` KV heads of size 64, hidden size 512."""
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=heads,
+        head_dim=64,
+        max_position_embeddings=65536,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -1,0 +1,1 @@
+"""kvpress beside this package, in an environment of its own."""

@@ -1,0 +1,1 @@
+"""What caches keep of what a model needs: requests of the evaluation kit."""

@@ -1,0 +1,21 @@
+"""All cases. Importing this module registers them, in the order in which they are listed."""
+
+from importlib import import_module
+
+MODULES = (
+    "speed.generation",
+    "speed.kv_compress",
+    "speed.pod",
+    "speed.serving",
+    "speed.demo",
+    "kvpress.speed",
+    "kvpress.tasks",
+    "quality.requests",
+    "gpu.checks",
+    "gpu.kernels",
+    "gpu.models",
+    "gpu.serving",
+)
+
+for module in MODULES:
+    import_module(f".{module}", __package__)

@@ -1,0 +1,1 @@
+"""How fast caches decode and what they hold, on a CPU."""
