@@ -824,7 +824,7 @@ def test_the_server(tmp_path):
         assert metrics["kara_blocks"] == 4 * 2**20 // (16 * 4 * 2 * 2 * 32 * 4)
         assert metrics["kara_windows"] == 4 and metrics["kara_steps"] > 2 * 200
         assert metrics["kara_waiting"] == metrics["kara_failed"] == 0
-        with pytest.raises(openai.InternalServerError, match="needs room for 4762 tokens and the pool holds 2048"):
+        with pytest.raises(openai.BadRequestError, match="needs room for 4762 tokens and the pool holds 2048"):
             client.completions.create(**ask | {"prompt": problem.prompt * 40})
         assert client.completions.create(**ask).choices[0].text == answer.choices[0].text
         stream = client.completions.create(**ask, stream=True)
