@@ -32,7 +32,7 @@ def kara(run: Run, retention: float, key_norm: bool) -> dict[str, Any]:
 def served(run: Run, kara: dict[str, Any] | None, requests: int, prompt: int, new: int, sequences: int) -> Row:
     """Tokens in a second over all requests, and the engine's steps, which do not depend on the machine."""
     from kara_hf.serving import kara_continuous_batching
-    from kara_hf.serving.engine import check_version
+    from kara_hf.serving.seams import check_version
 
     try:
         check_version()

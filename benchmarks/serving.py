@@ -35,14 +35,14 @@ PAGE = 16
 WINDOW: dict[str, Any] = {"window": 64, "recent": 32, "anchor_share": 1.0}
 # Names and settings; None is the engine alone.
 KEY_NORM: dict[str, Any] = {"score": "key-norm", "anchor_share": 1.0, "period": 16}
-TRACE: dict[str, Any] = {"scope": "trace", "window": 256, "recent": 32, "retention": 0.5, "period": 16}
+TRACE: dict[str, Any] = {"unit": "trace", "window": 256, "recent": 32, "retention": 0.5, "period": 16}
 METHODS: dict[str, dict[str, Any] | None] = {
     "engine alone": None,
     "off (retention 1)": WINDOW | {"retention": 1.0},
     "key-norm, 25 %": WINDOW | KEY_NORM | {"retention": 0.25},
     "key-norm, 25 %, windows of 32": WINDOW | KEY_NORM | {"retention": 0.25, "window": 32, "recent": 16},
-    "key-norm, 25 %, under pressure": WINDOW | KEY_NORM | {"retention": 0.25, "when": "pressure"},
-    "key-norm, 25 %, at most 4 at once": WINDOW | KEY_NORM | {"retention": 0.25, "requests": 4},
+    "key-norm, 25 %, under pressure": WINDOW | KEY_NORM | {"retention": 0.25, "trigger": "pressure"},
+    "key-norm, 25 %, at most 4 at once": WINDOW | KEY_NORM | {"retention": 0.25, "max_requests": 4},
     "key-norm, 50 %": WINDOW | KEY_NORM | {"retention": 0.5},
     "bidirectional, 25 %": WINDOW | {"retention": 0.25, "period": 16},
     "Kara as published, 25 %": WINDOW | {"retention": 0.25, "anchor_share": 0.5, "period": 16},

@@ -8,7 +8,7 @@ import transformers
 from packaging.version import Version
 from typer.testing import CliRunner
 
-from kara_hf.serving.engine import LEAST_TRANSFORMERS
+from kara_hf.serving.seams import LEAST_TRANSFORMERS
 
 if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
     pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)
