@@ -22,8 +22,10 @@ from transformers import DynamicCache
 
 import kara_hf.storage.paged
 from kara_hf import KaraCache, KVCompressCache, PoDCache, PoDSharing, attach, detach
-from kara_hf.cache import compressed, cuda_graph
+from kara_hf.cache import compressed, cuda_graph, shared_layer
 from kara_hf.cache import layer as layer_module
+from kara_hf.cache import steps as steps_module
+from kara_hf.integration import attach as attach_module
 
 HERE = Path(__file__).parent
 KARA = dict(window=16, recent=4, block_size=4)
@@ -80,7 +82,7 @@ def test_detaching_takes_the_route_away():
     detach(model)
     model.forward = own
     attach(model)
-    kara_hf.integration.attention.route(model)
+    attach_module.route(model)
     detach(model)
     assert vars(model)["forward"] == own
 
@@ -89,7 +91,7 @@ def test_detaching_takes_the_route_away():
 @pytest.fixture
 def gpu(monkeypatch):
     """Takes the path of a GPU: nothing is read back between compressions."""
-    monkeypatch.setattr(compressed, "looks_are_free", lambda device: False)
+    monkeypatch.setattr(steps_module, "looks_are_free", lambda device: False)
     monkeypatch.setattr(compressed, "check_graph", lambda *_: None)
     monkeypatch.setattr(cuda_graph, "recording_for", lambda cache: Replay())
 
@@ -102,7 +104,8 @@ def _patches():
         return [(GridExecutor, "__call__")]
     return [
         (kara_hf.storage.paged, "append"),
-        *((layer_module, op) for op in ("attend", "attend_shared", "lead_scores")),
+        (layer_module, "attend"),
+        *((shared_layer, op) for op in ("attend_shared", "lead_scores")),
     ]
 
 
@@ -254,7 +257,7 @@ def test_decode_steps_wait_for_nothing(gpu, name, masked):
     logits, waited = decode(model, cache, ids, mask, 44, masked)
     assert len(waited) > 30 and not any(waited), waited
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compressed, "looks_are_free", lambda device: True)
+        patch.setattr(steps_module, "looks_are_free", lambda device: True)
         expected, _ = decode(model, CACHES[name](model), ids, mask, 44, masked)
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
     assert cache.report().seen.tolist() == [64 - (5 if masked else 0), 64]
@@ -340,7 +343,7 @@ def test_padding_in_a_decode_step(gpu):
     results = []
     for free in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(compressed, "looks_are_free", lambda device, free=free: free)
+            patch.setattr(steps_module, "looks_are_free", lambda device, free=free: free)
             cache = KaraCache(model, retention=0.5, **KARA)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             logits = []

@@ -280,7 +280,7 @@ def test_steps_that_do_not_look_hold_the_same(model, monkeypatch):
     mask[1, 70:73] = mask[0, 80] = 0
     caches = []
     for free in (True, False):
-        monkeypatch.setattr("kara_hf.cache.compressed.looks_are_free", lambda device, free=free: free)
+        monkeypatch.setattr("kara_hf.cache.steps.looks_are_free", lambda device, free=free: free)
         caches.append(PressCache(model, Last(), **CUT, observation=8, protected=6))
         for _ in feed(model, caches[-1], ids, [61] + [1] * 30, mask):
             pass

@@ -619,7 +619,10 @@ def test_sessions_may_end_in_any_order(model):
 def test_without_the_paged_name(attention, monkeypatch):
     """An engine that asks for a model's attention by its own name, as Transformers means to."""
     from transformers.generation.continuous_batching import input_outputs
+    from transformers.integrations import eager_paged
 
+    if attention == "eager" and "cache" in inspect.getsource(eager_paged):
+        pytest.skip("the paged function of this version stores keys itself, so that a model's own cannot stand for it")
     model, inputs = make(), prompts(3)
     expected = [single(model, prompt, **KARA) for prompt in inputs]
     model.set_attn_implementation(attention)
@@ -824,7 +827,7 @@ def test_the_server(tmp_path):
         assert metrics["kara_blocks"] == 4 * 2**20 // (16 * 4 * 2 * 2 * 32 * 4)
         assert metrics["kara_windows"] == 4 and metrics["kara_steps"] > 2 * 200
         assert metrics["kara_waiting"] == metrics["kara_failed"] == 0
-        with pytest.raises(openai.InternalServerError, match="needs room for 4762 tokens and the pool holds 2048"):
+        with pytest.raises(openai.BadRequestError, match="needs room for 4762 tokens and the pool holds 2048"):
             client.completions.create(**ask | {"prompt": problem.prompt * 40})
         assert client.completions.create(**ask).choices[0].text == answer.choices[0].text
         stream = client.completions.create(**ask, stream=True)

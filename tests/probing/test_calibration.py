@@ -24,7 +24,8 @@ from kara_hf.policy.calibrated import FILE, predict
 from kara_hf.probing import calibrate as fit
 from kara_hf.probing.attention import Recorder
 from kara_hf.probing.calibrate import QuadraticFit, future_shares
-from kara_hf.serving import ServingConfig
+from kara_hf.serving import ServingConfig, kara_continuous_batching
+from kara_hf.serving.seams import check_version
 from kara_hf.tasks import reasoner_tasks  # noqa: F401  registers them
 from kara_hf.tasks.task import make_task
 
@@ -231,14 +232,13 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_done(folder, tmp_p
 
 
 def test_serving_refuses_the_calibration_of_another_model(folder):
-    engine = pytest.importorskip("kara_hf.serving.engine")
     try:
-        engine.check_version()
+        check_version()
     except ImportError as error:
         pytest.skip(str(error))
     model = build("qwen3")
     config = ServingConfig.of(score=str(folder), window=8, recent=3)
-    with engine.kara_continuous_batching(model, config):
+    with kara_continuous_batching(model, config):
         with pytest.raises(ValueError, match="another model"):
             model.generate_batch([ids(9).tolist()])
 

@@ -78,12 +78,13 @@ class Binding:
         crossing = set(getattr(self.config, "cross_attention_layers", None) or ())
         return [i for i, layer in enumerate(layers) if type(layer) in _COMPRESSED and i not in crossing]
 
-    def shares_masks(self, layers: list[Any]) -> bool:
+    def shares_masks(self) -> bool:
         """Whether the mask of full-attention layers reaches others too: those of another kind that are neither sliding
         nor linear, or layers that read the keys of these.
         """
-        plain = [getattr(layer, "is_sliding", False) or hasattr(layer, "conv_states") for layer in layers]
-        others = any(not (kind or i in self._full(layers)) for i, kind in enumerate(plain))
+        layers, full = self.layers(), self.full_layers()
+        apart = [getattr(layer, "is_sliding", False) or hasattr(layer, "conv_states") for layer in layers]
+        others = any(not (kind or i in full) for i, kind in enumerate(apart))
         return others or len(layers) < getattr(self.config, "num_hidden_layers", len(layers))
 
     def full_layers(self) -> list[int]:

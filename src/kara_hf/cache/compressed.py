@@ -75,7 +75,7 @@ class CompressedCache(Cache, StepCache):
         super().__init__(layers=self._make_layers())
         self.state.layers = self.layers
         self.state.store_layers = self.state.compressed
-        shared = self.binding.shares_masks(self.layers)
+        shared = self.binding.shares_masks()
         for layer in self.store_layers:
             layer.mask_is_shared = shared
         self._announced = False  # whether assisted decoding has said that its tokens may be taken back

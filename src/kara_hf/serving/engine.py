@@ -10,7 +10,6 @@ goes, pool and queries, when the last reference to the processor does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from copy import copy
 from functools import partial
 from types import MethodType
@@ -25,6 +24,7 @@ from .config import ServingConfig
 from .metrics import ServingMetrics
 from .pool import Pool
 from .seams import SLIDING, check_internals
+from .survivors import Logits, choose_each
 
 
 class Engine:
@@ -73,7 +73,7 @@ class Engine:
         self._known: dict[str, tuple[Any, ServedRequest]] = {}  # by id: the engine's state, and what we know of it
         self._turn = 0  # evicted tokens of the request that the engine deals with just now
         self._columns = self._slots = torch.zeros(0, dtype=torch.int64)  # of the batch: whose queries are held, where
-        self._logits: dict[int, tuple[float, float | None]] = {}  # scaling and soft cap of each layer
+        self._logits: Logits = {}
         processor._generation_step = self._step
         self.scheduler.schedule_batch = self._schedule
         self.scheduler.add_waiting_request = self._arrive
@@ -136,7 +136,7 @@ class Engine:
         self.limits.check(tokens, max_new_tokens)
         if num_children and len(tokens) == 1:
             raise RequestRefused(
-                f"num_return_sequences={num_children + 1} needs a prompt of two tokens or more, for answers share all of "
+                f"num_return_sequences={num_children + 1} needs a prompt of two tokens or more: answers share all of "
                 "it but the last; lengthen the prompt, or send it several times"
             )
 
@@ -351,7 +351,7 @@ class Engine:
         plans = [plan for plan in self.compressor.due(requests, self.pool.page) if self.pool.unshare(plan)]
         if not plans:
             return 0
-        chosen, errors = self._choose_each(plans)
+        chosen, errors = choose_each(self.pool, self.compressor, self._logits, plans)
         good = torch.tensor([plan.request.key not in errors for plan in plans], dtype=torch.int64)
         good = self.processor.distributed_helper.tp_all_reduce_min(good, on_cpu=True)  # one rank's error is all ranks'
         for plan, fine in zip(plans, good.tolist(), strict=True):
@@ -364,34 +364,6 @@ class Engine:
         for plan in plans:
             self._book(plan)
         return len(plans)
-
-    def _choose_each(self, plans: Sequence[EvictionPlan]) -> tuple[dict[str, dict[int, torch.Tensor]], dict[str, str]]:
-        """What `_choose` returns of those for which it does not raise, and by key of the request why it did."""
-        with suppress(Exception):
-            return self._choose(plans), {}
-        chosen: dict[str, dict[int, torch.Tensor]] = {}
-        errors: dict[str, str] = {}
-        for plan in plans:  # a request's error, or what a score of the user's raises: find out whose
-            try:
-                chosen |= self._choose([plan])
-            except Exception as error:
-                errors[plan.request.key] = str(error)  # as text: an error holds what its frames hold
-        return chosen, errors
-
-    def _choose(self, plans: Sequence[EvictionPlan]) -> dict[str, dict[int, torch.Tensor]]:
-        """For each request and layer the survivors as places in its windows, ``[count, H, keep]`` int64."""
-        chosen: dict[str, dict[int, torch.Tensor]] = {plan.request.key: {} for plan in plans}
-        for width in sorted({plan.width for plan in plans}):
-            group = [plan for plan in plans if plan.width == width]
-            places = [self.pool.open_rows(plan.request)[: plan.count * width] for plan in group]
-            rows = torch.tensor([row for part in places for row in part], device=self.cache.device)
-            for layer in self.pool.layers:
-                keys = self.pool.keys(layer, rows).unflatten(0, (-1, width)).transpose(1, 2)
-                scaling, softcap = self._logits.get(layer, (keys.shape[-1] ** -0.5, None))
-                kept = self.compressor.select(layer, group, keys, scaling, softcap)
-                for plan, part in zip(group, kept.split([plan.count for plan in group]), strict=True):
-                    chosen[plan.request.key][layer] = part
-        return chosen
 
     def _book(self, plan: EvictionPlan) -> None:
         """The engine's side of a plan that was carried out: the request's length, and its blocks."""

@@ -112,6 +112,8 @@ class Gate:
                 else:
                     CHECKS[path](body, self.text_only)
                     passage.states_length = states_length(body)
+                    if body.get("max_completion_tokens") is not None:  # some versions know the older name alone
+                        data = json.dumps(body | {"max_tokens": body["max_completion_tokens"]}).encode()
             except RequestRefused as error:
                 raise Refused(400, str(error)) from None
         message = disconnect or {"type": "http.request", "body": data, "more_body": False}
