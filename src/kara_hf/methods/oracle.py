@@ -9,7 +9,7 @@ from ..cache.compressed import CompressedCache
 from ..cache.compression import register_compression
 from ..cache.window_compression import Sealing
 from ..config import KaraConfig
-from ..integration.attention import AttentionFunction, hooked, unwrap
+from ..integration.attention import AttentionFunction, AttentionHook, hooked, unwrap
 from ..policy import KaraPolicy, Window, top_tokens
 
 QUERY_CHUNK = 256  # queries whose attention to everything lies in memory at once, of one sequence
@@ -44,7 +44,7 @@ def future_attention(
     future: Future = {}
     real = mask.bool()
 
-    class Reader:
+    class Reader(AttentionHook):
         def attend(
             self,
             own: AttentionFunction,
