@@ -106,7 +106,7 @@ NO_SETTING = {"_from_model_config", "transformers_version"}
 
 
 # A few that the command and the kit are given in a folder, as they come.
-IN_A_FOLDER = ("cache_implementation", "num_return_sequences", "repetition_penalty", "use_cache")
+IN_A_FOLDER = ("cache_implementation", "repetition_penalty", "return_dict_in_generate", "use_cache")
 
 
 def settings_with(folder, **fields):
@@ -216,9 +216,10 @@ def test_the_command_says_what_of_a_model_does_not_count(field, clean_output, tm
     assert f"Left out of {FILE} of model: {field}={json.dumps(HOSTILE[field])}" in " ".join(done.stderr.split())
 
 
-def test_a_model_that_cannot_be_loaded_names_the_field(tmp_path):
-    done = generated(model_with(tmp_path / "model", max_new_tokens=-3))
-    assert done.exit_code == 1 and "max_new_tokens" in done.stderr and "cannot be loaded" in done.stderr
+@pytest.mark.parametrize(("field", "value"), [("max_new_tokens", -3), ("num_return_sequences", 2)])
+def test_a_model_that_cannot_be_loaded_names_the_field(field, value, tmp_path):
+    done = generated(model_with(tmp_path / "model", **{field: value}))
+    assert done.exit_code == 1 and field in done.stderr and "cannot be loaded" in done.stderr
 
 
 @pytest.mark.parametrize("ends", ["<eos>", -1, [2, None], 1.5])

@@ -134,6 +134,19 @@ def test_the_task_says_how_long_an_answer_may_be(folder):
     assert new.shape == (1, 12)
 
 
+def test_settings_that_come_with_a_model_change_nothing(folder):
+    own = AutoModelForCausalLM.from_pretrained(MODEL)
+    model = KaraLM(own, method="kara", budget=0.25, tokenizer=MODEL, **SKELETON)
+    ids = torch.tensor([[7, 8, 9, 10]])
+    wanted = {"stop": [], "attention_mask": torch.ones_like(ids), "do_sample": False}
+    clean = model._model_generate(ids, 40, **wanted)
+    hostile = {"use_cache": False, "repetition_penalty": 9.0, "num_return_sequences": 2, "min_new_tokens": 30}
+    for field, value in hostile.items():
+        setattr(own.generation_config, field, value)
+        assert torch.equal(model._model_generate(ids, 40, **wanted), clean), field
+        assert getattr(own.generation_config, field) == value
+
+
 def test_the_command_is_the_harness_with_the_model_in_it(folder):
     command = [sys.executable, "-m", "kara_hf.evaluation.harness", "run", "--model", "kara_hf", "--tasks", "solve"]
     command += ["--include_path", str(folder), "--device", "cpu", "--limit", "1", "--output_path", str(folder / "out")]

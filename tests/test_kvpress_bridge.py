@@ -20,7 +20,6 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kara_hf import KVCompressCache, attach, detach
-from kara_hf.cli.evaluate import extra
 from kara_hf.methods.press_cache import PressCache, import_kvpress
 from kara_hf.methods.registry import make_method
 
@@ -535,7 +534,7 @@ def test_what_is_missing_is_named(missing, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError, match=f"{missing} is not installed.*pip install --no-deps kvpress"):
         import_kvpress()
-    with pytest.raises(ImportError, match=f"{missing} is not installed.*pip install --no-deps kvpress"), extra():
+    with pytest.raises(ImportError, match=f"{missing} is not installed.*pip install --no-deps kvpress"):
         make_method("press:SnapKVPress")
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import kara_hf
 from kara_hf import PoDSharing
 from kara_hf.evaluation.measure.evaluator import Evaluator
-from kara_hf.methods.registry import METHODS, Plan, Skeleton
+from kara_hf.methods.registry import METHODS, Plan, SharedSettings
 from kara_hf.pod.similarity import LayerSimilarity
 from kara_hf.tasks import reasoner_tasks as _tasks  # noqa: F401  registers the tasks of the bundled models
 from kara_hf.tasks.reasoner import VOCABULARY, make_problem, split_of
@@ -46,7 +46,7 @@ def answered(folder, model, tokenizer, task, n):
     evaluator = Evaluator(model, tokenizer, name=folder.name, weights="", limit=model.config.max_position_embeddings)
     prompts = [evaluator.prompt(make_task(task, tokenizer), number) for number in range(n)]
     room = max(prompt.example.max_new_tokens for prompt in prompts)
-    plan = Plan(Skeleton(), "none", 1.0, [len(prompt.ids) for prompt in prompts])
+    plan = Plan(SharedSettings(), "none", 1.0, [len(prompt.ids) for prompt in prompts])
     lines = evaluator.lines(prompts, evaluator.answer(prompts, METHODS["full"], plan, room=room), room, False)
     return sum(line["score"] for line in lines), sum(line["truncated"] for line in lines)
 

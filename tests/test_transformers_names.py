@@ -52,6 +52,7 @@ DEPRECATED = {
     "past_key_values": "the cache's argument and output, `cache` in newer versions; forward drops it in 5.40, generate "
     "in 6.0",
 }
+OLD_NAMES = {*DEPRECATED, "cache_params", "past_key_value"}
 
 
 def trees():
@@ -109,13 +110,12 @@ def private():
 
 
 def deprecated():
-    """Names that are replaced, as an argument or in a string that is nothing else."""
+    """Names that are replaced, as an argument, an attribute or in a string that is nothing else."""
     found = set()
     for tree in trees():
         for node in ast.walk(tree):
-            name = node.arg if isinstance(node, ast.keyword) else node.value if isinstance(node, ast.Constant) else None
-            if name in ("past_key_values", "cache_params", "past_key_value"):
-                found.add(name)
+            names = [getattr(node, part, None) for part in ("arg", "attr", "value")]
+            found |= OLD_NAMES & {name for name in names if isinstance(name, str)}
     return found
 
 

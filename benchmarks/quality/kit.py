@@ -43,7 +43,7 @@ def evaluator_of(model: str = "", device: str | None = None) -> "Evaluator":
     return Evaluator(runner.model, runner.tokenizer, name=runner.name, weights=weights, limit=runner.limit)
 
 
-def skeleton_of(model: str) -> "SharedSettings":
+def shared_settings_of(model: str) -> "SharedSettings":
     """What is the same for all methods: the kit's own, or what fits the bundled models."""
     from kara_hf.methods.registry import SharedSettings
 

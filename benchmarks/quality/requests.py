@@ -13,7 +13,7 @@ from ..common.case import Job, register
 from ..common.models import DEEP
 from ..common.rows import Row
 from ..common.run import Run
-from .kit import COLUMNS, RESULTS, evaluator_of, folder_of, rows_of, skeleton_of, tasks_of
+from .kit import COLUMNS, RESULTS, evaluator_of, folder_of, rows_of, shared_settings_of, tasks_of
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 SIZES: Row = {
@@ -44,7 +44,7 @@ def asked(
         n=sizes["n"],
         batch=sizes["batch"],
         reference=make_method(reference),
-        skeleton=skeleton_of(sizes["model"]),
+        shared=shared_settings_of(sizes["model"]),
         keep_text=not run.smoke,
         **more,
     )

@@ -328,7 +328,7 @@ def test_the_command_refuses_what_is_not_possible(tmp_path):
     code, output = run("calibrate", "--out", tmp_path, "--model", "some/model")
     assert code == 2 and "given with --model: --model some/model --data TEXT" in output
     code, output = run("evaluate", "--methods", "calibrated", "--calibration", "/nowhere", "--out", tmp_path)
-    assert code == 1 and "there is no /nowhere; make one with `kara-hf calibrate`" in output
+    assert code == 2 and "there is no /nowhere; make one with `kara-hf calibrate`" in output
     code, output = run("calibrate", "--out", tmp_path, "--samples", 0)
     assert code == 2 and "samples=0" in output
     code, output = run("calibrate", "--out", tmp_path, "--data", "problems:trace=1", "--samples", 1, "--length", 90)

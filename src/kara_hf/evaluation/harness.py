@@ -28,7 +28,7 @@ from ..needs import check_needs
 from ..policy.sharing import PoDSharing
 from .measure.memory import held_bytes
 
-RULES = (PROMPT_KEPT, QUERY_AWARE)  # a request is one text, of which nobody says where its question begins
+SINGLE_TEXT_RULES = (PROMPT_KEPT, QUERY_AWARE)  # a request is one text, of which nobody says where its question begins
 SHARED = {field.name for field in fields(SharedSettings)}
 
 
@@ -48,13 +48,13 @@ def make_plan(
     if method.budgeted:
         possible = budget is not None and is_number(budget) and 0 < budget <= 1
         require(possible, "budget", budget, f"a share in (0, 1] with method {name!r}")
-        require(rule is None or rule in RULES, "rule", rule, f"one of {', '.join(RULES)}")
+        require(rule is None or rule in SINGLE_TEXT_RULES, "rule", rule, f"one of {', '.join(SINGLE_TEXT_RULES)}")
     else:
         for setting, value in (("budget", budget), ("rule", rule)):
             require(value is None, setting, value, f"left out with method {name!r}, which has no budget")
     return Plan(
         shared,
-        rule=(rule or RULES[0]) if method.budgeted else "none",
+        rule=(rule or SINGLE_TEXT_RULES[0]) if method.budgeted else "none",
         share=1.0 if budget is None else budget,
         prompts=[],
         seed=seed,

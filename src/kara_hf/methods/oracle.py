@@ -10,7 +10,7 @@ from ..cache.compression import register_compression
 from ..cache.window_compression import Sealing
 from ..config import KaraConfig
 from ..integration.attach import hooked, unwrap
-from ..integration.attention import AttentionFunction
+from ..integration.attention import AttentionFunction, AttentionHook
 from ..kernels import softcapped
 from ..policy import KaraPolicy, Window, top_tokens
 
@@ -46,7 +46,7 @@ def future_attention(
     future: Future = {}
     real = mask.bool()
 
-    class Reader:
+    class Reader(AttentionHook):
         def attend(
             self,
             own: AttentionFunction,

@@ -46,9 +46,13 @@ class Evaluator:
     def __init__(self, model: Any, tokenizer: Any, *, name: str, weights: str, limit: int):
         self.model, self.tokenizer, self.name, self.weights, self.limit = model, tokenizer, name, weights, limit
         self.pad = pad_token(model, tokenizer)
-        self.ends = set(end_tokens(model))
         self.equal_bytes = EqualBytes(self._trial)
         self._token_bytes: float | None = None
+
+    @property
+    def ends(self) -> set[int]:
+        """Ids that end an answer, as the model says now."""
+        return set(end_tokens(self.model))
 
     # --------------------------------------------------------------------------------------------------------- prompts
     def prompt(self, task: Task, number: int) -> TokenizedExample:
@@ -140,10 +144,9 @@ class Evaluator:
         return {name: torch.cat([inputs[name], question[name]], dim=1) for name in inputs}
 
     def _until_end(self, row: list[int]) -> list[int]:
-        for place, token in enumerate(row):
-            if token in self.ends:
-                return row[: place + 1]
-        return row
+        ends = self.ends
+        stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+        return row[:stop]
 
     def _future(self, prompts: Sequence[TokenizedExample], plan: Plan, room: int) -> Future:
         """What the oracle knows: attention in a run of the full cache over the same prompts."""

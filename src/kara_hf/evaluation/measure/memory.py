@@ -8,12 +8,13 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from transformers import StoppingCriteria
+from transformers.cache_utils import Cache
 
 from ...cache.compressed import CompressedCache
 from ...cache.layer import StoreLayer
 
 
-def held_bytes(cache: Any) -> int:
+def held_bytes(cache: Cache) -> int:
     """Bytes of everything that a cache holds now: by a compressed one's own count, or every storage of the layers."""
     if isinstance(cache, CompressedCache):
         others = [layer for layer in cache.layers if not isinstance(layer, StoreLayer)]
@@ -21,7 +22,7 @@ def held_bytes(cache: Any) -> int:
     return _stored(cache.layers)
 
 
-def peak_bytes(cache: Any) -> int:
+def peak_bytes(cache: Cache) -> int:
     """Most bytes that a compressed cache held at any moment; of another, which grows by copying, its tensors with the
     largest one twice.
     """
@@ -41,7 +42,7 @@ class MemoryWatch(StoppingCriteria):
         mean: bytes held on average.
     """
 
-    def __init__(self, cache: Any):
+    def __init__(self, cache: Cache):
         self.cache, self.steps, self.most, self._sum = cache, 0, 0, 0
 
     @property
