@@ -22,7 +22,7 @@ from test_kernels import (
 )
 
 from kara_hf.kernels import (
-    Near,
+    Proximal,
     append,
     append_reference,
     attend,
@@ -58,18 +58,18 @@ def rows_of(k, v, lengths, layout="shuffled", followed=False):
     """Rows with a metric, of which head 1 follows another layer's where they are `followed`."""
     rows = make_rows(lengths, block_size=4, layout=layout, unused=6.0, metric=True)
     if followed:
-        rows = with_followers(rows, [1], Near(1, 3), [row[1] for row in lengths], 3, True)
-        rows = replace(rows, near=replace(rows.near, keys=k(rows.near.keys)))
+        rows = with_followers(rows, [1], Proximal(1, 3), [row[1] for row in lengths], 3, True)
+        rows = replace(rows, proximal=replace(rows.proximal, keys=k(rows.proximal.keys)))
     return replace(rows, keys=k(rows.keys), values=v(rows.values))
 
 
-def attending(op, observe=None, visible=False, layout="shuffled", **settings):
+def attending(op, metric_power=None, visible=False, layout="shuffled", **settings):
     def run(q, k, v):
         lengths, new = ([[9, 4], [1, 17]], 3) if layout == "shuffled" else ([[9, 9], [9, 9]], 1)
         rows = rows_of(k, v, lengths, layout=layout)
         query = q(2 * torch.randn(2, 4, new, 8))
         seen = draw_visible(rows, new, 2) if visible else None
-        out = op(query, rows, scaling=0.4, observe=observe, visible=seen, **settings)
+        out = op(query, rows, scaling=0.4, metric_power=metric_power, visible=seen, **settings)
         return out, rows.metric.nan_to_num()
 
     return run
@@ -86,7 +86,7 @@ def following(op, skip=None):
         rows = rows_of(k, v, [[9, 9], [12, 12]], followed=True)
         query, scores = q(torch.randn(2, 4, 1, 8)), torch.randn(2, 2, 2, 1, 12)
         positions = torch.tensor([[8], [11]], dtype=torch.int32)
-        settings = {"positions": positions, "leading": (), "scaling": 0.4, "skip": skip, "observe": 2}
+        settings = {"positions": positions, "leading": (), "scaling": 0.4, "skip": skip, "metric_power": 2}
         return op(query, rows, scores, **settings)[0], rows.metric.nan_to_num()
 
     return run
@@ -103,7 +103,7 @@ def sharing(op):
         query, keys, values = q(torch.randn(1, 4, 3, 8)), k(torch.randn(1, 2, 7, 8)), v(torch.randn(1, 2, 7, 4))
         lead = q(torch.randn(1, 2, 3, 8)), k(torch.randn(1, 1, 7, 8))
         places = torch.arange(7, dtype=torch.int32)
-        settings = {"followers": [1], "near": Near(1, 2), "scaling": 0.4}
+        settings = {"followers": [1], "proximal": Proximal(1, 2), "scaling": 0.4}
         at = {"query_positions": places[None, -3:], "key_positions": places[None, None]}
         return (op(query, keys, values, *lead, **settings, **at),)
 
@@ -116,12 +116,12 @@ def voting(op):
 
 OPS = {
     "attend": attending(attend),
-    "attend-observed": attending(attend, observe=2),
-    "attend-visible": attending(attend, observe=1, visible=True),
-    "attend-softcap": attending(attend, softcap=2.0, sinks=torch.zeros(4)),
+    "attend-observed": attending(attend, metric_power=2),
+    "attend-visible": attending(attend, metric_power=1, visible=True),
+    "attend-softcap": attending(attend, softcap=2.0, sink_logits=torch.zeros(4)),
     "attend-in-place": attending(attend, layout="contiguous"),
-    "attend-each-row": attending(attend, observe=1, layout="one-by-one"),
-    "attend-reference": attending(attend_reference, observe=2),
+    "attend-each-row": attending(attend, metric_power=1, layout="one-by-one"),
+    "attend-reference": attending(attend_reference, metric_power=2),
     "masked": masked,
     "attend-shared": following(attend_shared),
     "attend-shared-skips": following(attend_shared, skip=0.4),
@@ -202,7 +202,7 @@ def test_attend_is_torchs_attention_under_autocast(mixture, cast_to, layout):
 @pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("layout", ["contiguous", "shuffled", "one-by-one"])
 def test_attend_of_a_mixture_is_exact(mixture, layout):
-    case = AttendCase("", [[9, 9], [9, 9]], group=2, new=2, dims=(24, 16), sinks=True)
+    case = AttendCase("", [[9, 9], [9, 9]], group=2, new=2, dims=(24, 16), sink_logits=True)
     query, rows, settings = attend_inputs(case, SINGLE, 4, layout)
     query, rows = query.to(mixture[0]), replace(rows, keys=rows.keys.to(mixture[1]), values=rows.values.to(mixture[2]))
     exact, plain = (attend_plain(query, rows, kind, **settings) for kind in (torch.float64, mixture[0]))
@@ -246,7 +246,7 @@ def test_append_refuses_what_its_pool_would_round(pool, mixture):
 def test_gradients_flow_through_shared_attention_under_autocast():
     query, keys, values = (torch.randn(1, 2, 3, 8, requires_grad=True) for _ in range(3))
     places = torch.arange(3, dtype=torch.int32)[None]
-    at = {"query_positions": places, "key_positions": places[None], "followers": [0], "near": Near(0, 1)}
+    at = {"query_positions": places, "key_positions": places[None], "followers": [0], "proximal": Proximal(0, 1)}
     with torch.autocast("cpu", dtype=BRAIN):
         shared_attention(query, keys, values, query[:, :1], keys[:, :1], **at, scaling=0.3).float().sum().backward()
     assert all(part.grad.dtype == SINGLE and part.grad.abs().sum() > 0 for part in (query, keys, values))

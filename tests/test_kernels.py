@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kara_hf.kernels import (
-    Near,
-    NearKeys,
+    Proximal,
+    ProximalKeys,
     Rows,
     append,
     append_reference,
@@ -164,16 +164,16 @@ def assert_error_bounded(got, plain, exact):
 # --------------------------------------------------------------------------------------------------------------- attend
 @dataclass(frozen=True)
 class AttendCase:
-    """hidden: per sequence and new token, how many of the newest stored tokens it does not see; None is causal."""
+    """num_unseen: per sequence and new token, how many of the newest stored tokens it does not see; None is causal."""
 
     name: str
     lengths: list
     group: int = 1
     new: int = 1
     dims: tuple = (8, 8)
-    hidden: list | None = None
+    num_unseen: list | None = None
     softcap: float | None = None
-    sinks: bool = False
+    sink_logits: bool = False
     block_sizes: tuple = (4, 16)
 
 
@@ -193,20 +193,20 @@ ATTEND_CASES = [
     AttendCase("only-the-new", [[6, 6]], group=2, new=6),
     AttendCase("more-than-a-chunk", [[263, 270]], group=2, new=261, block_sizes=(16,)),
     AttendCase(
-        "padding-left-and-none", [[8, 8], [11, 11]], group=2, new=4, hidden=[[2, 2, 1, 0], [3, 2, 1, 0]], dims=(24, 16)
+        "padding-left-and-none", [[8, 8], [11, 11]], group=2, new=4, num_unseen=[[2, 2, 1, 0], [3, 2, 1, 0]], dims=(24, 16)
     ),
-    AttendCase("all-padding", [[0, 0], [7, 7]], group=2, new=2, hidden=[[0, 0], [0, 0]]),
-    AttendCase("sees-none-sees-all", [[3, 3]], group=2, new=2, hidden=[[3, 0]]),
-    AttendCase("one-query-hidden", [[6, 6], [6, 6]], new=1, hidden=[[2], [0]]),
+    AttendCase("all-padding", [[0, 0], [7, 7]], group=2, new=2, num_unseen=[[0, 0], [0, 0]]),
+    AttendCase("sees-none-sees-all", [[3, 3]], group=2, new=2, num_unseen=[[3, 0]]),
+    AttendCase("one-query-num_unseen", [[6, 6], [6, 6]], new=1, num_unseen=[[2], [0]]),
     AttendCase("softcap", [[5, 33], [16, 1]], group=4, softcap=0.7),
     AttendCase("softcap-uniform", [[17, 17]], group=2, softcap=2.0),
     AttendCase("softcap-several", [[9, 9], [21, 21]], group=2, new=4, softcap=0.7),
-    AttendCase("softcap-padding", [[0, 0], [8, 8]], new=2, hidden=[[0, 0], [1, 0]], softcap=0.7),
+    AttendCase("softcap-padding", [[0, 0], [8, 8]], new=2, num_unseen=[[0, 0], [1, 0]], softcap=0.7),
     AttendCase("softcap-nothing-stored", [[0, 0]], softcap=0.7),
-    AttendCase("sinks", [[5, 33], [16, 1]], group=4, sinks=True),
-    AttendCase("sinks-several", [[9, 9], [21, 21]], group=2, new=4, sinks=True),
-    AttendCase("sinks-padding", [[0, 0], [8, 8]], group=2, new=2, hidden=[[0, 0], [1, 0]], sinks=True),
-    AttendCase("sinks-softcap", [[5, 7]], group=4, new=3, softcap=0.7, sinks=True, dims=(24, 16)),
+    AttendCase("sinks", [[5, 33], [16, 1]], group=4, sink_logits=True),
+    AttendCase("sinks-several", [[9, 9], [21, 21]], group=2, new=4, sink_logits=True),
+    AttendCase("sinks-padding", [[0, 0], [8, 8]], group=2, new=2, num_unseen=[[0, 0], [1, 0]], sink_logits=True),
+    AttendCase("sinks-softcap", [[5, 7]], group=4, new=3, softcap=0.7, sink_logits=True, dims=(24, 16)),
 ]
 
 
@@ -228,14 +228,14 @@ def attend_inputs(case, dtype, block_size, layout, unused=6.0, metric=False):
         rows,
         {
             "scaling": 0.8 * case.dims[0] ** -0.5,
-            "hidden": None if case.hidden is None else torch.tensor(case.hidden, dtype=torch.int32),
+            "num_unseen": None if case.num_unseen is None else torch.tensor(case.num_unseen, dtype=torch.int32),
             "softcap": case.softcap,
-            "sinks": torch.randn(heads * case.group) if case.sinks else None,
+            "sink_logits": torch.randn(heads * case.group) if case.sink_logits else None,
         },
     )
 
 
-def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sinks, visible=None):
+def plain_weights(query, rows, dtype, *, scaling, num_unseen, softcap, sink_logits, visible=None):
     """(b, hq, which queries see something, what they give each token) in plain torch, every step in `dtype`."""
     batch, query_heads, new, _ = query.shape
     group = query_heads // rows.lengths.shape[1]
@@ -243,7 +243,7 @@ def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sinks, visibl
         for hq in range(query_heads):
             keys, *_ = read_row(rows, b, hq // group)
             order = torch.arange(len(keys))
-            unseen = torch.arange(new - 1, -1, -1) if hidden is None else hidden[b]
+            unseen = torch.arange(new - 1, -1, -1) if num_unseen is None else num_unseen[b]
             mask = order < (len(keys) - unseen)[:, None]
             if visible is not None:
                 mask = mask & visible[b, hq // group % visible.shape[1], :, : len(keys)]
@@ -251,8 +251,8 @@ def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sinks, visibl
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             logits = logits.masked_fill(~mask, float("-inf"))
-            if sinks is not None:
-                logits = torch.cat([logits, sinks[hq].to(dtype).expand(new, 1)], dim=1)
+            if sink_logits is not None:
+                logits = torch.cat([logits, sink_logits[hq].to(dtype).expand(new, 1)], dim=1)
             seeing = mask.any(1)
             yield b, hq, seeing, logits[seeing].softmax(1)[:, : len(keys)]
 
@@ -266,13 +266,13 @@ def attend_plain(query, rows, dtype, **settings):
     return out
 
 
-def observe_plain(query, rows, dtype, observe, **settings):
+def observe_plain(query, rows, dtype, metric_power, **settings):
     """The metric of every row's tokens, row after row, ``[tokens]``, once these queries are observed, in `dtype`."""
     batch, heads = rows.lengths.shape
     group = query.shape[1] // heads
     metric = [[read_row(rows, b, h)[3].to(dtype) for h in range(heads)] for b in range(batch)]
     for b, hq, _, weights in plain_weights(query, rows, dtype, **settings):
-        metric[b][hq // group] += (weights**observe).sum(0)
+        metric[b][hq // group] += (weights**metric_power).sum(0)
     return torch.cat([row for sequence in metric for row in sequence])
 
 
@@ -311,19 +311,19 @@ def test_attend(case, dtype, layout):
 @pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
 def test_attend_observes(case, dtype, layout):
     """Probabilities are float32 whatever the dtype of the model."""
-    for block_size, (observe, loosely) in itertools.product(case.block_sizes, ((1, True), (2, False))):
+    for block_size, (metric_power, loosely) in itertools.product(case.block_sizes, ((1, True), (2, False))):
         query, rows, settings = attend_inputs(case, dtype, block_size, layout, metric=True)
         plain, exact = (
-            observe_plain(query, rows, kind, observe, **settings) for kind in (torch.float32, torch.float64)
+            observe_plain(query, rows, kind, metric_power, **settings) for kind in (torch.float32, torch.float64)
         )
         observed = clone(bounded_loosely(rows) if loosely else rows)
-        got = attend(query, observed, **settings, observe=observe)
+        got = attend(query, observed, **settings, metric_power=metric_power)
         assert_observed(observed, rows, plain, exact)
         outs = [attend_plain(query, rows, kind, **settings) for kind in (dtype, torch.float64)]
         assert_error_bounded(got, *outs)
         if case.new < 50:
             observed = clone(rows)
-            attend_reference(query, observed, **settings, observe=observe)
+            attend_reference(query, observed, **settings, metric_power=metric_power)
             assert_observed(observed, rows, plain, exact)
 
 
@@ -343,23 +343,23 @@ def draw_visible(rows, new, heads):
 @pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
 def test_attend_visible(case, dtype, layout):
     """Only visible slots take part, beside the causal order; what lies where no token is does not matter."""
-    for observe, each_head, loosely in ((None, True, True), (2, False, False), (1, True, True)):
+    for metric_power, each_head, loosely in ((None, True, True), (2, False, False), (1, True, True)):
         block_size = case.block_sizes[0]
-        query, rows, settings = attend_inputs(case, dtype, block_size, layout, unused=NAN, metric=observe is not None)
+        query, rows, settings = attend_inputs(case, dtype, block_size, layout, unused=NAN, metric=metric_power is not None)
         rows = bounded_loosely(rows) if loosely else rows
         visible = draw_visible(rows, case.new, rows.lengths.shape[1] if each_head else 1)
         exact, plain = (attend_plain(query, rows, kind, **settings, visible=visible) for kind in (torch.float64, dtype))
         for op in (attend, attend_reference) if case.new < 50 else (attend,):
             observed = clone(rows)
-            got = op(query, observed, **settings, visible=visible, observe=observe)
+            got = op(query, observed, **settings, visible=visible, metric_power=metric_power)
             assert got.shape == exact.shape and got.dtype == dtype
             assert_error_bounded(got, plain, exact)
             assert case.new == 1 or (got[0, :, -1] == 0).all()
-            if observe is None:
+            if metric_power is None:
                 assert_same_pools(observed, rows)
                 continue
             metrics = (
-                observe_plain(query, rows, kind, observe, **settings, visible=visible)
+                observe_plain(query, rows, kind, metric_power, **settings, visible=visible)
                 for kind in (torch.float32, torch.float64)
             )
             assert_observed(observed, rows, *metrics)
@@ -370,8 +370,8 @@ def test_attend_where_all_is_visible_is_attend(case):
     query, rows, settings = attend_inputs(case, torch.float32, case.block_sizes[0], "shuffled", metric=True)
     visible = torch.ones(len(rows.lengths), 1, case.new, rows.max_length, dtype=torch.bool)
     masked = clone(rows)
-    expected = attend(query, rows, **settings, observe=2)
-    got = attend(query, masked, **settings, visible=visible, observe=2)
+    expected = attend(query, rows, **settings, metric_power=2)
+    got = attend(query, masked, **settings, visible=visible, metric_power=2)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(masked.metric, rows.metric, rtol=1e-5, atol=1e-6, equal_nan=True)
 
@@ -397,7 +397,7 @@ def test_attend_observes_every_step():
         new = slice(step, step + 1)
         append(rows, keys[:, :, new], values[:, :, new], torch.tensor([[step]], dtype=torch.int32))
         rows = replace(rows, lengths=rows.lengths + 1, max_length=step + 1)
-        attend(queries[:, :, new], rows, scaling=0.5, observe=2)
+        attend(queries[:, :, new], rows, scaling=0.5, metric_power=2)
     logits = queries.double() @ keys.double().repeat_interleave(2, 1).transpose(2, 3) * 0.5
     weights = logits.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
     expected = weights.square().sum(2).view(1, 2, 2, 9).sum(2).float()
@@ -406,11 +406,11 @@ def test_attend_observes_every_step():
 
 
 def test_attend_observes_many_queries_in_turns(monkeypatch):
-    case = AttendCase("", [[20, 9], [8, 40]], group=2, new=8, softcap=3.0, sinks=True)
+    case = AttendCase("", [[20, 9], [8, 40]], group=2, new=8, softcap=3.0, sink_logits=True)
     query, rows, settings = attend_inputs(case, torch.float32, 4, "shuffled", metric=True)
     some = torch.tensor([[3, 3, 2, 2, 1, 1, 0, 0], [9] * 8], dtype=torch.int32)
-    for hidden, visible in itertools.product((None, some), (None, draw_visible(rows, 8, 2))):
-        settings |= {"hidden": hidden, "visible": visible, "observe": 1}
+    for num_unseen, visible in itertools.product((None, some), (None, draw_visible(rows, 8, 2))):
+        settings |= {"num_unseen": num_unseen, "visible": visible, "metric_power": 1}
         whole, turns = clone(rows), clone(rows)
         expected = attend(query, whole, **settings)
         with monkeypatch.context() as patch:
@@ -422,14 +422,14 @@ def test_attend_observes_many_queries_in_turns(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_attend_in_float32_takes_half_precision_in_parts(dtype, monkeypatch):
     """Whatever the number of tokens that are made float32 at once."""
-    case = AttendCase("", [[20, 9], [8, 40]], group=2, new=2, softcap=3.0, sinks=True)
+    case = AttendCase("", [[20, 9], [8, 40]], group=2, new=2, softcap=3.0, sink_logits=True)
     query, rows, settings = attend_inputs(case, dtype, 4, "shuffled", metric=True)
     exact = attend_plain(query, rows, torch.float64, **settings)
     metric = observe_plain(query, rows, torch.float64, 2, **settings)
     monkeypatch.setattr(importlib.import_module("kara_hf.kernels.dense"), "KEY_CHUNK", 7)
     before = clone(rows)
     plain = attend_plain(query, rows, dtype, **settings)
-    assert_error_bounded(attend(query, rows, **settings, observe=2), plain, exact)
+    assert_error_bounded(attend(query, rows, **settings, metric_power=2), plain, exact)
     assert_observed(rows, before, metric.float(), metric)
 
 
@@ -439,15 +439,15 @@ def test_attend_observes_contiguous_rows_in_place(monkeypatch):
     query, rows, settings = attend_inputs(case, torch.float32, 4, "contiguous", metric=True)
     monkeypatch.setattr(importlib.import_module("kara_hf.kernels.rows"), "gather_rows", None)
     before = clone(rows)
-    attend(query.requires_grad_(), rows, **settings, observe=2)
+    attend(query.requires_grad_(), rows, **settings, metric_power=2)
     assert not rows.metric.requires_grad and not torch.equal(rows.in_place[3][:, :, :9], before.in_place[3][:, :, :9])
 
 
-@pytest.mark.parametrize("observe, metric", [(2, False), (0, True), (3, True)])
-def test_attend_refuses_what_it_cannot_observe(observe, metric):
+@pytest.mark.parametrize("metric_power, metric", [(2, False), (0, True), (3, True)])
+def test_attend_refuses_what_it_cannot_observe(metric_power, metric):
     rows = make_rows([[3, 3]], block_size=4, metric=metric)
-    with pytest.raises(ValueError, match=f"observe={observe} of rows with.* a metric is not possible; expected 1 or 2"):
-        attend(torch.zeros(1, 2, 1, 8), rows, scaling=1.0, observe=observe)
+    with pytest.raises(ValueError, match=f"metric_power={metric_power} of rows with.* a metric is not possible; expected 1 or 2"):
+        attend(torch.zeros(1, 2, 1, 8), rows, scaling=1.0, metric_power=metric_power)
 
 
 @pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
@@ -834,19 +834,19 @@ def test_drawn_append_and_attend(rows, new, group, padded, data):
     room = rows.key_table.shape[2] * rows.block_size
     rows = replace(rows, lengths=lengths, max_length=data.draw(st.integers(int(lengths.max()), room)), uniform=False)
     query = torch.randn(batch, heads * group, new, rows.keys.shape[-1]).to(dtype)
-    hidden = None
+    num_unseen = None
     if real is not None:
-        hidden = (count - real.cumsum(1)).to(torch.int32).masked_fill(~real, HIDES_ALL)
-    asked = {"scaling": query.shape[-1] ** -0.5, "hidden": hidden, "softcap": None, "sinks": None}
+        num_unseen = (count - real.cumsum(1)).to(torch.int32).masked_fill(~real, HIDES_ALL)
+    asked = {"scaling": query.shape[-1] ** -0.5, "num_unseen": num_unseen, "softcap": None, "sink_logits": None}
     exact = attend_plain(query, rows, torch.float64, **asked)
     before, tolerance = clone(rows), 1e-5 if dtype == torch.float32 else 4e-3
-    observe = None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2]))
-    got = attend(query, rows, **asked, observe=observe)
+    metric_power = None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2]))
+    got = attend(query, rows, **asked, metric_power=metric_power)
     torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
-    if observe is None:
+    if metric_power is None:
         assert_same_pools(rows, before)
     else:
-        metrics = [observe_plain(query, before, kind, observe, **asked) for kind in (torch.float32, torch.float64)]
+        metrics = [observe_plain(query, before, kind, metric_power, **asked) for kind in (torch.float32, torch.float64)]
         assert_observed(rows, before, *metrics)
 
 
@@ -874,13 +874,13 @@ def test_drawn_compact(rows, entries, data):
 UNUSED = NAN if os.environ.get("KARA_BACKEND") == "triton" else 6.0  # kernels do not read what nobody stored
 
 
-def with_followers(rows, followers, near, now, ring, ordered):
+def with_followers(rows, followers, proximal, now, ring, ordered):
     """`rows` of which the `followers` keep keys of proximal tokens alone, with true positions below `now` [B]."""
     batch, heads = rows.lengths.shape
     index = torch.tensor(followers)
     rest = torch.tensor([head for head in range(heads) if head not in followers], dtype=torch.int64)
-    keys = torch.full((batch, len(followers), min(near.first + ring, max(now)), rows.keys.shape[-1]), UNUSED)
-    near_keys = NearKeys(tuple(followers), keys.to(rows.keys.dtype), near, ring, index, rest)
+    keys = torch.full((batch, len(followers), min(proximal.first + ring, max(now)), rows.keys.shape[-1]), UNUSED)
+    proximal_keys = ProximalKeys(tuple(followers), keys.to(rows.keys.dtype), proximal, ring, index, rest)
     for b, h in itertools.product(range(batch), range(heads)):
         length = int(rows.lengths[b, h])
         older = torch.randperm(now[b] - 1)[: length - 1]  # the newest token is stored in every row, anywhere
@@ -891,12 +891,12 @@ def with_followers(rows, followers, near, now, ring, ordered):
         block = rows.value_table[b, h, slots // rows.block_size]
         rows.positions[block, slots % rows.block_size] = place.to(torch.int32)
         if h in followers:
-            held = torch.tensor([p for p in range(now[b]) if p < near.first or p >= now[b] - ring], dtype=torch.int64)
+            held = torch.tensor([p for p in range(now[b]) if p < proximal.first or p >= now[b] - ring], dtype=torch.int64)
             fresh = torch.randn(len(held), keys.shape[-1]).to(rows.keys.dtype)
-            near_keys.keys[b, followers.index(h), near_keys.places(held)] = fresh
+            proximal_keys.keys[b, followers.index(h), proximal_keys.places(held)] = fresh
     table = rows.key_table.clone()
     table[:, index] = -1
-    return replace(rows, key_table=table, near=near_keys, in_order=ordered, contiguous=False, starts=None)
+    return replace(rows, key_table=table, proximal=proximal_keys, in_order=ordered, contiguous=False, starts=None)
 
 
 @st.composite
@@ -917,10 +917,10 @@ def rows_with_followers(draw, room=0):
         unused=UNUSED,
         metric=draw(st.booleans()),
     )
-    near = Near(draw(st.integers(0, 4)), draw(st.integers(1, 9)))
-    ring = near.recent + draw(st.integers(0, 3))
+    proximal = Proximal(draw(st.integers(0, 4)), draw(st.integers(1, 9)))
+    ring = proximal.recent + draw(st.integers(0, 3))
     positions = torch.tensor(now, dtype=torch.int32)[:, None] - 1
-    return with_followers(rows, followers, near, now, ring, ordered), positions
+    return with_followers(rows, followers, proximal, now, ring, ordered), positions
 
 
 @settings(max_examples=30)
@@ -928,13 +928,13 @@ def rows_with_followers(draw, room=0):
 def test_drawn_attend_shared(drawn, group, loosely, data):
     """Against the specification: what is seen, what is handed on and to whom, and what is observed."""
     rows, positions = drawn
-    (batch, heads), dtype, followers = rows.lengths.shape, rows.keys.dtype, rows.near.heads
+    (batch, heads), dtype, followers = rows.lengths.shape, rows.keys.dtype, rows.proximal.heads
     if data.draw(st.booleans()):
         positions = positions.masked_fill(torch.rand(batch, 1) < 0.3, -1)
     if data.draw(st.booleans()):  # a layer in which nobody follows
         followers = ()
         keyed = make_rows(rows.lengths.tolist(), block_size=rows.block_size, dims=rows.keys.shape[-1:] * 2, dtype=dtype)
-        rows = replace(rows, near=None, keys=keyed.keys, key_table=keyed.key_table)
+        rows = replace(rows, proximal=None, keys=keyed.keys, key_table=keyed.key_table)
     query = torch.randn(batch, 1, heads * group, rows.keys.shape[-1]).to(dtype).transpose(1, 2)
     rest = [head for head in range(heads) if head not in followers]
     settings = {
@@ -942,9 +942,9 @@ def test_drawn_attend_shared(drawn, group, loosely, data):
         "leading": sorted(data.draw(st.sets(st.sampled_from(rest)))) if rest else (),
         "scaling": query.shape[-1] ** -0.5,
         "softcap": data.draw(st.sampled_from([None, 2.0])),
-        "sinks": torch.randn(heads * group) if data.draw(st.booleans()) else None,
+        "sink_logits": torch.randn(heads * group) if data.draw(st.booleans()) else None,
         "skip": None if UNUSED != UNUSED else data.draw(st.sampled_from([None, 0.4])),
-        "observe": None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2])),
+        "metric_power": None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2])),
     }
     scores = None
     if followers or data.draw(st.booleans()):
@@ -978,7 +978,7 @@ def test_drawn_attend_shared(drawn, group, loosely, data):
 
 
 def test_followers_without_scores_are_refused():
-    rows = with_followers(make_rows([[3, 3]], block_size=4), [1], Near(1, 2), [3], 2, True)
+    rows = with_followers(make_rows([[3, 3]], block_size=4), [1], Proximal(1, 2), [3], 2, True)
     with pytest.raises(ValueError, match=r"heads \(1,\) follow, and there are no scores of their leads"):
         attend_shared(
             torch.zeros(1, 2, 1, 8),
@@ -999,7 +999,7 @@ def test_lead_scores(softcap, dtype):
         make_rows(lengths, block_size=4, dims=(24, 16), dtype=dtype, layout=layout, unused=UNUSED)
         for layout in ("contiguous", "shuffled")
     )
-    second = with_followers(second, [0], Near(0, 2), [50, 50], 2, False)
+    second = with_followers(second, [0], Proximal(0, 2), [50, 50], 2, False)
     query = torch.randn(2, 1, 6, 24).to(dtype).transpose(1, 2)
     got = lead_scores(query, [first, second], [0, 2], scaling=0.3, softcap=softcap)
     assert got.shape == (2, 3, 2, 1, 40) and got.dtype == torch.float32

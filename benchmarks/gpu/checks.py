@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from kara_hf.kernels import (
-    Near,
+    Proximal,
     append,
     append_reference,
     attend,
@@ -48,13 +48,13 @@ ATTEND: dict[str, Row] = {
     "padding": {
         "lengths": [[0] * 2, [90] * 2, [40] * 2],
         "new": 3,
-        "hidden": [[0, 0, 0], [2, 1, 0], [2**31 - 1, 1, 0]],
+        "num_unseen": [[0, 0, 0], [2, 1, 0], [2**31 - 1, 1, 0]],
     },
     "soft cap": {"lengths": UNEVEN, "softcap": 0.7},
-    "sinks": {"lengths": UNEVEN, "sinks": True},
-    "soft cap, sinks, several queries": {"lengths": UNEVEN, "new": 4, "softcap": 0.7, "sinks": True},
-    "squared votes": {"lengths": UNEVEN, "observe": 2},
-    "votes, sinks, several queries": {"lengths": UNEVEN, "new": 4, "sinks": True, "observe": 1},
+    "sinks": {"lengths": UNEVEN, "sink_logits": True},
+    "soft cap, sinks, several queries": {"lengths": UNEVEN, "new": 4, "softcap": 0.7, "sink_logits": True},
+    "squared votes": {"lengths": UNEVEN, "metric_power": 2},
+    "votes, sinks, several queries": {"lengths": UNEVEN, "new": 4, "sink_logits": True, "metric_power": 1},
     "heads of 64": {"lengths": UNEVEN, "sizes": (64, 64)},
     "heads of 80": {"lengths": UNEVEN, "sizes": (80, 80)},
     "heads of 256": {"lengths": UNEVEN, "sizes": (256, 256)},
@@ -65,8 +65,8 @@ ATTEND: dict[str, Row] = {
 SHARED: dict[str, Row] = {
     "rows in order": {},
     "rows out of order": {"ordered": False},
-    "soft cap and sinks": {"softcap": 0.7, "sinks": True},
-    "squared votes": {"observe": 2, "ordered": False},
+    "soft cap and sinks": {"softcap": 0.7, "sink_logits": True},
+    "squared votes": {"metric_power": 2, "ordered": False},
     "heads of 64": {"sizes": (64, 64)},
     "heads of 256": {"sizes": (256, 256)},
     "20 query heads to a KV head": {"group": 20},
@@ -146,10 +146,10 @@ def check_attend(
     group: int = 4,
     sizes: tuple[int, int] = (128, 128),
     block_size: int = 16,
-    hidden: list[list[int]] | None = None,
+    num_unseen: list[list[int]] | None = None,
     softcap: float | None = None,
-    sinks: bool = False,
-    observe: int | None = None,
+    sink_logits: bool = False,
+    metric_power: int | None = None,
 ) -> Row:
     torch.manual_seed(0)
     rows = make_rows(run, lengths, sizes, dtype, block_size=block_size)
@@ -159,17 +159,17 @@ def check_attend(
     query = torch.randn(batch, new, heads * group, sizes[0], dtype=dtype, device=run.device).transpose(1, 2)
     settings = {
         "scaling": sizes[0] ** -0.5,
-        "hidden": None if hidden is None else torch.tensor(hidden, dtype=torch.int32, device=run.device),
+        "num_unseen": None if num_unseen is None else torch.tensor(num_unseen, dtype=torch.int32, device=run.device),
         "softcap": softcap,
-        "sinks": torch.randn(heads * group, device=run.device) if sinks else None,
+        "sink_logits": torch.randn(heads * group, device=run.device) if sink_logits else None,
     }
     (exact, exact_weights), (plain, plain_weights) = (
         plain_attention(query, rows, kind, **settings) for kind in (torch.float64, dtype)
     )
-    found = bounded(attend(query, rows, **settings, observe=observe), plain, exact)
-    if observe is None or not found["passed"]:
+    found = bounded(attend(query, rows, **settings, metric_power=metric_power), plain, exact)
+    if metric_power is None or not found["passed"]:
         return found
-    return bounded_votes(rows, plain_weights, exact_weights, observe)
+    return bounded_votes(rows, plain_weights, exact_weights, metric_power)
 
 
 def check_shared(
@@ -179,32 +179,32 @@ def check_shared(
     sizes: tuple[int, int] = (128, 128),
     ordered: bool = True,
     softcap: float | None = None,
-    sinks: bool = False,
-    observe: int | None = None,
+    sink_logits: bool = False,
+    metric_power: int | None = None,
 ) -> Row:
     """Two heads follow, one leads and one does neither; what is left for the layers above is checked too."""
     torch.manual_seed(0)
     rows = make_rows(run, [[1025] * 4, [64] * 4, [777] * 4], sizes, dtype)
-    rows = with_followers(rows, (1, 3), Near(2, 50), ordered)
+    rows = with_followers(rows, (1, 3), Proximal(2, 50), ordered)
     rows.metric.zero_()
     query = torch.randn(3, 1, 4 * group, sizes[0], dtype=dtype, device=run.device).transpose(1, 2)
     scores = torch.randn(3, 4, group, 1, rows.max_length, device=run.device)
     settings = {
         "scaling": sizes[0] ** -0.5,
         "softcap": softcap,
-        "sinks": torch.randn(4 * group, device=run.device) if sinks else None,
+        "sink_logits": torch.randn(4 * group, device=run.device) if sink_logits else None,
         "positions": rows.lengths[:, :1] - 1,
     }
     (exact, exact_weights), (plain, plain_weights) = (
-        plain_attention(query, rows, kind, hidden=None, scores=scores, **settings) for kind in (torch.float64, dtype)
+        plain_attention(query, rows, kind, num_unseen=None, scores=scores, **settings) for kind in (torch.float64, dtype)
     )
-    got, left = attend_shared(query, rows, scores.clone(), leading=(0,), observe=observe, **settings)
+    got, left = attend_shared(query, rows, scores.clone(), leading=(0,), metric_power=metric_power, **settings)
     found = bounded(got, plain, exact)
     if not torch.equal(left[:, 1:, ..., : rows.max_length], scores[:, 1:]):
         return {"passed": False, "reason": "logits of heads that do not lead have changed"}
-    if observe is None or not found["passed"]:
+    if metric_power is None or not found["passed"]:
         return found
-    return bounded_votes(rows, plain_weights, exact_weights, observe)
+    return bounded_votes(rows, plain_weights, exact_weights, metric_power)
 
 
 def check_merge(run: Run, dtype: torch.dtype, with_sinks: bool = False) -> Row:
@@ -213,9 +213,9 @@ def check_merge(run: Run, dtype: torch.dtype, with_sinks: bool = False) -> Row:
     lse = 3 * torch.randn(5, 2, 8, 3, device=run.device)
     lse = lse.masked_fill(torch.rand_like(lse) < 0.4, float("-inf"))
     parts = torch.randn(*lse.shape, 128, device=run.device).masked_fill((lse == float("-inf"))[..., None], float("nan"))
-    sinks = torch.randn(8, device=run.device) if with_sinks else None
-    exact = merge_reference(parts.double(), lse.double(), sinks)
-    return bounded(merge(parts, lse, sinks, dtype=dtype), merge_reference(parts, lse, sinks, dtype=dtype), exact)
+    sink_logits = torch.randn(8, device=run.device) if with_sinks else None
+    exact = merge_reference(parts.double(), lse.double(), sink_logits)
+    return bounded(merge(parts, lse, sink_logits, dtype=dtype), merge_reference(parts, lse, sink_logits, dtype=dtype), exact)
 
 
 def check_scores(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kara_hf.kernels import Near, NearKeys, Rows, gather_rows, slot_index
+from kara_hf.kernels import Proximal, ProximalKeys, Rows, gather_rows, slot_index
 
 from ..common.rows import Row
 from ..common.run import Run
@@ -79,25 +79,25 @@ def plain_attention(query: torch.Tensor, rows: Rows, dtype: torch.dtype, **setti
     probabilities ``[B, H, G, S, T]``. With `scores` and `positions` those of `attend_shared`.
     """
     batch, _, new, _ = query.shape
-    hidden, softcap, sinks = settings["hidden"], settings["softcap"], settings["sinks"]
-    if hidden is None:
-        hidden = torch.arange(new - 1, -1, -1, device=query.device).expand(batch, new)
+    num_unseen, softcap, sink_logits = settings["num_unseen"], settings["softcap"], settings["sink_logits"]
+    if num_unseen is None:
+        num_unseen = torch.arange(new - 1, -1, -1, device=query.device).expand(batch, new)
     slots = torch.arange(rows.max_length, device=query.device)
     stored = (slots < rows.lengths[..., None])[..., None]  # [B, H, T, 1]
-    seen = (slots < (rows.lengths[..., None] - hidden[:, None])[..., None])[:, :, None]  # [B, H, 1, S, T]
+    seen = (slots < (rows.lengths[..., None] - num_unseen[:, None])[..., None])[:, :, None]  # [B, H, 1, S, T]
     keys, values = (part.masked_fill(~stored, 0.0).to(dtype) for part in (rows.dense_keys(), rows.dense()[1]))
     grouped = query.to(dtype).unflatten(1, (rows.lengths.shape[1], -1))
     logits = torch.einsum("bhgsd,bhtd->bhgst", grouped, keys) * settings["scaling"]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if rows.near is not None:
-        distant = rows.near.near.distant(settings["positions"][:, None], rows.dense_positions())[:, :, None, None]
+    if rows.proximal is not None:
+        distant = rows.proximal.bounds.distant(settings["positions"][:, None], rows.dense_positions())[:, :, None, None]
         follows = torch.zeros(rows.lengths.shape[1], dtype=torch.bool, device=query.device)
-        follows[rows.near.index] = True
+        follows[rows.proximal.index] = True
         logits = torch.where(distant & follows[:, None, None, None], settings["scores"].to(dtype), logits)
     logits = logits.masked_fill(~seen, float("-inf"))
-    if sinks is not None:
-        sink = sinks.to(dtype).view(1, rows.lengths.shape[1], -1, 1, 1).expand(*logits.shape[:-1], 1)
+    if sink_logits is not None:
+        sink = sink_logits.to(dtype).view(1, rows.lengths.shape[1], -1, 1, 1).expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, sink], dim=-1)
     weights = logits.softmax(-1)[..., : rows.max_length].masked_fill(~seen, 0.0)  # of what sees nothing NaN becomes 0
     return torch.einsum("bhgst,bhtd->bhgsd", weights, values).flatten(1, 2), weights
@@ -116,14 +116,14 @@ def plain_scores(
     return logits.softmax(-1).mean((2, 3))
 
 
-def bounded_votes(rows: Rows, plain: torch.Tensor, exact: torch.Tensor, observe: int) -> Row:
+def bounded_votes(rows: Rows, plain: torch.Tensor, exact: torch.Tensor, metric_power: int) -> Row:
     """The same of the metric of `rows`, which was zero, from the probabilities ``[B, H, G, S, T]``."""
     votes = gather_rows(rows.metric, rows.value_table, rows.max_length)
     stored = torch.arange(rows.max_length, device=votes.device) < rows.lengths[..., None]
-    return bounded(votes.masked_fill(~stored, 0.0), *(w.pow(observe).sum((2, 3)) for w in (plain, exact)))
+    return bounded(votes.masked_fill(~stored, 0.0), *(w.pow(metric_power).sum((2, 3)) for w in (plain, exact)))
 
 
-def with_followers(rows: Rows, heads: tuple[int, ...], near: Near, ordered: bool) -> Rows:
+def with_followers(rows: Rows, heads: tuple[int, ...], proximal: Proximal, ordered: bool) -> Rows:
     """`rows`, of equal lengths in a sequence, in which `heads` follow: slot s holds position s, or they count down."""
     batch, all_heads = rows.lengths.shape
     slots = torch.arange(rows.max_length, dtype=torch.int32, device=rows.lengths.device).expand(batch, all_heads, -1)
@@ -134,8 +134,8 @@ def with_followers(rows: Rows, heads: tuple[int, ...], near: Near, ordered: bool
     index = torch.tensor(heads, device=rows.lengths.device)
     rest = torch.tensor([head for head in range(all_heads) if head not in heads], device=rows.lengths.device)
     keys = torch.randn(
-        batch, len(heads), near.first + near.recent, rows.keys.shape[-1], dtype=rows.keys.dtype, device=index.device
+        batch, len(heads), proximal.first + proximal.recent, rows.keys.shape[-1], dtype=rows.keys.dtype, device=index.device
     )
     table = rows.key_table.index_fill(1, index, -1)
-    near_keys = NearKeys(heads, keys, near, near.recent, index, rest)
-    return replace(rows, key_table=table, near=near_keys, in_order=ordered)
+    proximal_keys = ProximalKeys(heads, keys, proximal, proximal.recent, index, rest)
+    return replace(rows, key_table=table, proximal=proximal_keys, in_order=ordered)

@@ -186,7 +186,7 @@ def test_what_cannot_be_measured_is_refused():
         explore(model, [ids(40)[None]])
     with pytest.raises(ValueError, match="token ids"):
         explore(model, [ids(40).float()])
-    for name, value in (("queries", 0), ("region", "near"), ("sinks", -1), ("recent", 0)):
+    for name, value in (("queries", 0), ("region", "proximal"), ("sinks", -1), ("recent", 0)):
         with pytest.raises(ValueError, match=f"{name}={value!r} is not possible"):
             explore(model, [ids(40)], **{name: value})
     with pytest.raises(ValueError, match="no full-attention layer"):

@@ -67,7 +67,7 @@ class Votes:
         """Takes off the newest `tokens` ``[B]``, one for each column; what voted before them does not come back."""
         self.undecided = max(0, self.undecided - int(tokens.max()))
         if not self.undecided:
-            self.release()
+            self.close()
         elif self.valid is not None:
             behind = self.valid.sum(1, keepdim=True) - self.valid.cumsum(1)
             self.valid &= behind >= torch.from_numpy(tokens).to(behind.device)[:, None]
@@ -84,17 +84,17 @@ class Votes:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return ()
 
-    def let_go(self) -> None:
+    def discard_step(self) -> None:
         self._fresh = None
 
-    def release(self) -> None:
+    def close(self) -> None:
         for held in (self.queries, self.valid):
             if held is not None:
-                self.meter.hand_back(held)
+                self.meter.uncount_borrowed(held)
         self.queries = self.valid = None
 
     def _replace(self, queries: torch.Tensor, valid: torch.Tensor) -> None:
-        self.release()
+        self.close()
         self.queries, self.valid = self.meter.borrow(queries), self.meter.borrow(valid)
 
 
@@ -134,7 +134,7 @@ class Evicting(Compression):
         step.after = [s.extended(int(n), pinned=False) for s, n in zip(state.sequences, step.counts, strict=True)]
 
     def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> Prompt:
-        layer.near(keys.shape[1])  # says at once if the sharing does not fit
+        layer.proximal(keys.shape[1])  # says at once if the sharing does not fit
         return Prompt(self.state.meter)
 
     def observes(self, step: Step) -> int | None:
@@ -200,7 +200,7 @@ class Evicting(Compression):
             state.reserve(ahead)
         except PoolExhausted:  # layers that lost much may hold free blocks that others need
             for layer in layers:
-                layer.paged().trim()
+                layer.paged().free_blocks()
             state.reserve(ahead)
 
     def _count_votes(self) -> None:
@@ -210,21 +210,21 @@ class Evicting(Compression):
                 queries = layer.state.of(sequence)
                 if queries is not None:
                     self._vote(layer, sequence, queries)
-            layer.state.release()
+            layer.state.close()
 
     def _vote(self, layer: StoreLayer, sequence: int, queries: torch.Tensor) -> None:
         """Adds to the metric of a sequence what its newest `queries` ``[Hq, n, D]`` say about all its tokens."""
         store, group = layer.stored(), len(queries) // layer.stored().lengths.shape[1]
         observe = partial(self.policy.observe, scaling=layer.scaling, softcap=layer.softcap)
         if isinstance(store, Prompt):
-            store.add_metric(sequence, observe(queries, store.keys_of(sequence), sinks=layer.sinks))
+            store.add_metric(sequence, observe(queries, store.keys_of(sequence), sink_logits=layer.sink_logits))
             return
         for head in range(store.lengths.shape[1]) if layer.deciding is None else layer.deciding:
             members = slice(head * group, (head + 1) * group)
             keys, _, positions = store.read(sequence, head)
             order = positions.argsort()
-            sinks = None if layer.sinks is None else layer.sinks[members]
-            seen = observe(queries[members], keys[order][None], sinks=sinks)[0]
+            sink_logits = None if layer.sink_logits is None else layer.sink_logits[members]
+            seen = observe(queries[members], keys[order][None], sink_logits=sink_logits)[0]
             store.add_metric(sequence, head, torch.empty_like(seen).scatter_(0, order, seen))
 
     def _choose(self, ahead: int, counted: int) -> Eviction | None:
@@ -317,7 +317,7 @@ class Evicting(Compression):
             tokens = np.array([sequence.tokens for sequence in self.state.sequences])
             tables += blocks.size * int(blocks.max()) * 4 + blocks.shape[1] * 8
             held += (
-                len(layer.followers) * len(blocks) * key * layer.near_places(int(tokens.max()) + ahead, self.block_size)
+                len(layer.followers) * len(blocks) * key * layer.proximal_places(int(tokens.max()) + ahead, self.block_size)
             )
         return held + tables
 
@@ -342,11 +342,11 @@ class Evicting(Compression):
                 parts = prompt.keys, prompt.values, prompt.positions, prompt.metric
                 store.fill(*parts, prompt.real, kept, ahead)
                 layer.store = store
-                prompt.release()
+                prompt.close()
                 del plan[0]
         except BaseException:
             for _, _, store, _ in plan:
-                store.release()
+                store.close()
             raise
 
     def _evict(self, eviction: Eviction) -> None:
@@ -381,7 +381,7 @@ class Evicting(Compression):
             metric=self.policy.compresses,
             tight=self.policy.compresses and self.config.continual,
             steady=self.state.steady,
-            **layer.near(prompt.keys.shape[1]),
+            **layer.proximal(prompt.keys.shape[1]),
         )
 
     # -------------------------------------------------------------------------------------------------- what is known

@@ -33,10 +33,10 @@ class LayerState(Protocol):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What a decode step writes to."""
 
-    def let_go(self) -> None:
+    def discard_step(self) -> None:
         """Forgets what belongs to a step alone."""
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
 
 
@@ -72,7 +72,7 @@ class StoreLayer(CacheLayerMixin):
         self.store: PagedStore | Prompt | None = None
         self.scaling: float = 1.0
         self.softcap: float | None = None
-        self.sinks: torch.Tensor | None = None
+        self.sink_logits: torch.Tensor | None = None
         self.latent = False
         self.present: torch.Tensor | None = None
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -207,20 +207,20 @@ class StoreLayer(CacheLayerMixin):
         if step.visibility is not None:
             visible = step.visibility.of(rows.dense_positions())[:, :, -queries:]
             nothing = torch.zeros(len(query), queries, dtype=torch.int32, device=query.device)
-            return attend(query, rows, hidden=nothing, visible=visible, observe=step.observe, **self.settings)
+            return attend(query, rows, hidden=nothing, visible=visible, metric_power=step.observe, **self.settings)
         hidden = None if step.new == 1 and step.observe is None else step.hidden_on(query.device)
         if hidden is not None:
             hidden = hidden[:, -queries:]
-        return attend(query, rows, hidden=hidden, observe=step.observe, **self.settings)
+        return attend(query, rows, num_unseen=hidden, metric_power=step.observe, **self.settings)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Of the model's attention, as kernels take them."""
-        return {"scaling": self.scaling, "softcap": self.softcap, "sinks": self.sinks}
+        return {"scaling": self.scaling, "softcap": self.softcap, "sink_logits": self.sink_logits}
 
     def _note(self, step: Step, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
         self.scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        self.softcap, self.sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+        self.softcap, self.sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
         if not step.first:
             _refuse(kwargs, self.model)
 
@@ -261,7 +261,7 @@ class StoreLayer(CacheLayerMixin):
             self._check_finite(keys, values, real)
         if self.store is None:
             self.store = self.make_store(step, keys, values)
-        self.store.append(keys, values, step.positions.to(keys.device), real, looks=step.looks)
+        self.store.append(keys, values, step.positions.to(keys.device), real, sync=step.looks)
         step.stored.add(self.index)
         self.pending = None
         step.waiting = False
@@ -281,11 +281,11 @@ class StoreLayer(CacheLayerMixin):
                 f"keys or values of layer {self.index} are NaN or infinite; load the model in bfloat16 or float32"
             )
 
-    def near(self, heads: int) -> dict[str, Any]:
+    def proximal(self, heads: int) -> dict[str, Any]:
         """The arguments of `PagedStore` that say which of its `heads` follow, and what is proximal to them."""
         return {}
 
-    def near_places(self, tokens: int, block_size: int) -> int:
+    def proximal_places(self, tokens: int, block_size: int) -> int:
         """Keys of `tokens` tokens that followers store at most."""
         return 0
 
@@ -306,10 +306,10 @@ class StoreLayer(CacheLayerMixin):
         self.stored().crop(counts)
         self.state.crop(counts)
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """The step that appended last will not be taken back."""
         if isinstance(self.store, PagedStore):
-            self.store.settle()
+            self.store.commit()
 
     def fork_bytes(self, index: np.ndarray) -> int:
         """Bytes that `fork` takes."""
@@ -334,17 +334,17 @@ class StoreLayer(CacheLayerMixin):
     def empty(self, state: Any) -> None:
         """Gives the memory of the store and of the old state back; `state` is the new one."""
         if self.store is not None:
-            self.store.release()
-        self.state.release()
+            self.store.close()
+        self.state.close()
         self.store, self.state = None, state
-        self.let_go()
+        self.discard_step()
         self.seen, self.record_past = 0, False
         self.is_initialized = False
 
-    def let_go(self) -> None:
+    def discard_step(self) -> None:
         """Forgets what belongs to a step alone."""
         self.pending = self.present = None
-        self.state.let_go()
+        self.state.discard_step()
 
 
 def _refuse(kwargs: dict[str, Any], model: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..kernels import Near, attend_shared, lead_scores, shared_attention
+from ..kernels import Proximal, attend_shared, lead_scores, shared_attention
 from ..policy.sharing import PoDSharing
 from ..storage import PagedStore, Prompt
 from .layer import StoreLayer
@@ -71,7 +71,7 @@ class SharedLayer(StoreLayer):
             positions=self._positions(step, query.device),
             leading=() if own else self.leading,
             skip=sharing.skip,
-            observe=step.observe,
+            metric_power=step.observe,
             **self.settings,
         )
         return out
@@ -103,7 +103,7 @@ class SharedLayer(StoreLayer):
             followers=self.followers,
             query_positions=positions,
             key_positions=places,
-            near=Near(self.sharing.sinks, self.sharing.recent),
+            proximal=Proximal(self.sharing.sinks, self.sharing.recent),
             skip=self.sharing.skip,
             **self.settings,
         )
@@ -145,15 +145,15 @@ class SharedLayer(StoreLayer):
             store.widen(FIRST_DRAFTS)
         return store
 
-    def near(self, heads: int) -> dict[str, Any]:
+    def proximal(self, heads: int) -> dict[str, Any]:
         if heads != self.sharing.heads:
             raise ValueError(
                 f"layer {self.index} of {self.model} stores {heads} KV heads and the sharing is for "
                 f"{self.sharing.heads}; make one for this model with `kara-hf pod explore`"
             )
-        return {"followers": self.followers, "near": Near(self.sharing.sinks, self.sharing.recent)}
+        return {"followers": self.followers, "proximal": Proximal(self.sharing.sinks, self.sharing.recent)}
 
-    def near_places(self, tokens: int, block_size: int) -> int:
+    def proximal_places(self, tokens: int, block_size: int) -> int:
         return min(self.sharing.proximal, -(-tokens // block_size) * block_size)
 
     def prepare_to_take_back(self, tokens: int) -> None:
@@ -162,5 +162,5 @@ class SharedLayer(StoreLayer):
 
     def can_crop(self, tokens: np.ndarray) -> bool:
         """Whether the keys of followers reach back behind the newest `tokens` ``[B]``."""
-        near = self.store.near if isinstance(self.store, PagedStore) else None
+        near = self.store.proximal if isinstance(self.store, PagedStore) else None
         return near is None or bool(near.can_crop(tokens).all())

@@ -186,8 +186,8 @@ class Steps:
         if step.prepared:
             state.sequences = self.compression.done(step)
             for layer in state.store_layers:
-                layer.let_go()
-                layer.settle()
+                layer.discard_step()
+                layer.commit()
         if self.given_real is None:
             self.note_padding(step.real, state.columns)
         state.count_columns(state.columns + step.new)
@@ -214,7 +214,7 @@ class Steps:
         """Undoes a step that was not completed: a first one by emptying the cache, a later one layer by layer."""
         step, self.step = self.step, None
         for layer in self.state.compressed:
-            layer.let_go()
+            layer.discard_step()
         if step is None:
             return
         if step.first:
@@ -223,7 +223,7 @@ class Steps:
         counts = step.real_counts() if step.stored else step.counts
         for layer in self.state.store_layers:
             if layer.index in step.stored:
-                layer.paged().take_back(counts)
+                layer.paged().rollback(counts)
         for index, before in step.before.items():
             vars(self.state.layers[index]).clear()
             vars(self.state.layers[index]).update(before)
@@ -319,7 +319,7 @@ class Steps:
         """Finds out which tokens that were taken for real turned out to be padding, and what masks said since."""
         state, mask, self.unread = self.state, self.unread, None
         if self._assumed:
-            padding, *_ = (layer.stored().look() for layer in state.store_layers)
+            padding, *_ = (layer.stored().sync_lengths() for layer in state.store_layers)
             if padding.any():
                 state.sequences = [s.without(int(n)) for s, n in zip(state.sequences, padding, strict=True)]
                 self._solid_columns = 0

@@ -15,7 +15,7 @@ from ..cache.bound_model import Binding
 from ..config import is_int, require
 from ..integration.attach import decoder_config, unwrap
 from ..integration.shape import layer_kinds, model_name, model_shape
-from ..kernels import Near
+from ..kernels import Proximal
 from ..probing.attention import Attention, Recorder
 from .similarity import LayerSimilarity
 
@@ -63,7 +63,7 @@ def explore(
     inner = unwrap(model)
     config, binding = decoder_config(inner), Binding(inner)
     full, kinds, shape = binding.observable_layers(), layer_kinds(config), model_shape(config)
-    near = Near(sinks, recent) if region == "distant" else None
+    near = Proximal(sinks, recent) if region == "distant" else None
     total = torch.zeros(int(shape["num_key_value_heads"]), len(full), len(full), dtype=torch.float64)
     devices: dict[int, str] = {}
     tokens: list[int] = []
@@ -113,7 +113,7 @@ def check_heads(layers: list[Attention], heads: int, name: str) -> None:
         )
 
 
-def check_sample(ids: torch.Tensor, number: int, queries: int, near: Near | None) -> None:
+def check_sample(ids: torch.Tensor, number: int, queries: int, near: Proximal | None) -> None:
     """Raises ValueError if `ids` are no token ids, or so few that some query has nothing to be compared by."""
     if ids.ndim != 1 or ids.is_floating_point():
         raise ValueError(f"sample {number} must be token ids [N] int64, got {list(ids.shape)} {ids.dtype}")
@@ -127,7 +127,7 @@ def check_sample(ids: torch.Tensor, number: int, queries: int, near: Near | None
 
 
 @torch.inference_mode()
-def layer_similarity(layers: list[Attention], near: Near | None) -> torch.Tensor:
+def layer_similarity(layers: list[Attention], near: Proximal | None) -> torch.Tensor:
     """Similarity of every two of L layers over one sample: ``[H, L, L]`` float64 on the CPU."""
     heads, tokens, _ = layers[0].key.shape
     count = layers[0].query.shape[0] // heads * layers[0].query.shape[1]

@@ -10,7 +10,7 @@ from ..integration.attach import decoder_config, hooked, unwrap
 from ..integration.attention import AttentionFunction, AttentionHook
 from ..integration.masks import AttentionMask, causal_tokens
 from ..integration.shape import layer_kinds, model_shape
-from ..kernels import Near, shared_attention
+from ..kernels import Proximal, shared_attention
 from ..policy.sharing import PoDSharing
 
 
@@ -108,10 +108,10 @@ class SharedForward(AttentionHook):
             followers=followers,
             query_positions=positions,
             key_positions=positions[:, None],
-            near=Near(sharing.sinks, sharing.recent),
+            proximal=Proximal(sharing.sinks, sharing.recent),
             scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
             softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
+            sink_logits=kwargs.get("s_aux"),
             skip=sharing.skip,
         )
         return out.transpose(1, 2).contiguous(), None

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..integration.attach import hooked
 from ..integration.attention import AttentionFunction, AttentionHook
 from ..integration.masks import AttentionMask, causal_tokens
-from ..kernels import Near, softcapped
+from ..kernels import Proximal, softcapped
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Attention:
     softcap: float | None
     sink_logits: torch.Tensor | None
 
-    def rows(self, head: int, part: slice, near: Near | None) -> torch.Tensor:
+    def rows(self, head: int, part: slice, near: Proximal | None) -> torch.Tensor:
         """Attention of a KV head to every token, for some of its G * Q queries, head by head: ``[R, N + 1]`` float32.
 
         What an attention sink takes is in the last column. With `near`, attention to distant tokens alone.

@@ -6,7 +6,7 @@ import torch
 from ..kernels import Rows, append, compact, gather_rows, slot_index
 from .blocks import Blocks, upload
 from .meter import MemoryMeter
-from .near import NearStore
+from .proximal import ProximalRing
 from .store import Store
 
 SLACK = 1 / 8  # share of a pool that may be unused before it is given back
@@ -17,7 +17,7 @@ class PagedStore(Store):
     """A `Store` in blocks of `block_size` slots; each block belongs to one head of one sequence, so freeing it is real.
 
     Args:
-        rows: B sequences and H KV heads.
+        shape: B sequences and H KV heads.
         sizes: Dk and Dv, of a key and of a value.
         dtypes: of keys and of values, which need not be the same.
         device: of everything but the host's tables.
@@ -31,11 +31,11 @@ class PagedStore(Store):
             replayed on them.
     """
 
-    near: NearStore | None = None  # keys of heads that do not have theirs in blocks
+    proximal: ProximalRing | None = None  # keys of heads that do not have theirs in blocks
 
     def __init__(
         self,
-        rows: tuple[int, ...],
+        shape: tuple[int, ...],
         sizes: tuple[int, int],
         *,
         dtypes: tuple[torch.dtype, torch.dtype],
@@ -50,9 +50,9 @@ class PagedStore(Store):
         self.tight, self.steady = tight, steady
         key, value, position = ((sizes[0],), dtypes[0]), ((sizes[1],), dtypes[1]), ((), torch.int32)
         beside = [position, ((), torch.float32)] if metric else [position]
-        self.lengths = np.zeros(rows, np.int32)
+        self.lengths = np.zeros(shape, np.int32)
         self.keys = Blocks(self._of_keys(self.lengths).shape, block_size, [key], device, meter)
-        self.values = Blocks(rows, block_size, [value, *beside], device, meter)
+        self.values = Blocks(shape, block_size, [value, *beside], device, meter)
         self.shares = not metric
         self.in_order = True  # whether slot s of every row holds position s
         self.room = 0  # tokens that every row can take before anything has to be arranged
@@ -107,19 +107,19 @@ class PagedStore(Store):
         positions: torch.Tensor,
         real: torch.Tensor | None = None,
         *,
-        looks: bool = True,
+        sync: bool = True,
     ) -> None:
         new = keys.shape[2]
         self.reserve(new)
         rows = self.rows()
         self._write(keys, values, positions, real)
-        if real is None or not looks:
+        if real is None or not sync:
             rows.lengths += new if real is None else real.sum(1, keepdim=True, dtype=torch.int32)
             rows.uniform &= real is None
             self._exact &= real is None
             self.count(new)
         else:
-            self.look()
+            self.sync_lengths()
             self._count(real.sum(1, dtype=torch.int32).cpu().numpy())
             self._changed()
 
@@ -135,7 +135,7 @@ class PagedStore(Store):
         rows = self.rows()
         return *self.keys.pools, *self.values.pools, rows.key_table, rows.value_table, rows.lengths
 
-    def look(self) -> np.ndarray:
+    def sync_lengths(self) -> np.ndarray:
         if self._exact:
             return np.zeros(len(self.lengths), np.int32)
         assumed, self.lengths = self.lengths, self.rows().lengths.cpu().numpy().copy()
@@ -228,29 +228,29 @@ class PagedStore(Store):
         self.lengths = lengths.astype(np.int32)
         self._fit()
 
-    def trim(self) -> None:
+    def free_blocks(self) -> None:
         """Gives back every block that holds no token."""
         for blocks, lengths in self._pools():
             blocks.shrink(self._used(lengths), 0)
         self._changed()
 
     def crop(self, tokens: np.ndarray) -> None:
-        self.look()
+        self.sync_lengths()
         self.lengths -= tokens[:, None].astype(np.int32)
         self._fit()
 
-    def take_back(self, tokens: np.ndarray) -> None:
+    def rollback(self, tokens: np.ndarray) -> None:
         """Undoes the last `append`, of `tokens` ``[B]``."""
         self.crop(tokens)
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """The last `append` will not be taken back."""
 
     def widen(self, spare: int) -> None:
         """Makes it possible to crop `spare` tokens from now on; whole keys make it so always."""
 
     def fork(self, index: np.ndarray) -> None:
-        self.look()
+        self.sync_lengths()
         self.meter.require(self.fork_bytes(index))
         used = [self._used(lengths) for _, lengths in self._pools()]
         self.lengths = self.lengths[index]
@@ -272,13 +272,13 @@ class PagedStore(Store):
                 total += max(0, int(used.sum()) - blocks.held_blocks) * blocks.block_bytes
         return total
 
-    def free(self, sequences: np.ndarray) -> None:
-        self.look()
+    def reset(self, sequences: np.ndarray) -> None:
+        self.sync_lengths()
         self.lengths[sequences] = 0
         self._fit()
 
     def read(self, sequence: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self.look()
+        self.sync_lengths()
         length = int(self.lengths[sequence, head])
         row = self.values.table[sequence : sequence + 1, head : head + 1]
         values, positions = (gather_rows(pool, row, length)[0, 0] for pool in self.values.pools[:2])
@@ -299,11 +299,11 @@ class PagedStore(Store):
         steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
         return (first + steps).expand(-1, self.lengths.shape[1], -1)
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
-        self.keys.release()
-        self.values.release()
-        self.meter.drop(self.rows().lengths)
+        self.keys.close()
+        self.values.close()
+        self.meter.uncount(self.rows().lengths)
 
     # ------------------------------------------------------------------------ what is different where some heads follow
     def _of_keys(self, rows: np.ndarray) -> np.ndarray:
@@ -356,7 +356,7 @@ class PagedStore(Store):
         for blocks, lengths in self._pools():
             used = self._used(lengths)
             if self.tight:  # every row is about to take one more block
-                blocks.give_back(used)
+                blocks.free_blocks(used)
                 blocks.shrink(used, 2 * used.size)
             else:
                 blocks.shrink(used, SLACK * blocks.held_blocks)
@@ -370,7 +370,7 @@ class PagedStore(Store):
         self.room = 0 if shared or not lengths.size else self._room()
         if self._rows is None or self._rows.lengths.shape != lengths.shape:
             if self._rows is not None:
-                self.meter.drop(self._rows.lengths)
+                self.meter.uncount(self._rows.lengths)
             device_lengths = self.meter.count(upload(lengths, self.device))
         else:
             device_lengths = self._rows.lengths

@@ -42,8 +42,8 @@ def attend_kernel(
     key_table,
     value_table,
     lengths,
-    hidden,
-    sinks,
+    num_unseen,
+    sink_logits,
     out,
     parts,
     lse,
@@ -80,7 +80,7 @@ def attend_kernel(
     head = (row % heads) * group + place % group
 
     result = (batch * heads * group + head) * new + token
-    seen = count_seen(lengths, hidden, row, heads, token, inside, new)
+    seen = count_seen(lengths, num_unseen, row, heads, token, inside, new)
     first = split * span
     stop = tl.minimum(tl.max(seen, 0), first + span)
 
@@ -123,7 +123,7 @@ def attend_kernel(
     place = (batch * new + token) * heads * group + head
     queries = tl.num_programs(0).to(tl.int64) * group * new
     leave_attention(
-        acc, peak, total, inside, head, result, place, queries, sinks, out, parts, lse, totals, value_size, VALUE_PAD
+        acc, peak, total, inside, head, result, place, queries, sink_logits, out, parts, lse, totals, value_size, VALUE_PAD
     )
 
 
@@ -141,10 +141,10 @@ def attend(
     rows: Rows,
     *,
     scaling: float,
-    hidden: torch.Tensor | None = None,
+    num_unseen: torch.Tensor | None = None,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    observe: int | None = None,
+    sink_logits: torch.Tensor | None = None,
+    metric_power: int | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
     """As `kara_hf.kernels.attend`, of rows that hold something. `splits` forces a number of ranges."""
@@ -156,9 +156,9 @@ def attend(
     group = query_heads // heads
     if query.stride(-1) != 1:
         query = query.contiguous()
-    hidden = None if hidden is None else hidden.contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
-    constants = attend_config(itemsize, key_size, value_size, group * new, observe is not None)
+    num_unseen = None if num_unseen is None else num_unseen.contiguous()
+    sink_logits = None if sink_logits is None else sink_logits.contiguous()
+    constants = attend_config(itemsize, key_size, value_size, group * new, metric_power is not None)
     tiles = -(-group * new // constants["TILE_QUERIES"])
     target = WAVES * processors(query.device)
     splits, span = plan_splits(batch * heads * tiles, rows.max_length, constants["TILE_KEYS"], splits, target)
@@ -171,7 +171,7 @@ def attend(
     parts, lse = scratch(kept, batch, query_heads, new, value_size), scratch(kept, batch, query_heads, new)
     width = -(-rows.max_length // WIDTH_STEP) * WIDTH_STEP
     observed = totals = None
-    if observe is not None:
+    if metric_power is not None:
         observed, totals = scratch(batch, query_heads, new, width), scratch(batch, query_heads, new)
     if not out.numel():
         return out
@@ -182,8 +182,8 @@ def attend(
         rows.key_table,
         rows.value_table,
         rows.lengths,
-        hidden,
-        sinks,
+        num_unseen,
+        sink_logits,
         out,
         parts,
         lse,
@@ -208,7 +208,7 @@ def attend(
         **constants,
     )
     if splits > 1:
-        merge_into(out, parts, lse, sinks, totals)
-    if observe is not None and observed is not None and totals is not None:
-        add_observed(rows, observed, totals, hidden, observe)
+        merge_into(out, parts, lse, sink_logits, totals)
+    if metric_power is not None and observed is not None and totals is not None:
+        add_observed(rows, observed, totals, num_unseen, metric_power)
     return out

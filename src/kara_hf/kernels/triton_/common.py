@@ -22,12 +22,12 @@ def pool_slots(table, slot, valid, block_size):
 
 
 @triton.jit
-def count_seen(lengths, hidden, row, heads, token, valid, new):
+def count_seen(lengths, num_unseen, row, heads, token, valid, new):
     """How many of the first slots of `row` each new `token` sees; at most 0 where it sees none."""
-    if hidden is None:
+    if num_unseen is None:
         unseen = new - 1 - token
     else:
-        unseen = tl.load(hidden + row // heads * new + token, mask=valid, other=0)
+        unseen = tl.load(num_unseen + row // heads * new + token, mask=valid, other=0)
     return tl.where(valid, tl.load(lengths + row) - unseen, 0)
 
 
@@ -101,7 +101,7 @@ def add_values(acc, peak, total, logits, query, values, value_slots, stored, siz
 
 @triton.jit
 def leave_attention(
-    acc, peak, total, inside, head, result, place, queries, sinks, out, parts, lse, totals, size, PAD: tl.constexpr
+    acc, peak, total, inside, head, result, place, queries, sink_logits, out, parts, lse, totals, size, PAD: tl.constexpr
 ):
     """Ends the attention of a tile of queries: of all their tokens in `out`, of a range of them in `parts` and `lse`.
 
@@ -110,8 +110,8 @@ def leave_attention(
     at = tl.arange(0, PAD)
     fits = inside[:, None] & (at < size)[None, :]
     if tl.num_programs(1) == 1:
-        if sinks is not None:
-            sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        if sink_logits is not None:
+            sink = tl.load(sink_logits + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
             higher = tl.maximum(peak, sink)
             shrink = tl.exp2(peak - higher)
             total = total * shrink + tl.exp2(sink - higher)
@@ -135,7 +135,7 @@ def read_dtypes(query: torch.Tensor, rows: Rows) -> tuple[torch.dtype, int]:
 
     Its `query` is cast to that before, keys and values are where they are loaded.
     """
-    parts = [query, rows.keys, rows.values, *([] if rows.near is None else [rows.near.keys])]
+    parts = [query, rows.keys, rows.values, *([] if rows.proximal is None else [rows.proximal.keys])]
     return rows.read_as or common_dtype(*parts), max(part.itemsize for part in parts)
 
 
