@@ -50,10 +50,10 @@ ATTEND: dict[str, Row] = {
         "hidden": [[0, 0, 0], [2, 1, 0], [2**31 - 1, 1, 0]],
     },
     "soft cap": {"lengths": UNEVEN, "softcap": 0.7},
-    "sinks": {"lengths": UNEVEN, "sinks": True},
-    "soft cap, sinks, several queries": {"lengths": UNEVEN, "new": 4, "softcap": 0.7, "sinks": True},
+    "sinks": {"lengths": UNEVEN, "sink_logits": True},
+    "soft cap, sinks, several queries": {"lengths": UNEVEN, "new": 4, "softcap": 0.7, "sink_logits": True},
     "squared votes": {"lengths": UNEVEN, "observe": 2},
-    "votes, sinks, several queries": {"lengths": UNEVEN, "new": 4, "sinks": True, "observe": 1},
+    "votes, sinks, several queries": {"lengths": UNEVEN, "new": 4, "sink_logits": True, "observe": 1},
     "heads of 64": {"lengths": UNEVEN, "sizes": (64, 64)},
     "heads of 80": {"lengths": UNEVEN, "sizes": (80, 80)},
     "heads of 256": {"lengths": UNEVEN, "sizes": (256, 256)},
@@ -64,7 +64,7 @@ ATTEND: dict[str, Row] = {
 SHARED: dict[str, Row] = {
     "rows in order": {},
     "rows out of order": {"ordered": False},
-    "soft cap and sinks": {"softcap": 0.7, "sinks": True},
+    "soft cap and sinks": {"softcap": 0.7, "sink_logits": True},
     "squared votes": {"observe": 2, "ordered": False},
     "heads of 64": {"sizes": (64, 64)},
     "heads of 256": {"sizes": (256, 256)},
@@ -172,7 +172,7 @@ def plain_attention(query: torch.Tensor, rows: Rows, dtype: torch.dtype, **setti
     probabilities ``[B, H, G, S, T]``. With `scores` and `positions` those of `attend_shared`.
     """
     batch, _, new, _ = query.shape
-    hidden, softcap, sinks = settings["hidden"], settings["softcap"], settings["sinks"]
+    hidden, softcap, sink_logits = settings["hidden"], settings["softcap"], settings["sink_logits"]
     if hidden is None:
         hidden = torch.arange(new - 1, -1, -1, device=query.device).expand(batch, new)
     slots = torch.arange(rows.max_length, device=query.device)
@@ -189,8 +189,8 @@ def plain_attention(query: torch.Tensor, rows: Rows, dtype: torch.dtype, **setti
         follows[rows.near.index] = True
         logits = torch.where(distant & follows[:, None, None, None], settings["scores"].to(dtype), logits)
     logits = logits.masked_fill(~seen, float("-inf"))
-    if sinks is not None:
-        sink = sinks.to(dtype).view(1, rows.lengths.shape[1], -1, 1, 1).expand(*logits.shape[:-1], 1)
+    if sink_logits is not None:
+        sink = sink_logits.to(dtype).view(1, rows.lengths.shape[1], -1, 1, 1).expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, sink], dim=-1)
     weights = logits.softmax(-1)[..., : rows.max_length].masked_fill(~seen, 0.0)  # of what sees nothing NaN becomes 0
     return torch.einsum("bhgst,bhtd->bhgsd", weights, values).flatten(1, 2), weights
@@ -206,7 +206,7 @@ def check_attend(
     block_size: int = 16,
     hidden: list[list[int]] | None = None,
     softcap: float | None = None,
-    sinks: bool = False,
+    sink_logits: bool = False,
     observe: int | None = None,
 ) -> Row:
     torch.manual_seed(0)
@@ -219,7 +219,7 @@ def check_attend(
         "scaling": sizes[0] ** -0.5,
         "hidden": None if hidden is None else torch.tensor(hidden, dtype=torch.int32, device=run.device),
         "softcap": softcap,
-        "sinks": torch.randn(heads * group, device=run.device) if sinks else None,
+        "sink_logits": torch.randn(heads * group, device=run.device) if sink_logits else None,
     }
     (exact, exact_weights), (plain, plain_weights) = (
         plain_attention(query, rows, kind, **settings) for kind in (torch.float64, dtype)
@@ -262,7 +262,7 @@ def check_shared(
     sizes: tuple[int, int] = (128, 128),
     ordered: bool = True,
     softcap: float | None = None,
-    sinks: bool = False,
+    sink_logits: bool = False,
     observe: int | None = None,
 ) -> Row:
     """Two heads follow, one leads and one does neither; what is left for the layers above is checked too."""
@@ -275,7 +275,7 @@ def check_shared(
     settings = {
         "scaling": sizes[0] ** -0.5,
         "softcap": softcap,
-        "sinks": torch.randn(4 * group, device=run.device) if sinks else None,
+        "sink_logits": torch.randn(4 * group, device=run.device) if sink_logits else None,
         "positions": rows.lengths[:, :1] - 1,
     }
     (exact, exact_weights), (plain, plain_weights) = (
@@ -299,9 +299,11 @@ def check_merge(run: Run, dtype: torch.dtype, with_sinks: bool) -> Row:
     lse = 3 * torch.randn(5, 2, 8, 3, device=run.device)
     lse = lse.masked_fill(torch.rand_like(lse) < 0.4, float("-inf"))
     parts = torch.randn(*lse.shape, 128, device=run.device).masked_fill((lse == float("-inf"))[..., None], float("nan"))
-    sinks = torch.randn(8, device=run.device) if with_sinks else None
-    exact = merge_reference(parts.double(), lse.double(), sinks)
-    return bounded(merge(parts, lse, sinks, dtype=dtype), merge_reference(parts, lse, sinks, dtype=dtype), exact)
+    sink_logits = torch.randn(8, device=run.device) if with_sinks else None
+    exact = merge_reference(parts.double(), lse.double(), sink_logits)
+    return bounded(
+        merge(parts, lse, sink_logits, dtype=dtype), merge_reference(parts, lse, sink_logits, dtype=dtype), exact
+    )
 
 
 def plain_scores(

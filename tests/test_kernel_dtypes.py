@@ -118,7 +118,7 @@ OPS = {
     "attend": attending(attend),
     "attend-observed": attending(attend, observe=2),
     "attend-visible": attending(attend, observe=1, visible=True),
-    "attend-softcap": attending(attend, softcap=2.0, sinks=torch.zeros(4)),
+    "attend-softcap": attending(attend, softcap=2.0, sink_logits=torch.zeros(4)),
     "attend-in-place": attending(attend, layout="contiguous"),
     "attend-each-row": attending(attend, observe=1, layout="one-by-one"),
     "attend-reference": attending(attend_reference, observe=2),
@@ -202,7 +202,7 @@ def test_attend_is_torchs_attention_under_autocast(mixture, cast_to, layout):
 @pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("layout", ["contiguous", "shuffled", "one-by-one"])
 def test_attend_of_a_mixture_is_exact(mixture, layout):
-    case = AttendCase("", [[9, 9], [9, 9]], group=2, new=2, dims=(24, 16), sinks=True)
+    case = AttendCase("", [[9, 9], [9, 9]], group=2, new=2, dims=(24, 16), sink_logits=True)
     query, rows, settings = attend_inputs(case, SINGLE, 4, layout)
     query, rows = query.to(mixture[0]), replace(rows, keys=rows.keys.to(mixture[1]), values=rows.values.to(mixture[2]))
     exact, plain = (attend_plain(query, rows, kind, **settings) for kind in (torch.float64, mixture[0]))

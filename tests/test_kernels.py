@@ -173,7 +173,7 @@ class AttendCase:
     dims: tuple = (8, 8)
     hidden: list | None = None
     softcap: float | None = None
-    sinks: bool = False
+    sink_logits: bool = False
     block_sizes: tuple = (4, 16)
 
 
@@ -203,10 +203,10 @@ ATTEND_CASES = [
     AttendCase("softcap-several", [[9, 9], [21, 21]], group=2, new=4, softcap=0.7),
     AttendCase("softcap-padding", [[0, 0], [8, 8]], new=2, hidden=[[0, 0], [1, 0]], softcap=0.7),
     AttendCase("softcap-nothing-stored", [[0, 0]], softcap=0.7),
-    AttendCase("sinks", [[5, 33], [16, 1]], group=4, sinks=True),
-    AttendCase("sinks-several", [[9, 9], [21, 21]], group=2, new=4, sinks=True),
-    AttendCase("sinks-padding", [[0, 0], [8, 8]], group=2, new=2, hidden=[[0, 0], [1, 0]], sinks=True),
-    AttendCase("sinks-softcap", [[5, 7]], group=4, new=3, softcap=0.7, sinks=True, dims=(24, 16)),
+    AttendCase("sinks", [[5, 33], [16, 1]], group=4, sink_logits=True),
+    AttendCase("sinks-several", [[9, 9], [21, 21]], group=2, new=4, sink_logits=True),
+    AttendCase("sinks-padding", [[0, 0], [8, 8]], group=2, new=2, hidden=[[0, 0], [1, 0]], sink_logits=True),
+    AttendCase("sinks-softcap", [[5, 7]], group=4, new=3, softcap=0.7, sink_logits=True, dims=(24, 16)),
 ]
 
 
@@ -230,12 +230,12 @@ def attend_inputs(case, dtype, block_size, layout, unused=6.0, metric=False):
             "scaling": 0.8 * case.dims[0] ** -0.5,
             "hidden": None if case.hidden is None else torch.tensor(case.hidden, dtype=torch.int32),
             "softcap": case.softcap,
-            "sinks": torch.randn(heads * case.group) if case.sinks else None,
+            "sink_logits": torch.randn(heads * case.group) if case.sink_logits else None,
         },
     )
 
 
-def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sinks, visible=None):
+def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sink_logits, visible=None):
     """(b, hq, which queries see something, what they give each token) in plain torch, every step in `dtype`."""
     batch, query_heads, new, _ = query.shape
     group = query_heads // rows.lengths.shape[1]
@@ -251,8 +251,8 @@ def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sinks, visibl
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             logits = logits.masked_fill(~mask, float("-inf"))
-            if sinks is not None:
-                logits = torch.cat([logits, sinks[hq].to(dtype).expand(new, 1)], dim=1)
+            if sink_logits is not None:
+                logits = torch.cat([logits, sink_logits[hq].to(dtype).expand(new, 1)], dim=1)
             seeing = mask.any(1)
             yield b, hq, seeing, logits[seeing].softmax(1)[:, : len(keys)]
 
@@ -406,7 +406,7 @@ def test_attend_observes_every_step():
 
 
 def test_attend_observes_many_queries_in_turns(monkeypatch):
-    case = AttendCase("", [[20, 9], [8, 40]], group=2, new=8, softcap=3.0, sinks=True)
+    case = AttendCase("", [[20, 9], [8, 40]], group=2, new=8, softcap=3.0, sink_logits=True)
     query, rows, settings = attend_inputs(case, torch.float32, 4, "shuffled", metric=True)
     some = torch.tensor([[3, 3, 2, 2, 1, 1, 0, 0], [9] * 8], dtype=torch.int32)
     for hidden, visible in itertools.product((None, some), (None, draw_visible(rows, 8, 2))):
@@ -422,7 +422,7 @@ def test_attend_observes_many_queries_in_turns(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_attend_in_float32_takes_half_precision_in_parts(dtype, monkeypatch):
     """Whatever the number of tokens that are made float32 at once."""
-    case = AttendCase("", [[20, 9], [8, 40]], group=2, new=2, softcap=3.0, sinks=True)
+    case = AttendCase("", [[20, 9], [8, 40]], group=2, new=2, softcap=3.0, sink_logits=True)
     query, rows, settings = attend_inputs(case, dtype, 4, "shuffled", metric=True)
     exact = attend_plain(query, rows, torch.float64, **settings)
     metric = observe_plain(query, rows, torch.float64, 2, **settings)
@@ -837,7 +837,7 @@ def test_drawn_append_and_attend(rows, new, group, padded, data):
     hidden = None
     if real is not None:
         hidden = (count - real.cumsum(1)).to(torch.int32).masked_fill(~real, HIDES_ALL)
-    asked = {"scaling": query.shape[-1] ** -0.5, "hidden": hidden, "softcap": None, "sinks": None}
+    asked = {"scaling": query.shape[-1] ** -0.5, "hidden": hidden, "softcap": None, "sink_logits": None}
     exact = attend_plain(query, rows, torch.float64, **asked)
     before, tolerance = clone(rows), 1e-5 if dtype == torch.float32 else 4e-3
     observe = None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2]))
@@ -942,7 +942,7 @@ def test_drawn_attend_shared(drawn, group, loosely, data):
         "leading": sorted(data.draw(st.sets(st.sampled_from(rest)))) if rest else (),
         "scaling": query.shape[-1] ** -0.5,
         "softcap": data.draw(st.sampled_from([None, 2.0])),
-        "sinks": torch.randn(heads * group) if data.draw(st.booleans()) else None,
+        "sink_logits": torch.randn(heads * group) if data.draw(st.booleans()) else None,
         "skip": None if UNUSED != UNUSED else data.draw(st.sampled_from([None, 0.4])),
         "observe": None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2])),
     }

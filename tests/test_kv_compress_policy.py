@@ -117,7 +117,7 @@ def attention(window, total, heads=2, group=1, dim=8, dtype=torch.float32):
     return queries.to(dtype), torch.randn(heads, total, dim, generator=generator).to(dtype)
 
 
-def weights_as_written(queries, keys, scaling=0.5, softcap=None, sinks=None):
+def weights_as_written(queries, keys, scaling=0.5, softcap=None, sink_logits=None):
     """Eager attention weights ``[Hq, w, T]`` in float64, with the keys repeated for every query head."""
     keys = keys.double().repeat_interleave(len(queries) // len(keys), 0)
     logits = queries.double() @ keys.mT * scaling
@@ -125,8 +125,8 @@ def weights_as_written(queries, keys, scaling=0.5, softcap=None, sinks=None):
         logits = softcap * torch.tanh(logits / softcap)
     window, total = logits.shape[1:]
     logits = logits.masked_fill(~torch.ones(window, total).tril(total - window).bool(), -math.inf)
-    if sinks is not None:
-        logits = torch.cat([logits, sinks.double()[:, None, None].expand(-1, window, 1)], -1)
+    if sink_logits is not None:
+        logits = torch.cat([logits, sink_logits.double()[:, None, None].expand(-1, window, 1)], -1)
     return logits.softmax(-1)[..., :total]
 
 
@@ -138,14 +138,14 @@ def metric_as_written(weights, heads, power, pool):
     return pooled.unflatten(0, (heads, -1)).sum(1)
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"sinks": True}], ids=lambda options: str(*options))
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"sink_logits": True}], ids=lambda options: str(*options))
 @pytest.mark.parametrize(("power", "pool"), [(2, 7), (2, 1), (1, 3)])
 @pytest.mark.parametrize("group", [1, 4, 8])
 @pytest.mark.parametrize(("window", "total"), [(9, 30), (30, 30), (1, 5), (1, 1)])
 def test_the_metric_is_that_of_eager_weights(window, total, group, power, pool, options):
     queries, keys = attention(window, total, group=group)
-    if "sinks" in options:
-        options = {"sinks": torch.randn(len(queries))}
+    if "sink_logits" in options:
+        options = {"sink_logits": torch.randn(len(queries))}
     before = queries.clone(), keys.clone()
     got = observe(queries, keys, scaling=0.5, power=power, pool=pool, **options)
     assert got.dtype == torch.float32
@@ -161,7 +161,9 @@ def test_a_query_head_has_one_vote_to_give(group):
     sums = [observe(queries, keys, scaling=0.5, power=power, pool=1).sum(1) for power in (1, 2)]
     torch.testing.assert_close(sums[0], torch.full((2,), 9.0 * group))
     assert (sums[1] <= 9 * group).all()
-    assert (observe(queries, keys, scaling=0.5, power=1, pool=1, sinks=torch.ones(2 * group)).sum(1) < 9 * group).all()
+    assert (
+        observe(queries, keys, scaling=0.5, power=1, pool=1, sink_logits=torch.ones(2 * group)).sum(1) < 9 * group
+    ).all()
 
 
 @given(st.integers(1, 24), st.integers(0, 16), st.sampled_from([1, 2, 4]), st.integers(1, 4000))
@@ -237,7 +239,7 @@ def test_an_even_pool_is_refused():
 def test_the_policy_observes_by_its_settings(chosen, window, power, pool):
     queries, keys = attention(40, 50, group=2)
     policy = KVCompressPolicy(make_config(**chosen))
-    for options in ({}, {"softcap": 2.0, "sinks": torch.ones(4)}):
+    for options in ({}, {"softcap": 2.0, "sink_logits": torch.ones(4)}):
         expected = observe(queries[:, -window:], keys, scaling=0.3, power=power, pool=pool, **options)
         assert torch.equal(policy.observe(queries, keys, scaling=0.3, **options), expected)
 

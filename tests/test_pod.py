@@ -207,7 +207,7 @@ def attention_cases(draw):
         "new": new,
         "near": Near(draw(st.integers(0, 4)), draw(st.integers(1, 6))),
         "softcap": draw(st.sampled_from([None, 2.0])),
-        "sinks": draw(st.booleans()),
+        "sink_logits": draw(st.booleans()),
         "skip": draw(st.sampled_from([None, 0.4])),
         "padding": draw(st.integers(0, tokens - 1)),
         "seed": draw(st.integers(0, 99)),
@@ -238,7 +238,7 @@ def test_the_gate_is_one_softmax(case):
         "near": case["near"],
         "scaling": 0.6,
         "softcap": case["softcap"],
-        "sinks": draw(heads * group) if case["sinks"] else None,
+        "sink_logits": draw(heads * group) if case["sink_logits"] else None,
         "skip": case["skip"],
     }
     close(shared_attention(*given, **settings), shared_attention_reference(*given, **settings), 1e-5)

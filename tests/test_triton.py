@@ -225,7 +225,7 @@ def check_attend(sizes, dtype):
 
     p = sizes[2]
     decode = AttendCase("", [[0, 1], [p - 1, p + 1], [p, 2 * p + 5]], group=3, dims=sizes[:2])
-    for case in (decode, replace(decode, new=7, softcap=3.0, sinks=True)):
+    for case in (decode, replace(decode, new=7, softcap=3.0, sink_logits=True)):
         query, rows, settings = attend_inputs(case, dtype, p, "shuffled", unused=NAN)
         # As a model has it: the head and token dimensions of a view are swapped.
         query = query.transpose(1, 2).contiguous().transpose(1, 2)
@@ -247,7 +247,7 @@ def check_attend_observes(sizes, dtype):
     p = sizes[2]
     decode = AttendCase("", [[0, 1], [p - 1, p + 1], [p, 2 * p + 5]], group=3, dims=sizes[:2])
     hidden = [[HIDES_ALL, 1, 0], [HIDES_ALL, p, 0], [2, 1, 0]]
-    for case, observe in ((decode, 2), (replace(decode, new=3, hidden=hidden, softcap=3.0, sinks=True), 1)):
+    for case, observe in ((decode, 2), (replace(decode, new=3, hidden=hidden, softcap=3.0, sink_logits=True), 1)):
         query, rows, settings = attend_inputs(case, dtype, p, "shuffled", unused=NAN, metric=True)
         exact = attend_plain(query, rows, torch.float64, **settings)
         plain = attend_plain(query, rows, dtype, **settings)
@@ -262,7 +262,7 @@ def check_attend_observes(sizes, dtype):
 @pytest.mark.parametrize("group", [1, 7, 40, 71])
 def check_attend_any_group(group):
     """Also where the query heads of a row are more than a tile."""
-    case = AttendCase("", [[0, 37]], group=group, dims=(16, 16), sinks=True)
+    case = AttendCase("", [[0, 37]], group=group, dims=(16, 16), sink_logits=True)
     query, rows, settings = attend_inputs(case, torch.float32, 16, "shuffled", unused=NAN, metric=True)
     exact = attend_plain(query, rows, torch.float64, **settings)
     before = clone(rows)
@@ -295,7 +295,7 @@ def check_attend_shared(number):
             "leading": [0],
             "scaling": sizes[0] ** -0.5,
             "softcap": 3.0 if ordered else None,
-            "sinks": torch.randn(3 * group) if ordered else None,
+            "sink_logits": torch.randn(3 * group) if ordered else None,
             "observe": 1 if ordered else 2,
         }
         plain = clone(rows)
@@ -352,13 +352,13 @@ def check_merge(parts, with_sinks):
     lse[torch.rand_like(lse) < 0.4] = float("-inf")
     lse[:, 0, 1, 2] = float("-inf")
     values = torch.randn(*lse.shape, 24).masked_fill((lse == float("-inf"))[..., None], NAN)
-    sinks = torch.randn(3) if with_sinks else None
-    got, expected = (op(values, lse, sinks, dtype=torch.float32) for op in (merge, merge_reference))
+    sink_logits = torch.randn(3) if with_sinks else None
+    got, expected = (op(values, lse, sink_logits, dtype=torch.float32) for op in (merge, merge_reference))
     assert (got[0, 1, 2] == 0).all()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KARA_BACKEND", "reference")
-        torch.testing.assert_close(merge(values, lse, sinks), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(merge(values, lse, sink_logits), expected, rtol=1e-5, atol=1e-6)
 
 
 @HALF_AND_SINGLE

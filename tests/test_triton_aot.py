@@ -32,7 +32,7 @@ POINTERS = {
     "softcap": "fp32",
 }
 SIZES = ("block_size", "key_size", "value_size", "size", "width", "scores_width")
-OF_THE_MODEL = {"query", "queries", "keys", "values", "sinks", "out", "new_keys", "new_values"}
+OF_THE_MODEL = {"query", "queries", "keys", "values", "sink_logits", "out", "new_keys", "new_values"}
 OF_THE_MODEL |= {"held_keys", "held_values", "near_keys"}
 # Under autocast keys are float32 where they come from a rotary embedding, and all else is bfloat16.
 AUTOCAST = dict.fromkeys(OF_THE_MODEL, torch.bfloat16) | dict.fromkeys(["keys", "near_keys"], torch.float32)
@@ -77,7 +77,7 @@ def variants(**absent):
 
 def attend_variants(dtype):
     """(name, whether it is observed, constants) of attend: with every feature of a model and with none."""
-    every, bare = {"SOFTCAP": True}, {"SOFTCAP": False, "hidden": None, "sinks": None}
+    every, bare = {"SOFTCAP": True}, {"SOFTCAP": False, "hidden": None, "sink_logits": None}
     if dtype != torch.bfloat16:
         yield "bare", False, bare
         yield "every-observed", True, every
@@ -88,7 +88,7 @@ def attend_variants(dtype):
 
 def shared_variants(dtype, sizes):
     """(name, constants) of attend_shared: with every feature, of rows in order, of a layer that leads alone."""
-    bare = {"SOFTCAP": False, "sinks": None, "observed": None, "totals": None, "slot_positions": None}
+    bare = {"SOFTCAP": False, "sink_logits": None, "observed": None, "totals": None, "slot_positions": None}
     if dtype != torch.float16:
         yield "every", {"SOFTCAP": True}
     else:
@@ -122,7 +122,7 @@ def shipped():
                 constants = configs.score_config(dtype, size) | {"SOFTCAP": every, "CAUSAL": every}
                 for kernel in (window_scores.query_totals_kernel, window_scores.key_means_kernel):
                     yield f"{kernel.__name__}-{size}-{kind}-{every}", kernel, dtype, constants
-            for name, constants in variants(sinks=["sinks"], totals=["totals"]):
+            for name, constants in variants(sink_logits=["sink_logits"], totals=["totals"]):
                 constants |= configs.merge_config(size)
                 yield f"merge-{size}-{kind}-{name}", merge.merge_kernel, dtype, constants
             if dtype == torch.float16:  # what only moves elements of one size is the same code

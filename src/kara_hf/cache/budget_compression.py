@@ -218,14 +218,14 @@ class Evicting:
         store, group = layer.stored(), len(queries) // layer.stored().lengths.shape[1]
         observe = partial(self.policy.observe, scaling=layer.scaling, softcap=layer.softcap)
         if isinstance(store, Prompt):
-            store.add_metric(sequence, observe(queries, store.keys_of(sequence), sinks=layer.sinks))
+            store.add_metric(sequence, observe(queries, store.keys_of(sequence), sink_logits=layer.sink_logits))
             return
         for head in range(store.lengths.shape[1]) if layer.deciding is None else layer.deciding:
             members = slice(head * group, (head + 1) * group)
             keys, _, positions = store.read(sequence, head)
             order = positions.argsort()
-            sinks = None if layer.sinks is None else layer.sinks[members]
-            seen = observe(queries[members], keys[order][None], sinks=sinks)[0]
+            sink_logits = None if layer.sink_logits is None else layer.sink_logits[members]
+            seen = observe(queries[members], keys[order][None], sink_logits=sink_logits)[0]
             store.add_metric(sequence, head, torch.empty_like(seen).scatter_(0, order, seen))
 
     def _choose(self, ahead: int, counted: int) -> Eviction | None:

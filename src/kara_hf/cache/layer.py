@@ -124,7 +124,7 @@ class StoreLayer(CacheLayerMixin):
         self.state: Any = cache.compression.layer_state()
         self.scaling: float = 1.0
         self.softcap: float | None = None
-        self.sinks: torch.Tensor | None = None
+        self.sink_logits: torch.Tensor | None = None
         self.latent = False
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -184,8 +184,12 @@ class StoreLayer(CacheLayerMixin):
         try:
             step = cache._prepare(self, module, query, attention_mask, transformed)
             self.scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            self.softcap, self.sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-            settings: dict[str, Any] = {"scaling": self.scaling, "softcap": self.softcap, "sinks": self.sinks}
+            self.softcap, self.sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
+            settings: dict[str, Any] = {
+                "scaling": self.scaling,
+                "softcap": self.softcap,
+                "sink_logits": self.sink_logits,
+            }
             present = self._present(step, key.shape[2], key.device) if self.latent else None
             if not step.first:
                 _refuse(kwargs, cache.binding.name)

@@ -8,7 +8,7 @@
               slot order as in `rows.dense`; past a row's length it says nothing. Plain torch answers, on every device
     scaling   factor on q.k
     softcap   c: logits become c * tanh(logits / c) (Gemma-2); None: left alone
-    sinks     [Hq] or None: a learned logit per query head that takes probability and gives no value (gpt-oss)
+    sink_logits   [Hq] or None: a learned logit per query head that takes probability and gives no value (gpt-oss)
     observe   1, 2 or None: each token's metric, in place, gains the sum over the G query heads of its row and the S
               queries of probability ** observe (KV-Compress, arXiv 2410.00161), sinks included in the normaliser
 
@@ -44,7 +44,7 @@ def attend_reference(
     hidden: torch.Tensor | None = None,
     visible: torch.Tensor | None = None,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     observe: int | None = None,
 ) -> torch.Tensor:
     """One query at a time, float32; the specification of `attend`."""
@@ -65,7 +65,7 @@ def attend_reference(
                 if not len(seen):
                     continue
                 logits = row_logits(query[b, hq, s], keys[seen], scaling, softcap)
-                probability = row_weights(logits, None if sinks is None else sinks[hq])
+                probability = row_weights(logits, None if sink_logits is None else sink_logits[hq])
                 out[b, hq, s] = (probability @ values[seen]).to(out.dtype)
                 if observe is not None and rows.metric is not None:
                     blocks = rows.value_table[b, h, seen // rows.block_size]
@@ -82,7 +82,7 @@ def attend(
     hidden: torch.Tensor | None = None,
     visible: torch.Tensor | None = None,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     observe: int | None = None,
 ) -> torch.Tensor:
     """Attention of the newest tokens over everything their rows store; see the module's contract."""
@@ -91,7 +91,7 @@ def attend(
     heads = rows.lengths.shape[1]
     if new == 0 or rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
-    settings: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+    settings: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
     if visible is None and use_triton(query, key_dim, rows.values.shape[-1], dtypes=rows.dtypes):
         return _attend_triton(query, rows, hidden, observe, **settings)
     if new == 1 and hidden is None and visible is None:
@@ -159,7 +159,7 @@ def _attend_each(
     observe: int | None,
     scaling: float,
     softcap: float | None,
-    sinks: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:
     """A decode step row by row, each read in place: nothing is gathered, and no row is as long as the longest."""
     assert rows.starts is not None
@@ -171,7 +171,7 @@ def _attend_each(
     out = []
     for row, (start, length) in enumerate(places):
         logits = softcapped(torch.mm(grouped[row], rows.read(keys.narrow(0, start, length)).float().t()), softcap)
-        weights = weights_of(logits, None if sinks is None else sinks.view(heads, -1, 1)[row % heads])
+        weights = weights_of(logits, None if sink_logits is None else sink_logits.view(heads, -1, 1)[row % heads])
         if metric is not None:
             votes = weights.detach()
             metric.narrow(0, start, length).add_((votes.square() if observe == 2 else votes).sum(0))

@@ -28,7 +28,7 @@ def attend_shared_reference(
     leading: Sequence[int],
     scaling: float,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     skip: float | None = None,
     observe: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +58,7 @@ def attend_shared_reference(
             logits = torch.where(distant, scores[b, h, g, 0, :length], logits)
             if h in leading:
                 scores[b, h, g, 0, :length] = logits
-            probability = row_weights(logits, None if sinks is None else sinks[hq])
+            probability = row_weights(logits, None if sink_logits is None else sink_logits[hq])
             gate = 1 - probability[distant].sum()
             if skip is not None and gate >= skip and near is not None and h in near.heads:
                 probability = probability.masked_fill(distant, 0.0) / gate
@@ -78,7 +78,7 @@ def attend_shared(
     leading: Sequence[int],
     scaling: float,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     skip: float | None = None,
     observe: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +94,7 @@ def attend_shared(
             or copied where these rows lead and may be longer than T; no follower is. None below the first lead.
         positions: ``[B, 1]`` int32, true positions of the queries; negative: padding, which sees nothing.
         leading: heads that another layer follows, whose logits are handed on.
-        scaling, softcap, sinks, observe: as in `attend`.
+        scaling, softcap, sink_logits, observe: as in `attend`.
         skip: as in the module's contract.
 
     Returns:
@@ -111,7 +111,12 @@ def attend_shared(
     if skip is None and use_triton(query, query.shape[-1], rows.values.shape[-1], dtypes=rows.dtypes):
         from .triton_.attend_shared import attend_shared as attend_shared_triton
 
-        settings: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks, "observe": observe}
+        settings: dict[str, Any] = {
+            "scaling": scaling,
+            "softcap": softcap,
+            "sink_logits": sink_logits,
+            "observe": observe,
+        }
         return attend_shared_triton(query, rows, scores, positions=positions, leading=leading, **settings)
 
     keys, values = rows.dense()
@@ -134,12 +139,12 @@ def attend_shared(
             _hand_on(scores, logits, leading)
         queries = query if len(near.heads) == by_head.shape[1] else by_head[:, near.index].flatten(1, 2)
         _put_own(logits, grouped_logits(queries, rows.read(near.keys), scaling, softcap), rows, near, positions, here)
-    sinks = grouped_sinks(sinks, logits.shape[1])
+    sink_logits = grouped_sinks(sink_logits, logits.shape[1])
     stored = None if rows.uniform or here is None else here[:, :, None, None] >= 0
     if stored is None:
-        weights = weights_of(logits, sinks)
+        weights = weights_of(logits, sink_logits)
     else:
-        weights = weights_of(logits.masked_fill(~stored, float("-inf")), sinks)
+        weights = weights_of(logits.masked_fill(~stored, float("-inf")), sink_logits)
         weights = weights.masked_fill(~stored.any(-1, keepdim=True), 0.0)
     if near is not None and here is not None and skip is not None:
         distant = near.near.distant(positions[:, None], here)

@@ -25,15 +25,15 @@ def attend_masked(
     mask: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of `query` ``[B, Hq, S, Dk]`` over dense `keys` and `values` ``[B, H, T, D]``: ``[B, Hq, S, Dv]``.
 
     `mask` ``[B, 1 or H, S, T]`` bool says what is seen, None means everything. A query that sees nothing gets zeros.
     The rest is as in `attend`, the dtype of the result too.
     """
-    if softcap is not None or sinks is not None:
-        return weighted(probabilities(query, keys, mask, scaling, softcap, sinks), values, query.dtype)
+    if softcap is not None or sink_logits is not None:
+        return weighted(probabilities(query, keys, mask, scaling, softcap, sink_logits), values, query.dtype)
     batch, query_heads, new, _ = query.shape
     heads = keys.shape[1]
     group = query_heads // heads
@@ -55,17 +55,17 @@ def probabilities(
     mask: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What part of its attention each query gives each token, ``[B, H, G, S, T]`` float32.
 
     Arguments as in `attend_masked`. A query that sees nothing gives nothing.
     """
     logits = grouped_logits(query, keys, scaling, softcap)
-    sinks = grouped_sinks(sinks, keys.shape[1])
+    sink_logits = grouped_sinks(sink_logits, keys.shape[1])
     if mask is None:
-        return weights_of(logits, sinks)
-    weights = weights_of(logits.masked_fill(~mask[:, :, None], float("-inf")), sinks)
+        return weights_of(logits, sink_logits)
+    weights = weights_of(logits.masked_fill(~mask[:, :, None], float("-inf")), sink_logits)
     return weights.masked_fill(~mask[:, :, None].any(-1, keepdim=True), 0.0)
 
 
@@ -83,17 +83,17 @@ def grouped_logits(
     return softcapped(logits, softcap)
 
 
-def weights_of(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Softmax of `logits` ``[..., T]`` over tokens and, with `sinks` ``[..., 1]``, one more that has no value."""
+def weights_of(logits: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.Tensor:
+    """Softmax of `logits` ``[..., T]`` over tokens and, with `sink_logits` ``[..., 1]``, one more that has no value."""
     weights = logits.softmax(-1)
-    if sinks is None:  # e^l / (sum + e^sink) is the softmax times sum / (sum + e^sink)
+    if sink_logits is None:  # e^l / (sum + e^sink) is the softmax times sum / (sum + e^sink)
         return weights
-    return weights * torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sinks.float())
+    return weights * torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sink_logits.float())
 
 
-def grouped_sinks(sinks: torch.Tensor | None, heads: int) -> torch.Tensor | None:
-    """`sinks` ``[H * G]`` beside logits ``[B, H, G, S, T]``: ``[H, G, 1, 1]``."""
-    return None if sinks is None else sinks.view(heads, -1, 1, 1)
+def grouped_sinks(sink_logits: torch.Tensor | None, heads: int) -> torch.Tensor | None:
+    """`sink_logits` ``[H * G]`` beside logits ``[B, H, G, S, T]``: ``[H, G, 1, 1]``."""
+    return None if sink_logits is None else sink_logits.view(heads, -1, 1, 1)
 
 
 def weighted(weights: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,7 @@
     parts   [K, B, Hq, S, Dv] float32   attention of the same queries over K disjoint sets of tokens
     lse     [K, B, Hq, S] float32       log of the sum of each part's exponentials; -inf where a part has nothing to
                                         see, and then its output is not read
-    sinks   [Hq] or None                as in attend; they enter here, once
+    sink_logits   [Hq] or None                as in attend; they enter here, once
     dtype   of the result; None: that of `parts`
 
 Returns ``[B, Hq, S, Dv]``. A query that no part sees anything for gets zeros. Nothing is modified.
@@ -15,7 +15,7 @@ from .backend import use_triton
 
 
 def merge_reference(
-    parts: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
+    parts: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """One query at a time; the specification of `merge`."""
     _, batch, heads, new, size = parts.shape
@@ -27,14 +27,14 @@ def merge_reference(
                 if not seen:
                     continue
                 logits = lse[seen, b, h, s]
-                if sinks is not None:
-                    logits = torch.cat([logits, sinks[h : h + 1].float()])
+                if sink_logits is not None:
+                    logits = torch.cat([logits, sink_logits[h : h + 1].float()])
                 out[b, h, s] = (logits.softmax(0)[: len(seen)] @ parts[seen, b, h, s]).to(out.dtype)
     return out
 
 
 def merge(
-    parts: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
+    parts: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Joins attention over parts by their log-sum-exp; see the module's contract."""
     if parts.shape[:-1] != lse.shape or parts.dim() != 5:
@@ -45,9 +45,9 @@ def merge(
     if use_triton(parts, parts.shape[-1]):
         from .triton_.merge import merge as merge_triton
 
-        return merge_triton(parts, lse, sinks, dtype=dtype)
+        return merge_triton(parts, lse, sink_logits, dtype=dtype)
 
-    logits = lse if sinks is None else torch.cat([lse, sinks.float()[:, None].expand_as(lse[:1])])
+    logits = lse if sink_logits is None else torch.cat([lse, sink_logits.float()[:, None].expand_as(lse[:1])])
     empty = lse == float("-inf")
     weights = torch.softmax(logits, 0)[: len(lse)].masked_fill(empty, 0.0)
     return (weights[..., None] * parts.masked_fill(empty[..., None], 0.0)).sum(0).to(dtype or parts.dtype)

@@ -10,7 +10,7 @@
     query_positions  [B, S] int32            true positions; negative: padding, which sees nothing
     key_positions    [B, 1 or H, T] int32    true positions; negative: nothing there
     near             Near                which tokens are proximal
-    scaling, softcap, sinks              as in attend; logits of distant tokens too are scaled by this layer's factor
+    scaling, softcap, sink_logits   as in attend; logits of distant tokens too are scaled by this layer's factor
     skip             a follower's query whose proximal tokens get at least this share leaves out the rest; None: never
 
 The last S keys are those of the queries' own tokens, in order. A query at position i sees keys at positions j <= i.
@@ -50,7 +50,7 @@ def shared_attention_reference(
     near: Near,
     scaling: float,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     skip: float | None = None,
 ) -> torch.Tensor:
     """One query at a time, proximal and distant attention joined by the gate; the specification."""
@@ -81,9 +81,9 @@ def shared_attention_reference(
                 far_out, far_lse = attention(logits[far], values[b, h][far])
                 if at < 0 or not seen.any():
                     continue
-                if sinks is not None:  # takes from the proximal part, which the query itself is always in
-                    near_out = near_out * torch.sigmoid(near_lse - sinks[hq].float())
-                    near_lse = torch.logaddexp(near_lse, sinks[hq].float())
+                if sink_logits is not None:  # takes from the proximal part, which the query itself is always in
+                    near_out = near_out * torch.sigmoid(near_lse - sink_logits[hq].float())
+                    near_lse = torch.logaddexp(near_lse, sink_logits[hq].float())
                 gate = torch.sigmoid(near_lse - far_lse)
                 if skip is not None and gate >= skip:
                     gate = torch.ones_like(gate)
@@ -105,7 +105,7 @@ def shared_attention(
     near: Near,
     scaling: float,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     skip: float | None = None,
 ) -> torch.Tensor:
     """Attention of several queries where followers share keys; see the module's contract.
@@ -118,7 +118,7 @@ def shared_attention(
         "near": near,
         "scaling": scaling,
         "softcap": softcap,
-        "sinks": sinks,
+        "sink_logits": sink_logits,
         "skip": skip,
     }
     attend = functools.partial(_attend, **settings)
@@ -152,7 +152,7 @@ def _attend(
     near: Near,
     scaling: float,
     softcap: float | None,
-    sinks: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
     skip: float | None,
 ) -> torch.Tensor:
     at, place = query_positions[:, None, :, None], key_positions[:, :, None]  # [B, 1, S, 1], [B, 1 or H, 1, T]
@@ -166,7 +166,7 @@ def _attend(
     else:
         logits = logits.index_copy(1, followers, torch.where(distant, shared, logits[:, followers]))
     logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
-    weights = weights_of(logits, grouped_sinks(sinks, keys.shape[1]))
+    weights = weights_of(logits, grouped_sinks(sink_logits, keys.shape[1]))
     if skip is not None:
         weights = weights.index_copy(1, followers, skipped(weights[:, followers], distant, skip))
     return weighted(weights, values, query.dtype).masked_fill(padding, 0.0)

@@ -317,7 +317,7 @@ def probabilities(
     """Attention probabilities of a sequence's newest queries over what is stored, as the model's eager attention.
 
     Args:
-        layer: gives scaling, soft-capping and sinks.
+        layer: gives scaling, soft-capping and sink logits.
         queries: ``[1, n, Hq * D]``, of the newest n of all tokens.
         keys: ``[1, H, T, D]``.
         positions: ``[1, H, T]``, true ones.
@@ -333,7 +333,7 @@ def probabilities(
     places = torch.arange(tokens - newest, tokens, device=keys.device)
     later = positions.repeat_interleave(group, 1)[:, :, None] > places[:, None]
     logits = logits.masked_fill(later, float("-inf")).float()
-    if layer.sinks is not None:
-        sinks = layer.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        logits = torch.cat([logits, sinks], dim=-1)
+    if layer.sink_logits is not None:
+        sink_logits = layer.sink_logits.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink_logits], dim=-1)
     return logits.softmax(-1)[..., : keys.shape[2]].to(queries.dtype)

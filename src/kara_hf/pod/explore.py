@@ -135,14 +135,14 @@ class Attention:
         query: ``[Hq, Q, D]``, of the last Q tokens.
         key: ``[H, N, D]``.
         scaling, softcap: of the logits.
-        sinks: ``[Hq]`` logit of each head's attention sink, or None.
+        sink_logits: ``[Hq]`` logit of each head's attention sink, or None.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     scaling: float
     softcap: float | None
-    sinks: torch.Tensor | None
+    sink_logits: torch.Tensor | None
 
     def rows(self, head: int, part: slice, near: Near | None) -> torch.Tensor:
         """Attention of a KV head to every token, for some of its G * Q queries, head by head: ``[R, N + 1]`` float32.
@@ -158,8 +158,8 @@ class Attention:
         seen = place <= at if near is None else near.distant(at, place)
         rows = torch.full((len(query), tokens + 1), -math.inf, device=query.device)
         rows[:, :-1] = logits.masked_fill_(~seen, -math.inf)
-        if self.sinks is not None and near is None:
-            rows[:, -1] = self.sinks.float().repeat_interleave(last)[head * group * last :][part]
+        if self.sink_logits is not None and near is None:
+            rows[:, -1] = self.sink_logits.float().repeat_interleave(last)[head * group * last :][part]
         return rows.softmax(-1)
 
 
@@ -217,7 +217,7 @@ class Recorder:
                 key=key[0].clone(memory_format=torch.contiguous_format),
                 scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
                 softcap=kwargs.get("softcap"),
-                sinks=kwargs.get("s_aux"),
+                sink_logits=kwargs.get("s_aux"),
             )
         return own(module, query, key, value, attention_mask, **kwargs)
 

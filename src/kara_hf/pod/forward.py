@@ -107,7 +107,7 @@ class SharedForward:
             near=Near(sharing.sinks, sharing.recent),
             scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
             softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
+            sink_logits=kwargs.get("s_aux"),
             skip=sharing.skip,
         )
         return out.transpose(1, 2).contiguous(), None

@@ -106,7 +106,7 @@ class KVCompressPolicy:
         *,
         scaling: float,
         softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What the last prompt queries of one sequence say about its tokens: ``[H, T]`` float32.
 
@@ -118,7 +118,9 @@ class KVCompressPolicy:
             pool = 1
         else:
             queries = queries[:, -window:]
-        return observe(queries, keys, scaling=scaling, softcap=softcap, sinks=sinks, power=self.power, pool=pool)
+        return observe(
+            queries, keys, scaling=scaling, softcap=softcap, sink_logits=sink_logits, power=self.power, pool=pool
+        )
 
     def ranking(self, votes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What tokens are ranked by, larger is better kept: their votes, or what a control puts in their place.

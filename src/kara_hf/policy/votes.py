@@ -16,7 +16,7 @@ def observe(
     *,
     scaling: float,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     power: int = 2,
     pool: int = 7,
 ) -> torch.Tensor:
@@ -32,7 +32,8 @@ def observe(
         keys: ``[H, T, D]`` in the order of their positions, as attention saw them; Hq = G * H.
         scaling: factor on q.k.
         softcap: c: logits become c * tanh(logits / c); None: left alone.
-        sinks: ``[Hq]`` or None: the model's learned logit per query head that takes probability and gives no value.
+        sink_logits: ``[Hq]`` or None: the model's learned logit per query head that takes probability and gives no
+            value.
         power: 2 for the L2 metric, 1 for L1.
         pool: width of the max-pool along keys, per query head, odd; 1 leaves it out. Beyond the ends there is nothing.
 
@@ -52,7 +53,7 @@ def observe(
         raise ValueError(f"pool={pool} is not possible: the max-pool is symmetric, so its width must be odd")
     group = query_heads // heads
     queries = queries.unflatten(0, (heads, group))
-    sinks = None if sinks is None else sinks.float().view(heads, group, 1, 1)
+    sink_logits = None if sink_logits is None else sink_logits.float().view(heads, group, 1, 1)
     votes = torch.zeros(heads, group, total, dtype=torch.float32, device=keys.device)
     some_queries = min(window, max(1, CHUNK_ELEMENTS // (group * total)))
     some_heads = max(1, CHUNK_ELEMENTS // (group * some_queries * total))
@@ -69,7 +70,7 @@ def observe(
             later = torch.ones(new, seen, dtype=torch.bool, device=keys.device).triu(seen - new + 1)
             logits = logits.masked_fill_(later, float("-inf"))
             norm = logits.logsumexp(-1, keepdim=True)
-            if sinks is not None:
-                norm = torch.logaddexp(norm, sinks[part])
+            if sink_logits is not None:
+                norm = torch.logaddexp(norm, sink_logits[part])
             votes[part, :, :seen] += logits.sub_(norm).mul_(power).exp_().sum(2)
     return F.max_pool1d(votes, pool, stride=1, padding=pool // 2).sum(1)

@@ -43,7 +43,7 @@ def attend_kernel(
     value_table,
     lengths,
     hidden,
-    sinks,
+    sink_logits,
     out,
     parts,
     lse,
@@ -123,7 +123,21 @@ def attend_kernel(
     place = (batch * new + token) * heads * group + head
     queries = tl.num_programs(0).to(tl.int64) * group * new
     leave_attention(
-        acc, peak, total, inside, head, result, place, queries, sinks, out, parts, lse, totals, value_size, VALUE_PAD
+        acc,
+        peak,
+        total,
+        inside,
+        head,
+        result,
+        place,
+        queries,
+        sink_logits,
+        out,
+        parts,
+        lse,
+        totals,
+        value_size,
+        VALUE_PAD,
     )
 
 
@@ -143,7 +157,7 @@ def attend(
     scaling: float,
     hidden: torch.Tensor | None = None,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     observe: int | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -157,7 +171,7 @@ def attend(
     if query.stride(-1) != 1:
         query = query.contiguous()
     hidden = None if hidden is None else hidden.contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
+    sink_logits = None if sink_logits is None else sink_logits.contiguous()
     constants = attend_config(itemsize, key_size, value_size, group * new, observe is not None)
     tiles = -(-group * new // constants["TILE_QUERIES"])
     target = WAVES * processors(query.device)
@@ -183,7 +197,7 @@ def attend(
         rows.value_table,
         rows.lengths,
         hidden,
-        sinks,
+        sink_logits,
         out,
         parts,
         lse,
@@ -208,7 +222,7 @@ def attend(
         **constants,
     )
     if splits > 1:
-        merge_into(out, parts, lse, sinks, totals)
+        merge_into(out, parts, lse, sink_logits, totals)
     if observe is not None and observed is not None and totals is not None:
         add_observed(rows, observed, totals, hidden, observe)
     return out

@@ -47,7 +47,7 @@ def attend_shared_kernel(
     key_table,
     value_table,
     lengths,
-    sinks,
+    sink_logits,
     out,
     parts,
     lse,
@@ -168,7 +168,21 @@ def attend_shared_kernel(
 
     queries = tl.num_programs(0).to(tl.int64) * group
     leave_attention(
-        acc, peak, total, inside, head, result, result, queries, sinks, out, parts, lse, totals, value_size, VALUE_PAD
+        acc,
+        peak,
+        total,
+        inside,
+        head,
+        result,
+        result,
+        queries,
+        sink_logits,
+        out,
+        parts,
+        lse,
+        totals,
+        value_size,
+        VALUE_PAD,
     )
 
 
@@ -251,7 +265,7 @@ def attend_shared(
     leading: Sequence[int],
     scaling: float,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     observe: int | None = None,
     splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,7 +279,7 @@ def attend_shared(
     if query.stride(-1) != 1:
         query = query.contiguous()
     positions = positions.contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
+    sink_logits = None if sink_logits is None else sink_logits.contiguous()
     width = triton.cdiv(rows.max_length, WIDTH_STEP) * WIDTH_STEP
 
     def scratch(*shape: int) -> torch.Tensor:
@@ -299,7 +313,7 @@ def attend_shared(
         rows.key_table,
         rows.value_table,
         rows.lengths,
-        sinks,
+        sink_logits,
         out,
         parts,
         lse,
@@ -324,7 +338,7 @@ def attend_shared(
         **constants,
     )
     if splits > 1:
-        merge_into(out, parts, lse, sinks, totals)
+        merge_into(out, parts, lse, sink_logits, totals)
     if observe is not None and observed is not None and totals is not None:
         hidden = torch.zeros_like(positions).masked_fill(positions < 0, EVERYTHING)
         add_observed(rows, observed, totals, hidden, observe)

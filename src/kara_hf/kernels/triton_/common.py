@@ -101,7 +101,21 @@ def add_values(acc, peak, total, logits, query, values, value_slots, stored, siz
 
 @triton.jit
 def leave_attention(
-    acc, peak, total, inside, head, result, place, queries, sinks, out, parts, lse, totals, size, PAD: tl.constexpr
+    acc,
+    peak,
+    total,
+    inside,
+    head,
+    result,
+    place,
+    queries,
+    sink_logits,
+    out,
+    parts,
+    lse,
+    totals,
+    size,
+    PAD: tl.constexpr,
 ):
     """Ends the attention of a tile of queries: of all their tokens in `out`, of a range of them in `parts` and `lse`.
 
@@ -110,8 +124,8 @@ def leave_attention(
     at = tl.arange(0, PAD)
     fits = inside[:, None] & (at < size)[None, :]
     if tl.num_programs(1) == 1:
-        if sinks is not None:
-            sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        if sink_logits is not None:
+            sink = tl.load(sink_logits + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
             higher = tl.maximum(peak, sink)
             shrink = tl.exp2(peak - higher)
             total = total * shrink + tl.exp2(sink - higher)

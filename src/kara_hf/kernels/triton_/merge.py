@@ -12,7 +12,7 @@ from .configs import MERGE_TILE, merge_config
 def merge_kernel(
     parts,
     lse,
-    sinks,
+    sink_logits,
     out,
     totals,
     count,
@@ -32,8 +32,8 @@ def merge_kernel(
     acc = tl.zeros([TILE, PAD], tl.float32)
     peak = tl.full([TILE], NOTHING, tl.float32)
     total = tl.zeros([TILE], tl.float32)
-    if sinks is not None:
-        peak = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2E
+    if sink_logits is not None:
+        peak = tl.load(sink_logits + head, mask=valid, other=0.0).to(tl.float32) * LOG2E
         total += 1.0
     for part in range(count):
         place = part * queries.to(tl.int64) + query
@@ -58,7 +58,7 @@ def merge_into(
     out: torch.Tensor,
     parts: torch.Tensor,
     lse: torch.Tensor,
-    sinks: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
     totals: torch.Tensor | None = None,
 ) -> None:
     """Writes what `merge` returns to `out` ``[B, Hq, S, Dv]``, which is laid out as ``[B, S, Hq, Dv]``.
@@ -71,7 +71,7 @@ def merge_into(
     merge_kernel[triton.cdiv(queries, MERGE_TILE),](
         parts,
         lse,
-        sinks,
+        sink_logits,
         out,
         totals,
         count,
@@ -85,11 +85,11 @@ def merge_into(
 
 @on_its_device
 def merge(
-    parts: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
+    parts: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Tensor | None = None, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """As `kara_hf.kernels.merge`."""
     _, batch, heads, new, size = parts.shape
     out = parts.new_empty(batch, new, heads, size, dtype=dtype).transpose(1, 2)
     if out.numel():
-        merge_into(out, parts.contiguous(), lse.contiguous(), None if sinks is None else sinks.contiguous())
+        merge_into(out, parts.contiguous(), lse.contiguous(), None if sink_logits is None else sink_logits.contiguous())
     return out
