@@ -47,7 +47,7 @@ ATTEND: dict[str, Row] = {
     "padding": {
         "lengths": [[0] * 2, [90] * 2, [40] * 2],
         "new": 3,
-        "hidden": [[0, 0, 0], [2, 1, 0], [2**31 - 1, 1, 0]],
+        "num_unseen": [[0, 0, 0], [2, 1, 0], [2**31 - 1, 1, 0]],
     },
     "soft cap": {"lengths": UNEVEN, "softcap": 0.7},
     "sinks": {"lengths": UNEVEN, "sink_logits": True},
@@ -172,12 +172,12 @@ def plain_attention(query: torch.Tensor, rows: Rows, dtype: torch.dtype, **setti
     probabilities ``[B, H, G, S, T]``. With `scores` and `positions` those of `attend_shared`.
     """
     batch, _, new, _ = query.shape
-    hidden, softcap, sink_logits = settings["hidden"], settings["softcap"], settings["sink_logits"]
-    if hidden is None:
-        hidden = torch.arange(new - 1, -1, -1, device=query.device).expand(batch, new)
+    num_unseen, softcap, sink_logits = settings["num_unseen"], settings["softcap"], settings["sink_logits"]
+    if num_unseen is None:
+        num_unseen = torch.arange(new - 1, -1, -1, device=query.device).expand(batch, new)
     slots = torch.arange(rows.max_length, device=query.device)
     stored = (slots < rows.lengths[..., None])[..., None]  # [B, H, T, 1]
-    seen = (slots < (rows.lengths[..., None] - hidden[:, None])[..., None])[:, :, None]  # [B, H, 1, S, T]
+    seen = (slots < (rows.lengths[..., None] - num_unseen[:, None])[..., None])[:, :, None]  # [B, H, 1, S, T]
     keys, values = (part.masked_fill(~stored, 0.0).to(dtype) for part in (rows.dense_keys(), rows.dense()[1]))
     grouped = query.to(dtype).unflatten(1, (rows.lengths.shape[1], -1))
     logits = torch.einsum("bhgsd,bhtd->bhgst", grouped, keys) * settings["scaling"]
@@ -204,7 +204,7 @@ def check_attend(
     group: int = 4,
     sizes: tuple[int, int] = (128, 128),
     block_size: int = 16,
-    hidden: list[list[int]] | None = None,
+    num_unseen: list[list[int]] | None = None,
     softcap: float | None = None,
     sink_logits: bool = False,
     observe: int | None = None,
@@ -217,7 +217,7 @@ def check_attend(
     query = torch.randn(batch, new, heads * group, sizes[0], dtype=dtype, device=run.device).transpose(1, 2)
     settings = {
         "scaling": sizes[0] ** -0.5,
-        "hidden": None if hidden is None else torch.tensor(hidden, dtype=torch.int32, device=run.device),
+        "num_unseen": None if num_unseen is None else torch.tensor(num_unseen, dtype=torch.int32, device=run.device),
         "softcap": softcap,
         "sink_logits": torch.randn(heads * group, device=run.device) if sink_logits else None,
     }
@@ -279,7 +279,8 @@ def check_shared(
         "positions": rows.lengths[:, :1] - 1,
     }
     (exact, exact_weights), (plain, plain_weights) = (
-        plain_attention(query, rows, kind, hidden=None, scores=scores, **settings) for kind in (torch.float64, dtype)
+        plain_attention(query, rows, kind, num_unseen=None, scores=scores, **settings)
+        for kind in (torch.float64, dtype)
     )
     got, left = attend_shared(query, rows, scores.clone(), leading=(0,), observe=observe, **settings)
     found = bounded(got, plain, exact)

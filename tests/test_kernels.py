@@ -164,14 +164,14 @@ def assert_error_bounded(got, plain, exact):
 # --------------------------------------------------------------------------------------------------------------- attend
 @dataclass(frozen=True)
 class AttendCase:
-    """hidden: per sequence and new token, how many of the newest stored tokens it does not see; None is causal."""
+    """num_unseen: per sequence and new token, how many of the newest stored tokens it does not see; None is causal."""
 
     name: str
     lengths: list
     group: int = 1
     new: int = 1
     dims: tuple = (8, 8)
-    hidden: list | None = None
+    num_unseen: list | None = None
     softcap: float | None = None
     sink_logits: bool = False
     block_sizes: tuple = (4, 16)
@@ -193,19 +193,24 @@ ATTEND_CASES = [
     AttendCase("only-the-new", [[6, 6]], group=2, new=6),
     AttendCase("more-than-a-chunk", [[263, 270]], group=2, new=261, block_sizes=(16,)),
     AttendCase(
-        "padding-left-and-none", [[8, 8], [11, 11]], group=2, new=4, hidden=[[2, 2, 1, 0], [3, 2, 1, 0]], dims=(24, 16)
+        "padding-left-and-none",
+        [[8, 8], [11, 11]],
+        group=2,
+        new=4,
+        num_unseen=[[2, 2, 1, 0], [3, 2, 1, 0]],
+        dims=(24, 16),
     ),
-    AttendCase("all-padding", [[0, 0], [7, 7]], group=2, new=2, hidden=[[0, 0], [0, 0]]),
-    AttendCase("sees-none-sees-all", [[3, 3]], group=2, new=2, hidden=[[3, 0]]),
-    AttendCase("one-query-hidden", [[6, 6], [6, 6]], new=1, hidden=[[2], [0]]),
+    AttendCase("all-padding", [[0, 0], [7, 7]], group=2, new=2, num_unseen=[[0, 0], [0, 0]]),
+    AttendCase("sees-none-sees-all", [[3, 3]], group=2, new=2, num_unseen=[[3, 0]]),
+    AttendCase("one-query-num_unseen", [[6, 6], [6, 6]], new=1, num_unseen=[[2], [0]]),
     AttendCase("softcap", [[5, 33], [16, 1]], group=4, softcap=0.7),
     AttendCase("softcap-uniform", [[17, 17]], group=2, softcap=2.0),
     AttendCase("softcap-several", [[9, 9], [21, 21]], group=2, new=4, softcap=0.7),
-    AttendCase("softcap-padding", [[0, 0], [8, 8]], new=2, hidden=[[0, 0], [1, 0]], softcap=0.7),
+    AttendCase("softcap-padding", [[0, 0], [8, 8]], new=2, num_unseen=[[0, 0], [1, 0]], softcap=0.7),
     AttendCase("softcap-nothing-stored", [[0, 0]], softcap=0.7),
     AttendCase("sinks", [[5, 33], [16, 1]], group=4, sink_logits=True),
     AttendCase("sinks-several", [[9, 9], [21, 21]], group=2, new=4, sink_logits=True),
-    AttendCase("sinks-padding", [[0, 0], [8, 8]], group=2, new=2, hidden=[[0, 0], [1, 0]], sink_logits=True),
+    AttendCase("sinks-padding", [[0, 0], [8, 8]], group=2, new=2, num_unseen=[[0, 0], [1, 0]], sink_logits=True),
     AttendCase("sinks-softcap", [[5, 7]], group=4, new=3, softcap=0.7, sink_logits=True, dims=(24, 16)),
 ]
 
@@ -228,14 +233,14 @@ def attend_inputs(case, dtype, block_size, layout, unused=6.0, metric=False):
         rows,
         {
             "scaling": 0.8 * case.dims[0] ** -0.5,
-            "hidden": None if case.hidden is None else torch.tensor(case.hidden, dtype=torch.int32),
+            "num_unseen": None if case.num_unseen is None else torch.tensor(case.num_unseen, dtype=torch.int32),
             "softcap": case.softcap,
             "sink_logits": torch.randn(heads * case.group) if case.sink_logits else None,
         },
     )
 
 
-def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sink_logits, visible=None):
+def plain_weights(query, rows, dtype, *, scaling, num_unseen, softcap, sink_logits, visible=None):
     """(b, hq, which queries see something, what they give each token) in plain torch, every step in `dtype`."""
     batch, query_heads, new, _ = query.shape
     group = query_heads // rows.lengths.shape[1]
@@ -243,7 +248,7 @@ def plain_weights(query, rows, dtype, *, scaling, hidden, softcap, sink_logits, 
         for hq in range(query_heads):
             keys, *_ = read_row(rows, b, hq // group)
             order = torch.arange(len(keys))
-            unseen = torch.arange(new - 1, -1, -1) if hidden is None else hidden[b]
+            unseen = torch.arange(new - 1, -1, -1) if num_unseen is None else num_unseen[b]
             mask = order < (len(keys) - unseen)[:, None]
             if visible is not None:
                 mask = mask & visible[b, hq // group % visible.shape[1], :, : len(keys)]
@@ -409,8 +414,8 @@ def test_attend_observes_many_queries_in_turns(monkeypatch):
     case = AttendCase("", [[20, 9], [8, 40]], group=2, new=8, softcap=3.0, sink_logits=True)
     query, rows, settings = attend_inputs(case, torch.float32, 4, "shuffled", metric=True)
     some = torch.tensor([[3, 3, 2, 2, 1, 1, 0, 0], [9] * 8], dtype=torch.int32)
-    for hidden, visible in itertools.product((None, some), (None, draw_visible(rows, 8, 2))):
-        settings |= {"hidden": hidden, "visible": visible, "observe": 1}
+    for num_unseen, visible in itertools.product((None, some), (None, draw_visible(rows, 8, 2))):
+        settings |= {"num_unseen": num_unseen, "visible": visible, "observe": 1}
         whole, turns = clone(rows), clone(rows)
         expected = attend(query, whole, **settings)
         with monkeypatch.context() as patch:
@@ -834,10 +839,10 @@ def test_drawn_append_and_attend(rows, new, group, padded, data):
     room = rows.key_table.shape[2] * rows.block_size
     rows = replace(rows, lengths=lengths, max_length=data.draw(st.integers(int(lengths.max()), room)), uniform=False)
     query = torch.randn(batch, heads * group, new, rows.keys.shape[-1]).to(dtype)
-    hidden = None
+    num_unseen = None
     if real is not None:
-        hidden = (count - real.cumsum(1)).to(torch.int32).masked_fill(~real, HIDES_ALL)
-    asked = {"scaling": query.shape[-1] ** -0.5, "hidden": hidden, "softcap": None, "sink_logits": None}
+        num_unseen = (count - real.cumsum(1)).to(torch.int32).masked_fill(~real, HIDES_ALL)
+    asked = {"scaling": query.shape[-1] ** -0.5, "num_unseen": num_unseen, "softcap": None, "sink_logits": None}
     exact = attend_plain(query, rows, torch.float64, **asked)
     before, tolerance = clone(rows), 1e-5 if dtype == torch.float32 else 4e-3
     observe = None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2]))

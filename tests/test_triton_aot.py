@@ -24,7 +24,7 @@ MAX_SHARED = 99 * 1024  # what a program may have on every GPU of compute capabi
 
 # Pointers whose type is not the model's; everything else that has no default here is a 32-bit integer.
 POINTERS = {
-    **dict.fromkeys(["key_table", "value_table", "lengths", "hidden", "real_before", "source", "target"], "*i32"),
+    **dict.fromkeys(["key_table", "value_table", "lengths", "num_unseen", "real_before", "source", "target"], "*i32"),
     **dict.fromkeys(["positions", "new_positions", "held_positions", "slot_positions", "roles", "named"], "*i32"),
     **dict.fromkeys(["metric", "held_metric", "parts", "lse", "observed", "totals", "scores"], "*fp32"),
     "sequences": "*i64",
@@ -77,7 +77,7 @@ def variants(**absent):
 
 def attend_variants(dtype):
     """(name, whether it is observed, constants) of attend: with every feature of a model and with none."""
-    every, bare = {"SOFTCAP": True}, {"SOFTCAP": False, "hidden": None, "sink_logits": None}
+    every, bare = {"SOFTCAP": True}, {"SOFTCAP": False, "num_unseen": None, "sink_logits": None}
     if dtype != torch.bfloat16:
         yield "bare", False, bare
         yield "every-observed", True, every
@@ -135,7 +135,7 @@ def shipped():
             ):
                 constants = constants | configs.copy_config(size) | {"GATHER": gather}
                 yield f"compact-{size}-{kind}-{name}-{gather}", compact.compact_kernel, dtype, constants
-    for square, (name, constants) in itertools.product((True, False), variants(hidden=["hidden"])):
+    for square, (name, constants) in itertools.product((True, False), variants(num_unseen=["num_unseen"])):
         constants = constants | configs.OBSERVE | {"SQUARE": square}
         yield f"observe-{name}-{square}", observe.observe_kernel, torch.float32, constants
 

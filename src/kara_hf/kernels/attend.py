@@ -2,7 +2,7 @@
 
     query     [B, Hq, S, Dk]  queries of the S newest tokens, which are already stored
     rows      Rows            H KV heads; the G = Hq / H query heads of a group follow one another
-    hidden    [B, S] int32 or None   how many of a sequence's newest tokens a query may NOT see.
+    num_unseen    [B, S] int32 or None   how many of a sequence's newest tokens a query may NOT see.
               None: query s does not see the S - 1 - s tokens behind it (plain causal order, no padding)
     visible   [B, 1 or H, S, T] bool or None   which stored slots a query may see beside that: T = rows.max_length, in
               slot order as in `rows.dense`; past a row's length it says nothing. Plain torch answers, on every device
@@ -41,7 +41,7 @@ def attend_reference(
     rows: Rows,
     *,
     scaling: float,
-    hidden: torch.Tensor | None = None,
+    num_unseen: torch.Tensor | None = None,
     visible: torch.Tensor | None = None,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
@@ -58,7 +58,7 @@ def attend_reference(
             keys = rows.read(gather_rows(rows.keys, rows.key_table[b : b + 1, h : h + 1], length)[0, 0])
             values = rows.read(gather_rows(rows.values, rows.value_table[b : b + 1, h : h + 1], length)[0, 0]).float()
             for s in range(new):
-                causal = max(0, length - (new - 1 - s if hidden is None else int(hidden[b, s])))
+                causal = max(0, length - (new - 1 - s if num_unseen is None else int(num_unseen[b, s])))
                 seen = torch.arange(causal)
                 if visible is not None:
                     seen = seen[visible[b, h % visible.shape[1], s, :causal]]
@@ -79,7 +79,7 @@ def attend(
     rows: Rows,
     *,
     scaling: float,
-    hidden: torch.Tensor | None = None,
+    num_unseen: torch.Tensor | None = None,
     visible: torch.Tensor | None = None,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
@@ -93,8 +93,8 @@ def attend(
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
     settings: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
     if visible is None and use_triton(query, key_dim, rows.values.shape[-1], dtypes=rows.dtypes):
-        return _attend_triton(query, rows, hidden, observe, **settings)
-    if new == 1 and hidden is None and visible is None:
+        return _attend_triton(query, rows, num_unseen, observe, **settings)
+    if new == 1 and num_unseen is None and visible is None:
         if rows.starts is not None and batch * heads <= FEW_ROWS and not rows.contiguous:
             return _attend_each(query, rows, observe, **settings)
         everything = rows.uniform
@@ -105,7 +105,7 @@ def attend(
     parts = []
     for first in range(0, new, chunk):
         queries = slice(first, first + chunk)
-        seen = None if everything else _seen(rows, new, queries, hidden, visible)
+        seen = None if everything else _seen(rows, new, queries, num_unseen, visible)
         part = query[:, :, queries]
         if observe is None:
             parts.append(attend_masked(part, keys, values, seen, **settings))
@@ -117,17 +117,17 @@ def attend(
 
 
 def _attend_triton(
-    query: torch.Tensor, rows: Rows, hidden: torch.Tensor | None, observe: int | None, **settings: Any
+    query: torch.Tensor, rows: Rows, num_unseen: torch.Tensor | None, observe: int | None, **settings: Any
 ) -> torch.Tensor:
     """The kernel; many queries are observed in turns, because their logits lie in memory."""
     from .triton_.attend import attend as attend_triton
 
     new = query.shape[2]
     if observe is None or new <= OBSERVED_CHUNK:
-        return attend_triton(query, rows, hidden=hidden, observe=observe, **settings)
-    hidden = _behind(query.device, new, slice(0, new)).expand(len(query), -1) if hidden is None else hidden
-    chunks = zip(query.split(OBSERVED_CHUNK, 2), hidden.split(OBSERVED_CHUNK, 1), strict=True)
-    return torch.cat([attend_triton(q, rows, hidden=h, observe=observe, **settings) for q, h in chunks], 2)
+        return attend_triton(query, rows, num_unseen=num_unseen, observe=observe, **settings)
+    num_unseen = _behind(query.device, new, slice(0, new)).expand(len(query), -1) if num_unseen is None else num_unseen
+    chunks = zip(query.split(OBSERVED_CHUNK, 2), num_unseen.split(OBSERVED_CHUNK, 1), strict=True)
+    return torch.cat([attend_triton(q, rows, num_unseen=h, observe=observe, **settings) for q, h in chunks], 2)
 
 
 def check_fits(query: torch.Tensor, rows: Rows, observe: int | None, visible: torch.Tensor | None = None) -> None:
@@ -180,16 +180,16 @@ def _attend_each(
 
 
 def _behind(device: torch.device, new: int, queries: slice) -> torch.Tensor:
-    """`hidden` of plain causal order, ``[1, n]`` for the n `queries` of `new`."""
+    """`num_unseen` of plain causal order, ``[1, n]`` for the n `queries` of `new`."""
     return torch.arange(new - 1, -1, -1, device=device, dtype=torch.int32)[None, queries]
 
 
 def _seen(
-    rows: Rows, new: int, queries: slice, hidden: torch.Tensor | None, visible: torch.Tensor | None
+    rows: Rows, new: int, queries: slice, num_unseen: torch.Tensor | None, visible: torch.Tensor | None
 ) -> torch.Tensor:
     """Which slots each of the n `queries` of `new` sees, ``[B, H, n, max_length]`` bool."""
     device = rows.lengths.device
-    unseen = _behind(device, new, queries) if hidden is None else hidden[:, queries]
+    unseen = _behind(device, new, queries) if num_unseen is None else num_unseen[:, queries]
     slots = torch.arange(rows.max_length, device=device, dtype=torch.int32)
     seen = slots < (rows.lengths[:, :, None] - unseen[:, None])[..., None]
     return seen if visible is None else seen & visible[:, :, queries]

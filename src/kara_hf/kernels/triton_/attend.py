@@ -42,7 +42,7 @@ def attend_kernel(
     key_table,
     value_table,
     lengths,
-    hidden,
+    num_unseen,
     sink_logits,
     out,
     parts,
@@ -80,7 +80,7 @@ def attend_kernel(
     head = (row % heads) * group + place % group
 
     result = (batch * heads * group + head) * new + token
-    seen = count_seen(lengths, hidden, row, heads, token, inside, new)
+    seen = count_seen(lengths, num_unseen, row, heads, token, inside, new)
     first = split * span
     stop = tl.minimum(tl.max(seen, 0), first + span)
 
@@ -155,7 +155,7 @@ def attend(
     rows: Rows,
     *,
     scaling: float,
-    hidden: torch.Tensor | None = None,
+    num_unseen: torch.Tensor | None = None,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
     observe: int | None = None,
@@ -170,7 +170,7 @@ def attend(
     group = query_heads // heads
     if query.stride(-1) != 1:
         query = query.contiguous()
-    hidden = None if hidden is None else hidden.contiguous()
+    num_unseen = None if num_unseen is None else num_unseen.contiguous()
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
     constants = attend_config(itemsize, key_size, value_size, group * new, observe is not None)
     tiles = -(-group * new // constants["TILE_QUERIES"])
@@ -196,7 +196,7 @@ def attend(
         rows.key_table,
         rows.value_table,
         rows.lengths,
-        hidden,
+        num_unseen,
         sink_logits,
         out,
         parts,
@@ -224,5 +224,5 @@ def attend(
     if splits > 1:
         merge_into(out, parts, lse, sink_logits, totals)
     if observe is not None and observed is not None and totals is not None:
-        add_observed(rows, observed, totals, hidden, observe)
+        add_observed(rows, observed, totals, num_unseen, observe)
     return out

@@ -340,8 +340,8 @@ def attend_shared(
     if splits > 1:
         merge_into(out, parts, lse, sink_logits, totals)
     if observe is not None and observed is not None and totals is not None:
-        hidden = torch.zeros_like(positions).masked_fill(positions < 0, EVERYTHING)
-        add_observed(rows, observed, totals, hidden, observe)
+        num_unseen = torch.zeros_like(positions).masked_fill(positions < 0, EVERYTHING)
+        add_observed(rows, observed, totals, num_unseen, observe)
     return out, scores
 
 

@@ -22,12 +22,12 @@ def pool_slots(table, slot, valid, block_size):
 
 
 @triton.jit
-def count_seen(lengths, hidden, row, heads, token, valid, new):
+def count_seen(lengths, num_unseen, row, heads, token, valid, new):
     """How many of the first slots of `row` each new `token` sees; at most 0 where it sees none."""
-    if hidden is None:
+    if num_unseen is None:
         unseen = new - 1 - token
     else:
-        unseen = tl.load(hidden + row // heads * new + token, mask=valid, other=0)
+        unseen = tl.load(num_unseen + row // heads * new + token, mask=valid, other=0)
     return tl.where(valid, tl.load(lengths + row) - unseen, 0)
 
 

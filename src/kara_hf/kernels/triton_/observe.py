@@ -20,7 +20,7 @@ def observe_kernel(
     metric,
     value_table,
     lengths,
-    hidden,
+    num_unseen,
     value_width,
     block_size,
     heads,
@@ -40,7 +40,7 @@ def observe_kernel(
         # The queries of a row follow one another in [B, Hq, S].
         query = start + tl.arange(0, TILE_QUERIES)
         inside = query < group * new
-        seen = count_seen(lengths, hidden, row, heads, query % new, inside, new)
+        seen = count_seen(lengths, num_unseen, row, heads, query % new, inside, new)
         place = row * group * new + query
         total = tl.load(totals + place, mask=inside, other=0.0)
         logits = observed + (place * width)[:, None] + slot[None, :]
@@ -55,14 +55,14 @@ def observe_kernel(
 
 
 def add_observed(
-    rows: Rows, observed: torch.Tensor, totals: torch.Tensor, hidden: torch.Tensor | None, observe: int
+    rows: Rows, observed: torch.Tensor, totals: torch.Tensor, num_unseen: torch.Tensor | None, observe: int
 ) -> None:
     """Adds to `rows.metric` the probabilities, to the power of `observe`, that these logits make.
 
     Args:
         observed: logits to base 2, ``[B, Hq, S, width]`` float32; read where a query sees a token.
         totals: log to base 2 of the sum of each query's exponentials, sinks included, ``[B, Hq, S]`` float32.
-        hidden: as in attend.
+        num_unseen: as in attend.
     """
     batch, query_heads, new, width = observed.shape
     heads = rows.lengths.shape[1]
@@ -72,7 +72,7 @@ def add_observed(
         rows.metric,
         rows.value_table,
         rows.lengths,
-        hidden,
+        num_unseen,
         rows.value_table.shape[2],
         rows.block_size,
         heads,
