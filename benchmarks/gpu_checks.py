@@ -52,8 +52,8 @@ ATTEND: dict[str, Row] = {
     "soft cap": {"lengths": UNEVEN, "softcap": 0.7},
     "sinks": {"lengths": UNEVEN, "sink_logits": True},
     "soft cap, sinks, several queries": {"lengths": UNEVEN, "new": 4, "softcap": 0.7, "sink_logits": True},
-    "squared votes": {"lengths": UNEVEN, "observe": 2},
-    "votes, sinks, several queries": {"lengths": UNEVEN, "new": 4, "sink_logits": True, "observe": 1},
+    "squared votes": {"lengths": UNEVEN, "metric_power": 2},
+    "votes, sinks, several queries": {"lengths": UNEVEN, "new": 4, "sink_logits": True, "metric_power": 1},
     "heads of 64": {"lengths": UNEVEN, "sizes": (64, 64)},
     "heads of 80": {"lengths": UNEVEN, "sizes": (80, 80)},
     "heads of 256": {"lengths": UNEVEN, "sizes": (256, 256)},
@@ -65,7 +65,7 @@ SHARED: dict[str, Row] = {
     "rows in order": {},
     "rows out of order": {"ordered": False},
     "soft cap and sinks": {"softcap": 0.7, "sink_logits": True},
-    "squared votes": {"observe": 2, "ordered": False},
+    "squared votes": {"metric_power": 2, "ordered": False},
     "heads of 64": {"sizes": (64, 64)},
     "heads of 256": {"sizes": (256, 256)},
     "20 query heads to a KV head": {"group": 20},
@@ -207,7 +207,7 @@ def check_attend(
     num_unseen: list[list[int]] | None = None,
     softcap: float | None = None,
     sink_logits: bool = False,
-    observe: int | None = None,
+    metric_power: int | None = None,
 ) -> Row:
     torch.manual_seed(0)
     rows = make_rows(run, lengths, sizes, dtype, block_size=block_size)
@@ -224,17 +224,17 @@ def check_attend(
     (exact, exact_weights), (plain, plain_weights) = (
         plain_attention(query, rows, kind, **settings) for kind in (torch.float64, dtype)
     )
-    found = bounded(attend(query, rows, **settings, observe=observe), plain, exact)
-    if observe is None or not found["passed"]:
+    found = bounded(attend(query, rows, **settings, metric_power=metric_power), plain, exact)
+    if metric_power is None or not found["passed"]:
         return found
-    return bounded_votes(rows, plain_weights, exact_weights, observe)
+    return bounded_votes(rows, plain_weights, exact_weights, metric_power)
 
 
-def bounded_votes(rows: Rows, plain: torch.Tensor, exact: torch.Tensor, observe: int) -> Row:
+def bounded_votes(rows: Rows, plain: torch.Tensor, exact: torch.Tensor, metric_power: int) -> Row:
     """The same of the metric of `rows`, which was zero, from the probabilities ``[B, H, G, S, T]``."""
     votes = gather_rows(rows.metric, rows.value_table, rows.max_length)
     stored = torch.arange(rows.max_length, device=votes.device) < rows.lengths[..., None]
-    return bounded(votes.masked_fill(~stored, 0.0), *(w.pow(observe).sum((2, 3)) for w in (plain, exact)))
+    return bounded(votes.masked_fill(~stored, 0.0), *(w.pow(metric_power).sum((2, 3)) for w in (plain, exact)))
 
 
 def with_followers(rows: Rows, heads: tuple[int, ...], near: Near, ordered: bool) -> Rows:
@@ -263,7 +263,7 @@ def check_shared(
     ordered: bool = True,
     softcap: float | None = None,
     sink_logits: bool = False,
-    observe: int | None = None,
+    metric_power: int | None = None,
 ) -> Row:
     """Two heads follow, one leads and one does neither; what is left for the layers above is checked too."""
     torch.manual_seed(0)
@@ -282,13 +282,13 @@ def check_shared(
         plain_attention(query, rows, kind, num_unseen=None, scores=scores, **settings)
         for kind in (torch.float64, dtype)
     )
-    got, left = attend_shared(query, rows, scores.clone(), leading=(0,), observe=observe, **settings)
+    got, left = attend_shared(query, rows, scores.clone(), leading=(0,), metric_power=metric_power, **settings)
     found = bounded(got, plain, exact)
     if not torch.equal(left[:, 1:, ..., : rows.max_length], scores[:, 1:]):
         return {"passed": False, "reason": "logits of heads that do not lead have changed"}
-    if observe is None or not found["passed"]:
+    if metric_power is None or not found["passed"]:
         return found
-    return bounded_votes(rows, plain_weights, exact_weights, observe)
+    return bounded_votes(rows, plain_weights, exact_weights, metric_power)
 
 
 MERGES = ("plain", "sinks")

@@ -63,13 +63,13 @@ def rows_of(k, v, lengths, layout="shuffled", followed=False):
     return replace(rows, keys=k(rows.keys), values=v(rows.values))
 
 
-def attending(op, observe=None, visible=False, layout="shuffled", **settings):
+def attending(op, metric_power=None, visible=False, layout="shuffled", **settings):
     def run(q, k, v):
         lengths, new = ([[9, 4], [1, 17]], 3) if layout == "shuffled" else ([[9, 9], [9, 9]], 1)
         rows = rows_of(k, v, lengths, layout=layout)
         query = q(2 * torch.randn(2, 4, new, 8))
         seen = draw_visible(rows, new, 2) if visible else None
-        out = op(query, rows, scaling=0.4, observe=observe, visible=seen, **settings)
+        out = op(query, rows, scaling=0.4, metric_power=metric_power, visible=seen, **settings)
         return out, rows.metric.nan_to_num()
 
     return run
@@ -86,7 +86,7 @@ def following(op, skip=None):
         rows = rows_of(k, v, [[9, 9], [12, 12]], followed=True)
         query, scores = q(torch.randn(2, 4, 1, 8)), torch.randn(2, 2, 2, 1, 12)
         positions = torch.tensor([[8], [11]], dtype=torch.int32)
-        settings = {"positions": positions, "leading": (), "scaling": 0.4, "skip": skip, "observe": 2}
+        settings = {"positions": positions, "leading": (), "scaling": 0.4, "skip": skip, "metric_power": 2}
         return op(query, rows, scores, **settings)[0], rows.metric.nan_to_num()
 
     return run
@@ -116,12 +116,12 @@ def voting(op):
 
 OPS = {
     "attend": attending(attend),
-    "attend-observed": attending(attend, observe=2),
-    "attend-visible": attending(attend, observe=1, visible=True),
+    "attend-observed": attending(attend, metric_power=2),
+    "attend-visible": attending(attend, metric_power=1, visible=True),
     "attend-softcap": attending(attend, softcap=2.0, sink_logits=torch.zeros(4)),
     "attend-in-place": attending(attend, layout="contiguous"),
-    "attend-each-row": attending(attend, observe=1, layout="one-by-one"),
-    "attend-reference": attending(attend_reference, observe=2),
+    "attend-each-row": attending(attend, metric_power=1, layout="one-by-one"),
+    "attend-reference": attending(attend_reference, metric_power=2),
     "masked": masked,
     "attend-shared": following(attend_shared),
     "attend-shared-skips": following(attend_shared, skip=0.4),

@@ -271,13 +271,13 @@ def attend_plain(query, rows, dtype, **settings):
     return out
 
 
-def observe_plain(query, rows, dtype, observe, **settings):
+def observe_plain(query, rows, dtype, metric_power, **settings):
     """The metric of every row's tokens, row after row, ``[tokens]``, once these queries are observed, in `dtype`."""
     batch, heads = rows.lengths.shape
     group = query.shape[1] // heads
     metric = [[read_row(rows, b, h)[3].to(dtype) for h in range(heads)] for b in range(batch)]
     for b, hq, _, weights in plain_weights(query, rows, dtype, **settings):
-        metric[b][hq // group] += (weights**observe).sum(0)
+        metric[b][hq // group] += (weights**metric_power).sum(0)
     return torch.cat([row for sequence in metric for row in sequence])
 
 
@@ -316,19 +316,19 @@ def test_attend(case, dtype, layout):
 @pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
 def test_attend_observes(case, dtype, layout):
     """Probabilities are float32 whatever the dtype of the model."""
-    for block_size, (observe, loosely) in itertools.product(case.block_sizes, ((1, True), (2, False))):
+    for block_size, (metric_power, loosely) in itertools.product(case.block_sizes, ((1, True), (2, False))):
         query, rows, settings = attend_inputs(case, dtype, block_size, layout, metric=True)
         plain, exact = (
-            observe_plain(query, rows, kind, observe, **settings) for kind in (torch.float32, torch.float64)
+            observe_plain(query, rows, kind, metric_power, **settings) for kind in (torch.float32, torch.float64)
         )
         observed = clone(bounded_loosely(rows) if loosely else rows)
-        got = attend(query, observed, **settings, observe=observe)
+        got = attend(query, observed, **settings, metric_power=metric_power)
         assert_observed(observed, rows, plain, exact)
         outs = [attend_plain(query, rows, kind, **settings) for kind in (dtype, torch.float64)]
         assert_error_bounded(got, *outs)
         if case.new < 50:
             observed = clone(rows)
-            attend_reference(query, observed, **settings, observe=observe)
+            attend_reference(query, observed, **settings, metric_power=metric_power)
             assert_observed(observed, rows, plain, exact)
 
 
@@ -348,23 +348,25 @@ def draw_visible(rows, new, heads):
 @pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
 def test_attend_visible(case, dtype, layout):
     """Only visible slots take part, beside the causal order; what lies where no token is does not matter."""
-    for observe, each_head, loosely in ((None, True, True), (2, False, False), (1, True, True)):
+    for metric_power, each_head, loosely in ((None, True, True), (2, False, False), (1, True, True)):
         block_size = case.block_sizes[0]
-        query, rows, settings = attend_inputs(case, dtype, block_size, layout, unused=NAN, metric=observe is not None)
+        query, rows, settings = attend_inputs(
+            case, dtype, block_size, layout, unused=NAN, metric=metric_power is not None
+        )
         rows = bounded_loosely(rows) if loosely else rows
         visible = draw_visible(rows, case.new, rows.lengths.shape[1] if each_head else 1)
         exact, plain = (attend_plain(query, rows, kind, **settings, visible=visible) for kind in (torch.float64, dtype))
         for op in (attend, attend_reference) if case.new < 50 else (attend,):
             observed = clone(rows)
-            got = op(query, observed, **settings, visible=visible, observe=observe)
+            got = op(query, observed, **settings, visible=visible, metric_power=metric_power)
             assert got.shape == exact.shape and got.dtype == dtype
             assert_error_bounded(got, plain, exact)
             assert case.new == 1 or (got[0, :, -1] == 0).all()
-            if observe is None:
+            if metric_power is None:
                 assert_same_pools(observed, rows)
                 continue
             metrics = (
-                observe_plain(query, rows, kind, observe, **settings, visible=visible)
+                observe_plain(query, rows, kind, metric_power, **settings, visible=visible)
                 for kind in (torch.float32, torch.float64)
             )
             assert_observed(observed, rows, *metrics)
@@ -375,8 +377,8 @@ def test_attend_where_all_is_visible_is_attend(case):
     query, rows, settings = attend_inputs(case, torch.float32, case.block_sizes[0], "shuffled", metric=True)
     visible = torch.ones(len(rows.lengths), 1, case.new, rows.max_length, dtype=torch.bool)
     masked = clone(rows)
-    expected = attend(query, rows, **settings, observe=2)
-    got = attend(query, masked, **settings, visible=visible, observe=2)
+    expected = attend(query, rows, **settings, metric_power=2)
+    got = attend(query, masked, **settings, visible=visible, metric_power=2)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(masked.metric, rows.metric, rtol=1e-5, atol=1e-6, equal_nan=True)
 
@@ -402,7 +404,7 @@ def test_attend_observes_every_step():
         new = slice(step, step + 1)
         append(rows, keys[:, :, new], values[:, :, new], torch.tensor([[step]], dtype=torch.int32))
         rows = replace(rows, lengths=rows.lengths + 1, max_length=step + 1)
-        attend(queries[:, :, new], rows, scaling=0.5, observe=2)
+        attend(queries[:, :, new], rows, scaling=0.5, metric_power=2)
     logits = queries.double() @ keys.double().repeat_interleave(2, 1).transpose(2, 3) * 0.5
     weights = logits.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
     expected = weights.square().sum(2).view(1, 2, 2, 9).sum(2).float()
@@ -415,11 +417,11 @@ def test_attend_observes_many_queries_in_turns(monkeypatch):
     query, rows, settings = attend_inputs(case, torch.float32, 4, "shuffled", metric=True)
     some = torch.tensor([[3, 3, 2, 2, 1, 1, 0, 0], [9] * 8], dtype=torch.int32)
     for num_unseen, visible in itertools.product((None, some), (None, draw_visible(rows, 8, 2))):
-        settings |= {"num_unseen": num_unseen, "visible": visible, "observe": 1}
+        settings |= {"num_unseen": num_unseen, "visible": visible, "metric_power": 1}
         whole, turns = clone(rows), clone(rows)
         expected = attend(query, whole, **settings)
         with monkeypatch.context() as patch:
-            patch.setattr(importlib.import_module("kara_hf.kernels.attend"), "OBSERVED_CHUNK", 3)
+            patch.setattr(importlib.import_module("kara_hf.kernels.attend"), "observeD_CHUNK", 3)
             torch.testing.assert_close(attend(query, turns, **settings), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(turns.metric, whole.metric, rtol=1e-6, atol=1e-6, equal_nan=True)
 
@@ -434,7 +436,7 @@ def test_attend_in_float32_takes_half_precision_in_parts(dtype, monkeypatch):
     monkeypatch.setattr(importlib.import_module("kara_hf.kernels.dense"), "KEY_CHUNK", 7)
     before = clone(rows)
     plain = attend_plain(query, rows, dtype, **settings)
-    assert_error_bounded(attend(query, rows, **settings, observe=2), plain, exact)
+    assert_error_bounded(attend(query, rows, **settings, metric_power=2), plain, exact)
     assert_observed(rows, before, metric.float(), metric)
 
 
@@ -444,15 +446,17 @@ def test_attend_observes_contiguous_rows_in_place(monkeypatch):
     query, rows, settings = attend_inputs(case, torch.float32, 4, "contiguous", metric=True)
     monkeypatch.setattr(importlib.import_module("kara_hf.kernels.rows"), "gather_rows", None)
     before = clone(rows)
-    attend(query.requires_grad_(), rows, **settings, observe=2)
+    attend(query.requires_grad_(), rows, **settings, metric_power=2)
     assert not rows.metric.requires_grad and not torch.equal(rows.in_place[3][:, :, :9], before.in_place[3][:, :, :9])
 
 
-@pytest.mark.parametrize("observe, metric", [(2, False), (0, True), (3, True)])
-def test_attend_refuses_what_it_cannot_observe(observe, metric):
+@pytest.mark.parametrize("metric_power, metric", [(2, False), (0, True), (3, True)])
+def test_attend_refuses_what_it_cannot_observe(metric_power, metric):
     rows = make_rows([[3, 3]], block_size=4, metric=metric)
-    with pytest.raises(ValueError, match=f"observe={observe} of rows with.* a metric is not possible; expected 1 or 2"):
-        attend(torch.zeros(1, 2, 1, 8), rows, scaling=1.0, observe=observe)
+    with pytest.raises(
+        ValueError, match=f"metric_power={metric_power} of rows with.* a metric is not possible; expected 1 or 2"
+    ):
+        attend(torch.zeros(1, 2, 1, 8), rows, scaling=1.0, metric_power=metric_power)
 
 
 @pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
@@ -845,13 +849,13 @@ def test_drawn_append_and_attend(rows, new, group, padded, data):
     asked = {"scaling": query.shape[-1] ** -0.5, "num_unseen": num_unseen, "softcap": None, "sink_logits": None}
     exact = attend_plain(query, rows, torch.float64, **asked)
     before, tolerance = clone(rows), 1e-5 if dtype == torch.float32 else 4e-3
-    observe = None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2]))
-    got = attend(query, rows, **asked, observe=observe)
+    metric_power = None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2]))
+    got = attend(query, rows, **asked, metric_power=metric_power)
     torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
-    if observe is None:
+    if metric_power is None:
         assert_same_pools(rows, before)
     else:
-        metrics = [observe_plain(query, before, kind, observe, **asked) for kind in (torch.float32, torch.float64)]
+        metrics = [observe_plain(query, before, kind, metric_power, **asked) for kind in (torch.float32, torch.float64)]
         assert_observed(rows, before, *metrics)
 
 
@@ -949,7 +953,7 @@ def test_drawn_attend_shared(drawn, group, loosely, data):
         "softcap": data.draw(st.sampled_from([None, 2.0])),
         "sink_logits": torch.randn(heads * group) if data.draw(st.booleans()) else None,
         "skip": None if UNUSED != UNUSED else data.draw(st.sampled_from([None, 0.4])),
-        "observe": None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2])),
+        "metric_power": None if rows.metric is None else data.draw(st.sampled_from([None, 1, 2])),
     }
     scores = None
     if followers or data.draw(st.booleans()):

@@ -247,17 +247,19 @@ def check_attend_observes(sizes, dtype):
     p = sizes[2]
     decode = AttendCase("", [[0, 1], [p - 1, p + 1], [p, 2 * p + 5]], group=3, dims=sizes[:2])
     num_unseen = [[HIDES_ALL, 1, 0], [HIDES_ALL, p, 0], [2, 1, 0]]
-    for case, observe in (
+    for case, metric_power in (
         (decode, 2),
         (replace(decode, new=3, num_unseen=num_unseen, softcap=3.0, sink_logits=True), 1),
     ):
         query, rows, settings = attend_inputs(case, dtype, p, "shuffled", unused=NAN, metric=True)
         exact = attend_plain(query, rows, torch.float64, **settings)
         plain = attend_plain(query, rows, dtype, **settings)
-        metrics = [observe_plain(query, rows, kind, observe, **settings) for kind in (torch.float32, torch.float64)]
+        metrics = [
+            observe_plain(query, rows, kind, metric_power, **settings) for kind in (torch.float32, torch.float64)
+        ]
         for splits, loosely in ((1, False), (4, True)):
             observed = clone(bounded_loosely(rows) if loosely else rows)
-            got = attend_split(query, observed, **settings, splits=splits, observe=observe)
+            got = attend_split(query, observed, **settings, splits=splits, metric_power=metric_power)
             assert_error_bounded(got, plain, exact)
             assert_observed(observed, rows, *metrics)
 
@@ -270,7 +272,7 @@ def check_attend_any_group(group):
     exact = attend_plain(query, rows, torch.float64, **settings)
     before = clone(rows)
     plain = attend_reference(query, rows, **settings)
-    assert_error_bounded(attend(query, rows, **settings, observe=2), plain, exact)
+    assert_error_bounded(attend(query, rows, **settings, metric_power=2), plain, exact)
     metrics = [observe_plain(query, before, kind, 2, **settings) for kind in (torch.float32, torch.float64)]
     assert_observed(rows, before, *metrics)
 
@@ -299,7 +301,7 @@ def check_attend_shared(number):
             "scaling": sizes[0] ** -0.5,
             "softcap": 3.0 if ordered else None,
             "sink_logits": torch.randn(3 * group) if ordered else None,
-            "observe": 1 if ordered else 2,
+            "metric_power": 1 if ordered else 2,
         }
         plain = clone(rows)
         expected, handed_on = attend_shared_reference(query, plain, scores.clone(), **settings)

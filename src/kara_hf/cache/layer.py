@@ -224,7 +224,7 @@ class StoreLayer(CacheLayerMixin):
         self._append(step, query, key, None)
         observe = self.cache.compression.observes(step)
         hidden = None if step.new == 1 and observe is None else step.hidden_on(query.device)
-        return attend(query, self.paged().rows(), num_unseen=hidden, observe=observe, **settings)
+        return attend(query, self.paged().rows(), num_unseen=hidden, metric_power=observe, **settings)
 
     def _attend_shared(
         self,
@@ -255,7 +255,7 @@ class StoreLayer(CacheLayerMixin):
                 positions=positions,
                 leading=() if own else self.leading,
                 skip=sharing.skip,
-                observe=self.cache.compression.observes(step),
+                metric_power=self.cache.compression.observes(step),
                 **settings,
             )
             return out

@@ -30,7 +30,7 @@ def attend_shared_reference(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
     skip: float | None = None,
-    observe: int | None = None,
+    metric_power: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One query head at a time; the specification of `attend_shared`."""
     batch, heads = rows.lengths.shape
@@ -63,8 +63,8 @@ def attend_shared_reference(
             if skip is not None and gate >= skip and near is not None and h in near.heads:
                 probability = probability.masked_fill(distant, 0.0) / gate
             out[b, hq, 0] = (probability @ rows.read(rows.values[value_block, offset]).float()).to(out.dtype)
-            if observe is not None and rows.metric is not None:
-                rows.metric[value_block, offset] += probability**observe
+            if metric_power is not None and rows.metric is not None:
+                rows.metric[value_block, offset] += probability**metric_power
     return out, scores
 
 
@@ -80,7 +80,7 @@ def attend_shared(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
     skip: float | None = None,
-    observe: int | None = None,
+    metric_power: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each sequence's newest token over rows some of whose keys are another layer's: a decode step.
 
@@ -94,7 +94,7 @@ def attend_shared(
             or copied where these rows lead and may be longer than T; no follower is. None below the first lead.
         positions: ``[B, 1]`` int32, true positions of the queries; negative: padding, which sees nothing.
         leading: heads that another layer follows, whose logits are handed on.
-        scaling, softcap, sink_logits, observe: as in `attend`.
+        scaling, softcap, sink_logits, metric_power: as in `attend`.
         skip: as in the module's contract.
 
     Returns:
@@ -104,7 +104,7 @@ def attend_shared(
     Raises:
         ValueError: a head follows, and there are no scores; or as `attend`.
     """
-    check_fits(query, rows, observe)
+    check_fits(query, rows, metric_power)
     near = rows.near
     if near is not None and scores is None:
         raise ValueError(f"heads {near.heads} follow, and there are no scores of their leads")
@@ -115,7 +115,7 @@ def attend_shared(
             "scaling": scaling,
             "softcap": softcap,
             "sink_logits": sink_logits,
-            "observe": observe,
+            "metric_power": metric_power,
         }
         return attend_shared_triton(query, rows, scores, positions=positions, leading=leading, **settings)
 
@@ -151,8 +151,8 @@ def attend_shared(
         distant = (distant if distant.shape[1] == 1 else distant[:, near.index])[:, :, None, None]
         weights = weights.index_copy(1, near.index, skipped(weights[:, near.index], distant, skip))
     padding = positions[:, None] < 0
-    if observe is not None:
-        received = (weights.detach() ** observe).sum((2, 3))
+    if metric_power is not None:
+        received = (weights.detach() ** metric_power).sum((2, 3))
         add_to_metric(rows, received.masked_fill(padding, 0.0))
     return weighted(weights, values, query.dtype).masked_fill(padding[..., None], 0.0), scores
 

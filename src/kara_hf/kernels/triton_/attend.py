@@ -158,7 +158,7 @@ def attend(
     num_unseen: torch.Tensor | None = None,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
-    observe: int | None = None,
+    metric_power: int | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
     """As `kara_hf.kernels.attend`, of rows that hold something. `splits` forces a number of ranges."""
@@ -172,7 +172,7 @@ def attend(
         query = query.contiguous()
     num_unseen = None if num_unseen is None else num_unseen.contiguous()
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
-    constants = attend_config(itemsize, key_size, value_size, group * new, observe is not None)
+    constants = attend_config(itemsize, key_size, value_size, group * new, metric_power is not None)
     tiles = -(-group * new // constants["TILE_QUERIES"])
     target = WAVES * processors(query.device)
     splits, span = plan_splits(batch * heads * tiles, rows.max_length, constants["TILE_KEYS"], splits, target)
@@ -185,7 +185,7 @@ def attend(
     parts, lse = scratch(kept, batch, query_heads, new, value_size), scratch(kept, batch, query_heads, new)
     width = -(-rows.max_length // WIDTH_STEP) * WIDTH_STEP
     observed = totals = None
-    if observe is not None:
+    if metric_power is not None:
         observed, totals = scratch(batch, query_heads, new, width), scratch(batch, query_heads, new)
     if not out.numel():
         return out
@@ -223,6 +223,6 @@ def attend(
     )
     if splits > 1:
         merge_into(out, parts, lse, sink_logits, totals)
-    if observe is not None and observed is not None and totals is not None:
-        add_observed(rows, observed, totals, num_unseen, observe)
+    if metric_power is not None and observed is not None and totals is not None:
+        add_observed(rows, observed, totals, num_unseen, metric_power)
     return out

@@ -266,7 +266,7 @@ def attend_shared(
     scaling: float,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
-    observe: int | None = None,
+    metric_power: int | None = None,
     splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `kara_hf.kernels.attend_shared` without `skip`. `splits` forces a number of ranges."""
@@ -299,7 +299,7 @@ def attend_shared(
     kept = splits if splits > 1 else 0  # of one range no part is kept: the kernel writes `out`
     parts, lse = scratch(kept, batch, query_heads, 1, value_size), scratch(kept, batch, query_heads, 1)
     observed = totals = None
-    if observe is not None:
+    if metric_power is not None:
         observed, totals = scratch(batch, query_heads, 1, width), scratch(batch, query_heads, 1)
     attend_shared_kernel[batch * heads, splits, tiles](
         query,
@@ -339,9 +339,9 @@ def attend_shared(
     )
     if splits > 1:
         merge_into(out, parts, lse, sink_logits, totals)
-    if observe is not None and observed is not None and totals is not None:
+    if metric_power is not None and observed is not None and totals is not None:
         num_unseen = torch.zeros_like(positions).masked_fill(positions < 0, EVERYTHING)
-        add_observed(rows, observed, totals, num_unseen, observe)
+        add_observed(rows, observed, totals, num_unseen, metric_power)
     return out, scores
 
 

@@ -55,9 +55,9 @@ def observe_kernel(
 
 
 def add_observed(
-    rows: Rows, observed: torch.Tensor, totals: torch.Tensor, num_unseen: torch.Tensor | None, observe: int
+    rows: Rows, observed: torch.Tensor, totals: torch.Tensor, num_unseen: torch.Tensor | None, metric_power: int
 ) -> None:
-    """Adds to `rows.metric` the probabilities, to the power of `observe`, that these logits make.
+    """Adds to `rows.metric` the probabilities, to the power of `metric_power`, that these logits make.
 
     Args:
         observed: logits to base 2, ``[B, Hq, S, width]`` float32; read where a query sees a token.
@@ -79,6 +79,6 @@ def add_observed(
         query_heads // heads,
         new,
         width,
-        SQUARE=observe == 2,
+        SQUARE=metric_power == 2,
         **OBSERVE,
     )
