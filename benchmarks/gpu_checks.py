@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kara_hf import KaraCache, PoDCache, PoDSharing, attach, detach
 from kara_hf.kernels import (
-    Near,
-    NearKeys,
+    Proximal,
+    ProximalKeys,
     Rows,
     append,
     append_reference,
@@ -183,10 +183,10 @@ def plain_attention(query: torch.Tensor, rows: Rows, dtype: torch.dtype, **setti
     logits = torch.einsum("bhgsd,bhtd->bhgst", grouped, keys) * settings["scaling"]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if rows.near is not None:
-        distant = rows.near.near.distant(settings["positions"][:, None], rows.dense_positions())[:, :, None, None]
+    if rows.proximal is not None:
+        distant = rows.proximal.bounds.distant(settings["positions"][:, None], rows.dense_positions())[:, :, None, None]
         follows = torch.zeros(rows.lengths.shape[1], dtype=torch.bool, device=query.device)
-        follows[rows.near.index] = True
+        follows[rows.proximal.index] = True
         logits = torch.where(distant & follows[:, None, None, None], settings["scores"].to(dtype), logits)
     logits = logits.masked_fill(~seen, float("-inf"))
     if sink_logits is not None:
@@ -237,7 +237,7 @@ def bounded_votes(rows: Rows, plain: torch.Tensor, exact: torch.Tensor, metric_p
     return bounded(votes.masked_fill(~stored, 0.0), *(w.pow(metric_power).sum((2, 3)) for w in (plain, exact)))
 
 
-def with_followers(rows: Rows, heads: tuple[int, ...], near: Near, ordered: bool) -> Rows:
+def with_followers(rows: Rows, heads: tuple[int, ...], proximal: Proximal, ordered: bool) -> Rows:
     """`rows`, of equal lengths in a sequence, in which `heads` follow: slot s holds position s, or they count down."""
     batch, all_heads = rows.lengths.shape
     slots = torch.arange(rows.max_length, dtype=torch.int32, device=rows.lengths.device).expand(batch, all_heads, -1)
@@ -248,11 +248,16 @@ def with_followers(rows: Rows, heads: tuple[int, ...], near: Near, ordered: bool
     index = torch.tensor(heads, device=rows.lengths.device)
     rest = torch.tensor([head for head in range(all_heads) if head not in heads], device=rows.lengths.device)
     keys = torch.randn(
-        batch, len(heads), near.first + near.recent, rows.keys.shape[-1], dtype=rows.keys.dtype, device=index.device
+        batch,
+        len(heads),
+        proximal.first + proximal.recent,
+        rows.keys.shape[-1],
+        dtype=rows.keys.dtype,
+        device=index.device,
     )
     table = rows.key_table.index_fill(1, index, -1)
-    near_keys = NearKeys(heads, keys, near, near.recent, index, rest)
-    return replace(rows, key_table=table, near=near_keys, in_order=ordered)
+    proximal_keys = ProximalKeys(heads, keys, proximal, proximal.recent, index, rest)
+    return replace(rows, key_table=table, proximal=proximal_keys, in_order=ordered)
 
 
 def check_shared(
@@ -268,7 +273,7 @@ def check_shared(
     """Two heads follow, one leads and one does neither; what is left for the layers above is checked too."""
     torch.manual_seed(0)
     rows = make_rows(run, [[1025] * 4, [64] * 4, [777] * 4], sizes, dtype)
-    rows = with_followers(rows, (1, 3), Near(2, 50), ordered)
+    rows = with_followers(rows, (1, 3), Proximal(2, 50), ordered)
     rows.metric.zero_()
     query = torch.randn(3, 1, 4 * group, sizes[0], dtype=dtype, device=run.device).transpose(1, 2)
     scores = torch.randn(3, 4, group, 1, rows.max_length, device=run.device)

@@ -10,7 +10,7 @@ from gpu_report import GIB, LONG, SHORT
 from gpu_run import DTYPE, Case, Row, Run, spread
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kara_hf.kernels import Near, NearKeys, Rows, attend, attend_shared, compact, window_scores
+from kara_hf.kernels import Proximal, ProximalKeys, Rows, attend, attend_shared, compact, window_scores
 
 QUERY_HEADS, HEADS, SIZE, BLOCK = 32, 8, 128, 16
 SCALING = SIZE**-0.5
@@ -124,12 +124,14 @@ def shared_speed(run: Run, batch: int, tokens: int, follows: bool) -> Row:
     Bytes are those of values, of keys that are read, and of logits that are left or taken.
     """
     rows = stored_rows(run, row_lengths(batch, tokens, False), shuffled=False)
-    near, group = Near(1, tokens // 8 - 1), QUERY_HEADS // HEADS
-    keys, logits = (near.first + near.recent, tokens - near.first - near.recent) if follows else (tokens, tokens)
+    proximal, group = Proximal(1, tokens // 8 - 1), QUERY_HEADS // HEADS
+    keys, logits = (
+        (proximal.first + proximal.recent, tokens - proximal.first - proximal.recent) if follows else (tokens, tokens)
+    )
     if follows:
         places = torch.randn(batch, HEADS, keys, SIZE, dtype=DTYPE, device=run.device)
         index, rest = torch.arange(HEADS, device=run.device), torch.arange(0, device=run.device)
-        rows.near = NearKeys(tuple(range(HEADS)), places, near, near.recent, index, rest)
+        rows.proximal = ProximalKeys(tuple(range(HEADS)), places, proximal, proximal.recent, index, rest)
         rows.keys, rows.key_table = rows.keys[:0].clone(), torch.full_like(rows.key_table, -1)
     rows.in_order = True
     query = torch.randn(batch, QUERY_HEADS, 1, SIZE, dtype=DTYPE, device=run.device)

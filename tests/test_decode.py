@@ -388,7 +388,7 @@ def test_a_capture_that_fails_changes_nothing(gpu, name, monkeypatch):
     assert cache.get_seq_length() in (seen, seen + 1)
     assert cache.report().seen.tolist() == [cache.get_seq_length()] * 2
     for layer in cache.layers:
-        assert layer.store.near is None or layer.store.near.tokens.tolist() == [cache.get_seq_length()] * 2
+        assert layer.store.proximal is None or layer.store.proximal.tokens.tolist() == [cache.get_seq_length()] * 2
 
 
 @EVERY

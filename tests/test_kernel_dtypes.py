@@ -22,7 +22,7 @@ from test_kernels import (
 )
 
 from kara_hf.kernels import (
-    Near,
+    Proximal,
     append,
     append_reference,
     attend,
@@ -58,8 +58,8 @@ def rows_of(k, v, lengths, layout="shuffled", followed=False):
     """Rows with a metric, of which head 1 follows another layer's where they are `followed`."""
     rows = make_rows(lengths, block_size=4, layout=layout, unused=6.0, metric=True)
     if followed:
-        rows = with_followers(rows, [1], Near(1, 3), [row[1] for row in lengths], 3, True)
-        rows = replace(rows, near=replace(rows.near, keys=k(rows.near.keys)))
+        rows = with_followers(rows, [1], Proximal(1, 3), [row[1] for row in lengths], 3, True)
+        rows = replace(rows, proximal=replace(rows.proximal, keys=k(rows.proximal.keys)))
     return replace(rows, keys=k(rows.keys), values=v(rows.values))
 
 
@@ -103,7 +103,7 @@ def sharing(op):
         query, keys, values = q(torch.randn(1, 4, 3, 8)), k(torch.randn(1, 2, 7, 8)), v(torch.randn(1, 2, 7, 4))
         lead = q(torch.randn(1, 2, 3, 8)), k(torch.randn(1, 1, 7, 8))
         places = torch.arange(7, dtype=torch.int32)
-        settings = {"followers": [1], "near": Near(1, 2), "scaling": 0.4}
+        settings = {"followers": [1], "proximal": Proximal(1, 2), "scaling": 0.4}
         at = {"query_positions": places[None, -3:], "key_positions": places[None, None]}
         return (op(query, keys, values, *lead, **settings, **at),)
 
@@ -246,7 +246,7 @@ def test_append_refuses_what_its_pool_would_round(pool, mixture):
 def test_gradients_flow_through_shared_attention_under_autocast():
     query, keys, values = (torch.randn(1, 2, 3, 8, requires_grad=True) for _ in range(3))
     places = torch.arange(3, dtype=torch.int32)[None]
-    at = {"query_positions": places, "key_positions": places[None], "followers": [0], "near": Near(0, 1)}
+    at = {"query_positions": places, "key_positions": places[None], "followers": [0], "proximal": Proximal(0, 1)}
     with torch.autocast("cpu", dtype=BRAIN):
         shared_attention(query, keys, values, query[:, :1], keys[:, :1], **at, scaling=0.3).float().sum().backward()
     assert all(part.grad.dtype == SINGLE and part.grad.abs().sum() > 0 for part in (query, keys, values))

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kara_hf.kernels import (
-    Near,
-    NearKeys,
+    Proximal,
+    ProximalKeys,
     Rows,
     append,
     append_reference,
@@ -883,13 +883,13 @@ def test_drawn_compact(rows, entries, data):
 UNUSED = NAN if os.environ.get("KARA_BACKEND") == "triton" else 6.0  # kernels do not read what nobody stored
 
 
-def with_followers(rows, followers, near, now, ring, ordered):
+def with_followers(rows, followers, proximal, now, ring, ordered):
     """`rows` of which the `followers` keep keys of proximal tokens alone, with true positions below `now` [B]."""
     batch, heads = rows.lengths.shape
     index = torch.tensor(followers)
     rest = torch.tensor([head for head in range(heads) if head not in followers], dtype=torch.int64)
-    keys = torch.full((batch, len(followers), min(near.first + ring, max(now)), rows.keys.shape[-1]), UNUSED)
-    near_keys = NearKeys(tuple(followers), keys.to(rows.keys.dtype), near, ring, index, rest)
+    keys = torch.full((batch, len(followers), min(proximal.first + ring, max(now)), rows.keys.shape[-1]), UNUSED)
+    proximal_keys = ProximalKeys(tuple(followers), keys.to(rows.keys.dtype), proximal, ring, index, rest)
     for b, h in itertools.product(range(batch), range(heads)):
         length = int(rows.lengths[b, h])
         older = torch.randperm(now[b] - 1)[: length - 1]  # the newest token is stored in every row, anywhere
@@ -900,12 +900,14 @@ def with_followers(rows, followers, near, now, ring, ordered):
         block = rows.value_table[b, h, slots // rows.block_size]
         rows.positions[block, slots % rows.block_size] = place.to(torch.int32)
         if h in followers:
-            held = torch.tensor([p for p in range(now[b]) if p < near.first or p >= now[b] - ring], dtype=torch.int64)
+            held = torch.tensor(
+                [p for p in range(now[b]) if p < proximal.first or p >= now[b] - ring], dtype=torch.int64
+            )
             fresh = torch.randn(len(held), keys.shape[-1]).to(rows.keys.dtype)
-            near_keys.keys[b, followers.index(h), near_keys.places(held)] = fresh
+            proximal_keys.keys[b, followers.index(h), proximal_keys.places(held)] = fresh
     table = rows.key_table.clone()
     table[:, index] = -1
-    return replace(rows, key_table=table, near=near_keys, in_order=ordered, contiguous=False, starts=None)
+    return replace(rows, key_table=table, proximal=proximal_keys, in_order=ordered, contiguous=False, starts=None)
 
 
 @st.composite
@@ -926,10 +928,10 @@ def rows_with_followers(draw, room=0):
         unused=UNUSED,
         metric=draw(st.booleans()),
     )
-    near = Near(draw(st.integers(0, 4)), draw(st.integers(1, 9)))
-    ring = near.recent + draw(st.integers(0, 3))
+    proximal = Proximal(draw(st.integers(0, 4)), draw(st.integers(1, 9)))
+    ring = proximal.recent + draw(st.integers(0, 3))
     positions = torch.tensor(now, dtype=torch.int32)[:, None] - 1
-    return with_followers(rows, followers, near, now, ring, ordered), positions
+    return with_followers(rows, followers, proximal, now, ring, ordered), positions
 
 
 @settings(max_examples=30)
@@ -937,13 +939,13 @@ def rows_with_followers(draw, room=0):
 def test_drawn_attend_shared(drawn, group, loosely, data):
     """Against the specification: what is seen, what is handed on and to whom, and what is observed."""
     rows, positions = drawn
-    (batch, heads), dtype, followers = rows.lengths.shape, rows.keys.dtype, rows.near.heads
+    (batch, heads), dtype, followers = rows.lengths.shape, rows.keys.dtype, rows.proximal.heads
     if data.draw(st.booleans()):
         positions = positions.masked_fill(torch.rand(batch, 1) < 0.3, -1)
     if data.draw(st.booleans()):  # a layer in which nobody follows
         followers = ()
         keyed = make_rows(rows.lengths.tolist(), block_size=rows.block_size, dims=rows.keys.shape[-1:] * 2, dtype=dtype)
-        rows = replace(rows, near=None, keys=keyed.keys, key_table=keyed.key_table)
+        rows = replace(rows, proximal=None, keys=keyed.keys, key_table=keyed.key_table)
     query = torch.randn(batch, 1, heads * group, rows.keys.shape[-1]).to(dtype).transpose(1, 2)
     rest = [head for head in range(heads) if head not in followers]
     settings = {
@@ -987,7 +989,7 @@ def test_drawn_attend_shared(drawn, group, loosely, data):
 
 
 def test_followers_without_scores_are_refused():
-    rows = with_followers(make_rows([[3, 3]], block_size=4), [1], Near(1, 2), [3], 2, True)
+    rows = with_followers(make_rows([[3, 3]], block_size=4), [1], Proximal(1, 2), [3], 2, True)
     with pytest.raises(ValueError, match=r"heads \(1,\) follow, and there are no scores of their leads"):
         attend_shared(
             torch.zeros(1, 2, 1, 8),
@@ -1008,7 +1010,7 @@ def test_lead_scores(softcap, dtype):
         make_rows(lengths, block_size=4, dims=(24, 16), dtype=dtype, layout=layout, unused=UNUSED)
         for layout in ("contiguous", "shuffled")
     )
-    second = with_followers(second, [0], Near(0, 2), [50, 50], 2, False)
+    second = with_followers(second, [0], Proximal(0, 2), [50, 50], 2, False)
     query = torch.randn(2, 1, 6, 24).to(dtype).transpose(1, 2)
     got = lead_scores(query, [first, second], [0, 2], scaling=0.3, softcap=softcap)
     assert got.shape == (2, 3, 2, 1, 40) and got.dtype == torch.float32

@@ -18,7 +18,7 @@ from test_report import live_tensors
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from kara_hf import PoDCache, PoDSharing, PoolExhausted
-from kara_hf.kernels import Near, shared_attention, shared_attention_reference
+from kara_hf.kernels import Proximal, shared_attention, shared_attention_reference
 from kara_hf.pod.forward import SharedForward
 
 LAYERS, HEADS = 6, 2
@@ -205,7 +205,7 @@ def attention_cases(draw):
         "followers": followers,
         "tokens": tokens,
         "new": new,
-        "near": Near(draw(st.integers(0, 4)), draw(st.integers(1, 6))),
+        "proximal": Proximal(draw(st.integers(0, 4)), draw(st.integers(1, 6))),
         "softcap": draw(st.sampled_from([None, 2.0])),
         "sink_logits": draw(st.booleans()),
         "skip": draw(st.sampled_from([None, 0.4])),
@@ -235,7 +235,7 @@ def test_the_gate_is_one_softmax(case):
         "followers": case["followers"],
         "query_positions": positions[:, -new:],
         "key_positions": positions[:, None],
-        "near": case["near"],
+        "proximal": case["proximal"],
         "scaling": 0.6,
         "softcap": case["softcap"],
         "sink_logits": draw(heads * group) if case["sink_logits"] else None,
@@ -304,7 +304,7 @@ def test_which_keys_are_stored_step_by_step():
     in_steps(model, cache, ids[:, :5], [5])
     for expected in ([0, 3, 4], [0, 4, 5]):
         for layer in range(3):
-            near = cache.layers[layer].store.near
+            near = cache.layers[layer].store.proximal
             held = int(cache.report().seen[0])
             if layer == 0:
                 assert near is None and cache.layers[0].store.read(0, 0)[0].shape[0] == held

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kara_hf.kernels import Near
+from kara_hf.kernels import Proximal
 from kara_hf.storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, QueryBuffer, QueryMoments, paged_store
 from kara_hf.storage.paged import HEADROOM
 from kara_hf.storage.queries import GROWTH
@@ -717,8 +717,10 @@ def filled(kind):
         holder = Prompt(meter)
         holder.append(*tokens(2, 3, 9))
     else:
-        near = {"followers": (0, 2), "near": Near(1, 2)} if kind == "followers" else {}
-        holder = paged_store((2, 3), (KEY_DIM, VALUE_DIM), dtypes=SINGLE, device=CPU, block_size=4, meter=meter, **near)
+        proximal = {"followers": (0, 2), "proximal": Proximal(1, 2)} if kind == "followers" else {}
+        holder = paged_store(
+            (2, 3), (KEY_DIM, VALUE_DIM), dtypes=SINGLE, device=CPU, block_size=4, meter=meter, **proximal
+        )
         holder.widen(2)
         for new in (9, 1, 5):
             holder.append(*tokens(2, 3, new))

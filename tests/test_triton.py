@@ -36,7 +36,7 @@ from test_kernels import (
 
 from kara_hf import PoDCache, PoDSharing
 from kara_hf.kernels import (
-    Near,
+    Proximal,
     attend,
     attend_reference,
     attend_shared_reference,
@@ -290,7 +290,7 @@ def check_attend_shared(number):
         now = [p + 1, 2 * p + 70]
         lengths = [[n] * 3 if ordered else [n, 1, n - 1] for n in now]
         rows = make_rows(lengths, block_size=p, dims=sizes[:2], dtype=dtype, metric=True)
-        rows = with_followers(rows, [1, 2], Near(2, p), now, p + 3, ordered)
+        rows = with_followers(rows, [1, 2], Proximal(2, p), now, p + 3, ordered)
         query = torch.randn(2, 1, 3 * group, sizes[0]).to(dtype).transpose(1, 2)
         scores = torch.randn(2, 3, group, 1, rows.max_length)
         held = torch.arange(rows.max_length) < rows.lengths[..., None]

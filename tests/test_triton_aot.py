@@ -33,9 +33,9 @@ POINTERS = {
 }
 SIZES = ("block_size", "key_size", "value_size", "size", "width", "scores_width")
 OF_THE_MODEL = {"query", "queries", "keys", "values", "sink_logits", "out", "new_keys", "new_values"}
-OF_THE_MODEL |= {"held_keys", "held_values", "near_keys"}
+OF_THE_MODEL |= {"held_keys", "held_values", "proximal_keys"}
 # Under autocast keys are float32 where they come from a rotary embedding, and all else is bfloat16.
-AUTOCAST = dict.fromkeys(OF_THE_MODEL, torch.bfloat16) | dict.fromkeys(["keys", "near_keys"], torch.float32)
+AUTOCAST = dict.fromkeys(OF_THE_MODEL, torch.bfloat16) | dict.fromkeys(["keys", "proximal_keys"], torch.float32)
 
 
 def compiled(kernel, dtype, target, constants):
@@ -94,7 +94,7 @@ def shared_variants(dtype, sizes):
     else:
         yield "in-order", bare
         if sizes == (128, 128):
-            yield "leads", bare | {"near_keys": None}
+            yield "leads", bare | {"proximal_keys": None}
 
 
 def shipped():

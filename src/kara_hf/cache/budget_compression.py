@@ -135,7 +135,7 @@ class Evicting:
         step.after = [s.extended(int(n), pinned=False) for s, n in zip(cache.sequences, step.counts, strict=True)]
 
     def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> Prompt:
-        layer.near(keys.shape[1])  # says at once if the sharing does not fit
+        layer.proximal(keys.shape[1])  # says at once if the sharing does not fit
         return Prompt(self.cache.meter)
 
     def observes(self, step: Step) -> int | None:
@@ -317,7 +317,7 @@ class Evicting:
         if layer.followers:
             tokens = np.array([sequence.tokens for sequence in self.cache.sequences])
             tables += blocks.size * int(blocks.max()) * 4 + blocks.shape[1] * 8
-            held += len(layer.followers) * len(blocks) * key * layer.near_places(int(tokens.max()) + ahead)
+            held += len(layer.followers) * len(blocks) * key * layer.proximal_places(int(tokens.max()) + ahead)
         return held + tables
 
     def _carry_out(self, ahead: int, eviction: Eviction | None = None) -> None:
@@ -380,7 +380,7 @@ class Evicting:
             metric=self.policy.compresses,
             tight=self.policy.compresses and self.config.continual,
             steady=self.cache.steady,
-            **layer.near(prompt.keys.shape[1]),
+            **layer.proximal(prompt.keys.shape[1]),
         )
 
     # -------------------------------------------------------------------------------------------------- what is known

@@ -262,7 +262,7 @@ class CompressedCache(Cache):
     def _check_near(self, count: int) -> None:
         """Raises ValueError if the keys of followers do not reach back behind the newest `count` tokens."""
         for layer in self.store_layers:
-            near = layer.store.near if isinstance(layer.store, PagedStore) else None
+            near = layer.store.proximal if isinstance(layer.store, PagedStore) else None
             if near is not None and not near.can_crop(np.full(len(self.sequences), count)).all():
                 raise ValueError(
                     f"crop({-count}) would reach behind the newest keys that layer {layer.index} has of its own: those "
@@ -358,7 +358,7 @@ class CompressedCache(Cache):
             raise ValueError(f"sequence {row} of the batch is nothing but padding; leave it out or give it a token")
         if step.drafts and not step.first:
             for layer in self.store_layers:
-                if isinstance(layer.store, PagedStore) and layer.store.near is not None:
+                if isinstance(layer.store, PagedStore) and layer.store.proximal is not None:
                     layer.store.widen(step.new)
         self.compression.begin(step)
         step.positions = self._positions(step, device)

@@ -149,7 +149,7 @@ def _host_side(cache: "CompressedCache") -> list[Any]:
     """Everything of a cache that a step changes on the host."""
     stores = [layer.paged() for layer in cache.store_layers]
     blocks: list[Blocks] = [blocks for store in stores for blocks in (store.keys, store.values)]
-    near = [store.near for store in stores if store.near is not None]
+    near = [store.proximal for store in stores if store.proximal is not None]
     meter: MemoryMeter = cache.meter
     found: list[PagedStore | Blocks | Any] = [*stores, *blocks, *near, *cache.store_layers]
     return [cache, meter, cache.compression, *found]

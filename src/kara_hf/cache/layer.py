@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from ..integration.attention import AttentionFunction, CarriedKey, StoredLength
-from ..kernels import Near, attend, attend_masked, attend_shared, lead_scores, shared_attention
+from ..kernels import Proximal, attend, attend_masked, attend_shared, lead_scores, shared_attention
 from ..policy.sharing import PoDSharing
 from ..storage import PagedStore, Prompt
 from .sequence import Sequence
@@ -293,7 +293,7 @@ class StoreLayer(CacheLayerMixin):
             followers=self.followers,
             query_positions=positions,
             key_positions=places,
-            near=Near(sharing.sinks, sharing.recent),
+            proximal=Proximal(sharing.sinks, sharing.recent),
             skip=sharing.skip,
             **settings,
         )
@@ -353,7 +353,7 @@ class StoreLayer(CacheLayerMixin):
             )
 
     # ----------------------------------------------------------------------------------------------------- its storage
-    def near(self, heads: int) -> dict[str, Any]:
+    def proximal(self, heads: int) -> dict[str, Any]:
         """The arguments of `PagedStore` that say which of its `heads` follow, and what is proximal to them."""
         if self.sharing is None:
             return {}
@@ -362,9 +362,9 @@ class StoreLayer(CacheLayerMixin):
                 f"layer {self.index} of {self.cache.binding.name} stores {heads} KV heads and the sharing is for "
                 f"{self.sharing.heads}; make one for this model with `kara-hf pod explore`"
             )
-        return {"followers": self.followers, "near": Near(self.sharing.sinks, self.sharing.recent)}
+        return {"followers": self.followers, "proximal": Proximal(self.sharing.sinks, self.sharing.recent)}
 
-    def near_places(self, tokens: int) -> int:
+    def proximal_places(self, tokens: int) -> int:
         """Keys of `tokens` tokens that followers store at most."""
         size = self.cache.compression.block_size
         return 0 if self.sharing is None else min(self.sharing.proximal, -(-tokens // size) * size)

@@ -114,7 +114,7 @@ class Sealing:
             block_size=self.block_size,
             meter=self.cache.meter,
             steady=self.cache.steady,
-            **layer.near(keys.shape[1]),
+            **layer.proximal(keys.shape[1]),
         )
 
     def observes(self, step: Step) -> None:

@@ -2,7 +2,7 @@
 
     rows       Rows, modified in place: keys, values, positions, and the metric, which starts at 0 (not lengths: the
                store counts)
-    keys       [B, H, S, Dk]  new keys; those of heads in rows.near are left to the store
+    keys       [B, H, S, Dk]  new keys; those of heads in rows.proximal are left to the store
     values     [B, H, S, Dv]  new values
     positions  [B, S] int32   true position of each new token
     real       [B, S] bool or None   False marks padding, which is not written; None: every token is real
@@ -54,7 +54,7 @@ def append_reference(
                     int(rows.key_table[b, h, slot // size]),
                     int(rows.value_table[b, h, slot // size]),
                 )
-                if rows.near is None or h not in rows.near.heads:
+                if rows.proximal is None or h not in rows.proximal.heads:
                     rows.keys[key_block, slot % size] = keys[b, h, s]
                 rows.values[value_block, slot % size] = values[b, h, s]
                 rows.positions[value_block, slot % size] = positions[b, s]

@@ -14,7 +14,7 @@ from .attend import add_to_metric, check_fits
 from .backend import use_triton
 from .dense import grouped_logits, grouped_sinks, row_logits, row_weights, weighted, weights_of
 from .precision import as_sdpa
-from .rows import NearKeys, Rows
+from .rows import ProximalKeys, Rows
 from .shared_attention import skipped
 
 
@@ -34,7 +34,7 @@ def attend_shared_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One query head at a time; the specification of `attend_shared`."""
     batch, heads = rows.lengths.shape
-    near, size = rows.near, rows.block_size
+    proximal, size = rows.proximal, rows.block_size
     out = query.new_zeros(*query.shape[:3], rows.values.shape[-1])
     if scores is None:
         scores = query.new_zeros(batch, heads, query.shape[1] // heads, 1, rows.max_length, dtype=torch.float32)
@@ -48,19 +48,19 @@ def attend_shared_reference(
             block, offset = torch.arange(length) // size, torch.arange(length) % size
             value_block = rows.value_table[b, h, block]
             place = rows.positions[value_block, offset]
-            if near is None or h not in near.heads:
+            if proximal is None or h not in proximal.heads:
                 distant = torch.zeros_like(place, dtype=torch.bool)
                 keys = rows.read(rows.keys[rows.key_table[b, h, block], offset])
             else:
-                distant = near.near.distant(positions[b], place)
-                keys = rows.read(near.keys[b, near.heads.index(h), near.places(place)])
+                distant = proximal.bounds.distant(positions[b], place)
+                keys = rows.read(proximal.keys[b, proximal.heads.index(h), proximal.places(place)])
             logits = row_logits(query[b, hq, 0], keys, scaling, softcap)
             logits = torch.where(distant, scores[b, h, g, 0, :length], logits)
             if h in leading:
                 scores[b, h, g, 0, :length] = logits
             probability = row_weights(logits, None if sink_logits is None else sink_logits[hq])
             gate = 1 - probability[distant].sum()
-            if skip is not None and gate >= skip and near is not None and h in near.heads:
+            if skip is not None and gate >= skip and proximal is not None and h in proximal.heads:
                 probability = probability.masked_fill(distant, 0.0) / gate
             out[b, hq, 0] = (probability @ rows.read(rows.values[value_block, offset]).float()).to(out.dtype)
             if metric_power is not None and rows.metric is not None:
@@ -89,7 +89,7 @@ def attend_shared(
 
     Args:
         query: ``[B, Hq, 1, Dk]``, of tokens that are stored already.
-        rows: where heads in `rows.near` follow. Followers and leads hold the same tokens in the same slots.
+        rows: where heads in `rows.proximal` follow. Followers and leads hold the same tokens in the same slots.
         scores: ``[B, H, G, 1, T]`` float32, logits of the leads, anything where they hold nothing; modified in place,
             or copied where these rows lead and may be longer than T; no follower is. None below the first lead.
         positions: ``[B, 1]`` int32, true positions of the queries; negative: padding, which sees nothing.
@@ -105,9 +105,9 @@ def attend_shared(
         ValueError: a head follows, and there are no scores; or as `attend`.
     """
     check_fits(query, rows, metric_power)
-    near = rows.near
-    if near is not None and scores is None:
-        raise ValueError(f"heads {near.heads} follow, and there are no scores of their leads")
+    proximal = rows.proximal
+    if proximal is not None and scores is None:
+        raise ValueError(f"heads {proximal.heads} follow, and there are no scores of their leads")
     if skip is None and use_triton(query, query.shape[-1], rows.values.shape[-1], dtypes=rows.dtypes):
         from .triton_.attend_shared import attend_shared as attend_shared_triton
 
@@ -121,9 +121,9 @@ def attend_shared(
 
     keys, values = rows.dense()
     here = None  # positions are not asked for where slots say everything
-    if not rows.uniform or (near is not None and not (rows.in_order and skip is None)):
+    if not rows.uniform or (proximal is not None and not (rows.in_order and skip is None)):
         here = rows.dense_positions()
-    if near is None or scores is None:
+    if proximal is None or scores is None:
         logits = grouped_logits(query, keys, scaling, softcap)
         if scores is None:
             scores = logits
@@ -134,11 +134,13 @@ def attend_shared(
         by_head = query.unflatten(1, (rows.lengths.shape[1], -1))
         scores = _as_wide(scores, rows.max_length)
         logits = scores[..., : rows.max_length].clone()
-        if len(near.rest):
-            logits[:, near.rest] = grouped_logits(by_head[:, near.rest].flatten(1, 2), keys, scaling, softcap)
+        if len(proximal.rest):
+            logits[:, proximal.rest] = grouped_logits(by_head[:, proximal.rest].flatten(1, 2), keys, scaling, softcap)
             _hand_on(scores, logits, leading)
-        queries = query if len(near.heads) == by_head.shape[1] else by_head[:, near.index].flatten(1, 2)
-        _put_own(logits, grouped_logits(queries, rows.read(near.keys), scaling, softcap), rows, near, positions, here)
+        queries = query if len(proximal.heads) == by_head.shape[1] else by_head[:, proximal.index].flatten(1, 2)
+        _put_own(
+            logits, grouped_logits(queries, rows.read(proximal.keys), scaling, softcap), rows, proximal, positions, here
+        )
     sink_logits = grouped_sinks(sink_logits, logits.shape[1])
     stored = None if rows.uniform or here is None else here[:, :, None, None] >= 0
     if stored is None:
@@ -146,10 +148,10 @@ def attend_shared(
     else:
         weights = weights_of(logits.masked_fill(~stored, float("-inf")), sink_logits)
         weights = weights.masked_fill(~stored.any(-1, keepdim=True), 0.0)
-    if near is not None and here is not None and skip is not None:
-        distant = near.near.distant(positions[:, None], here)
-        distant = (distant if distant.shape[1] == 1 else distant[:, near.index])[:, :, None, None]
-        weights = weights.index_copy(1, near.index, skipped(weights[:, near.index], distant, skip))
+    if proximal is not None and here is not None and skip is not None:
+        distant = proximal.bounds.distant(positions[:, None], here)
+        distant = (distant if distant.shape[1] == 1 else distant[:, proximal.index])[:, :, None, None]
+        weights = weights.index_copy(1, proximal.index, skipped(weights[:, proximal.index], distant, skip))
     padding = positions[:, None] < 0
     if metric_power is not None:
         received = (weights.detach() ** metric_power).sum((2, 3))
@@ -172,7 +174,7 @@ def _put_own(
     logits: torch.Tensor,
     own: torch.Tensor,
     rows: Rows,
-    near: NearKeys,
+    proximal: ProximalKeys,
     positions: torch.Tensor,
     here: torch.Tensor | None,
 ) -> None:
@@ -181,19 +183,19 @@ def _put_own(
     `here` are the rows' `dense_positions`; None: slots of rows that are all of one length say it.
     """
     if here is None:
-        everyone = len(near.heads) == logits.shape[1]
-        for start, stop, place in near.runs(rows.max_length):
+        everyone = len(proximal.heads) == logits.shape[1]
+        for start, stop, place in proximal.runs(rows.max_length):
             part = own.narrow(-1, place, stop - start)
             if everyone:
                 logits.narrow(-1, start, stop - start).copy_(part)
             else:
-                logits[:, near.index, :, :, start:stop] = part
+                logits[:, proximal.index, :, :, start:stop] = part
         return
-    here = here if here.shape[1] == 1 else here[:, near.index]
-    proximal = (here >= 0) & ~near.near.distant(positions[:, None], here)
-    places = near.places(here).clamp(0, max(0, own.shape[-1] - 1))[:, :, None, None]
+    here = here if here.shape[1] == 1 else here[:, proximal.index]
+    shown = (here >= 0) & ~proximal.bounds.distant(positions[:, None], here)
+    places = proximal.places(here).clamp(0, max(0, own.shape[-1] - 1))[:, :, None, None]
     spread = own.gather(-1, places.expand(-1, own.shape[1], own.shape[2], 1, -1).long())
-    logits[:, near.index] = torch.where(proximal[:, :, None, None], spread, logits[:, near.index])
+    logits[:, proximal.index] = torch.where(shown[:, :, None, None], spread, logits[:, proximal.index])
 
 
 @as_sdpa(2)

@@ -23,7 +23,7 @@ def compact_reference(rows: Rows, sequences: torch.Tensor, source: torch.Tensor,
         for h in range(source.shape[1]):
             moves = list(zip(source[index, h].tolist(), target[index, h].tolist(), strict=True))
             for pool, table in zip((rows.keys, *rows.value_parts), tables, strict=True):
-                if pool is rows.keys and rows.near is not None and h in rows.near.heads:
+                if pool is rows.keys and rows.proximal is not None and h in rows.proximal.heads:
                     continue
                 read = [pool[table[b, h, old // size], old % size].clone() if new >= 0 else None for old, new in moves]
                 for (_, new), part in zip(moves, read, strict=True):

@@ -13,7 +13,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Near:
+class Proximal:
     """Which tokens are proximal to a query: the `first` of a sequence, and the newest `recent`, its own among them."""
 
     first: int
@@ -25,36 +25,36 @@ class Near:
 
 
 @dataclass
-class NearKeys:
+class ProximalKeys:
     """Keys of the F heads of a layer that store those of proximal tokens only; distant ones are another layer's.
 
-    The key of the token at true position p lies at place p where ``p < near.first``, and at ``near.first + (p -
-    near.first) % ring`` elsewhere, so that each new key takes the place of the oldest.
+    The key of the token at true position p lies at place p where ``p < bounds.first``, and at ``bounds.first + (p -
+    bounds.first) % ring`` elsewhere, so that each new key takes the place of the oldest.
 
     Attributes:
         heads: KV heads, ascending.
-        keys: ``[B, F, R, Dk]``; R grows up to ``near.first + ring``.
-        near: what is proximal.
-        ring: places of the newest tokens, at least ``near.recent``.
+        keys: ``[B, F, R, Dk]``; R grows up to ``bounds.first + ring``.
+        bounds: what is proximal.
+        ring: places of the newest tokens, at least ``bounds.recent``.
         index: `heads`, ``[F]`` int64.
         rest: the other heads, which store all their keys, ``[K]`` int64.
     """
 
     heads: tuple[int, ...]
     keys: torch.Tensor
-    near: Near
+    bounds: Proximal
     ring: int
     index: torch.Tensor
     rest: torch.Tensor
 
     def places(self, positions: torch.Tensor) -> torch.Tensor:
         """Where the keys of tokens at true `positions` lie; of the shape and dtype of `positions`."""
-        first = self.near.first
+        first = self.bounds.first
         return torch.where(positions < first, positions, first + (positions - first) % self.ring)
 
     def runs(self, tokens: int) -> list[tuple[int, int, int]]:
         """Proximal positions of the last of `tokens` tokens as runs ``(start, stop, place of start)``."""
-        first, oldest = self.near.first, max(self.near.first, tokens - self.near.recent)
+        first, oldest = self.bounds.first, max(self.bounds.first, tokens - self.bounds.recent)
         runs = [(0, min(first, tokens), 0)] if first else []
         while oldest < tokens:
             place = (oldest - first) % self.ring
@@ -73,7 +73,7 @@ class Rows:
         values: pool of value blocks, ``[Nv, P, Dv]``; keys and values have a dtype each.
         positions: true position of the token in every value slot, ``[Nv, P]`` int32.
         key_table: block ids, ``[B, H, M]`` int32; entries past a row's last block are -1, and all of a row that is in
-            `near`.
+            `proximal`.
         value_table: block ids, ``[B, H, M]`` int32; as ``key_table``.
         lengths: tokens stored in each row, ``[B, H]`` int32.
         max_length: upper bound of the lengths, at most ``M * P``, known without asking the device. No result depends
@@ -84,8 +84,8 @@ class Rows:
         metric: running importance of the token in every value slot, ``[Nv, P]`` float32; None where none is kept.
         starts: on the host, flat slot of each row's first token, ``[B, H]`` int64, the same in all pools, where the
             blocks of every row follow one another, so that it can be read in place; None elsewhere, on a GPU, and
-            where some heads are in `near`.
-        near: heads that store keys of proximal tokens only, or None. `contiguous` is about the blocks of the others.
+            where some heads are in `proximal`.
+        proximal: heads that store keys of proximal tokens only, or None. `contiguous` is about the blocks of others.
         in_order: whether slot s of every row holds the token at position s.
         read_as: dtype that attention rounds keys and values to; None: it takes them as they are stored.
     """
@@ -101,7 +101,7 @@ class Rows:
     contiguous: bool
     metric: torch.Tensor | None = None
     starts: np.ndarray | None = None
-    near: NearKeys | None = None
+    proximal: ProximalKeys | None = None
     in_order: bool = False
     read_as: torch.dtype | None = None
 
@@ -117,7 +117,7 @@ class Rows:
     @property
     def key_heads(self) -> torch.Tensor | None:
         """The K heads whose keys are stored whole, ``[K]`` int64; None: all."""
-        return None if self.near is None else self.near.rest
+        return None if self.proximal is None else self.proximal.rest
 
     def read(self, part: torch.Tensor) -> torch.Tensor:
         """Keys or values as attention takes them."""
@@ -165,7 +165,7 @@ class Rows:
     def keys_of(self, head: int) -> torch.Tensor:
         """Keys ``[B, 1, max_length, Dk]`` of a head that stores all; in place, gathered and filled up as `dense`."""
         if self.contiguous:
-            before = 0 if self.near is None else bisect_left(self.near.heads, head)
+            before = 0 if self.proximal is None else bisect_left(self.proximal.heads, head)
             keys = self.in_place[0].narrow(1, head - before, 1).narrow(2, 0, self.max_length)
         else:
             keys = gather_rows(self.keys, self.key_table.narrow(1, head, 1), self.max_length)
@@ -183,18 +183,18 @@ class Rows:
         return positions.masked_fill(slots >= lengths[..., None], -1)
 
     def dense_keys(self) -> torch.Tensor:
-        """Keys of every head ``[B, H, max_length, Dk]``; those in `near` have anything finite for distant tokens."""
+        """Keys of every head ``[B, H, max_length, Dk]``; in `proximal` anything finite is there for distant tokens."""
         keys, _ = self.dense()
-        near = self.near
-        if near is None or self.key_heads is None:
+        proximal = self.proximal
+        if proximal is None or self.key_heads is None:
             return keys
         batch, heads = self.lengths.shape
-        places = near.places(self.dense_positions()).clamp(0, max(0, near.keys.shape[2] - 1))
-        places = places if places.shape[1] == 1 else places.index_select(1, near.index)
-        index = places[..., None].expand(-1, len(near.heads), -1, keys.shape[-1]).long()
+        places = proximal.places(self.dense_positions()).clamp(0, max(0, proximal.keys.shape[2] - 1))
+        places = places if places.shape[1] == 1 else places.index_select(1, proximal.index)
+        index = places[..., None].expand(-1, len(proximal.heads), -1, keys.shape[-1]).long()
         out = keys.new_empty(batch, heads, *keys.shape[2:])
         out[:, self.key_heads] = keys
-        out[:, near.index] = self.read(near.keys.gather(2, index))
+        out[:, proximal.index] = self.read(proximal.keys.gather(2, index))
         return out
 
 

@@ -9,13 +9,13 @@
     followers        F KV heads, ascending
     query_positions  [B, S] int32            true positions; negative: padding, which sees nothing
     key_positions    [B, 1 or H, T] int32    true positions; negative: nothing there
-    near             Near                which tokens are proximal
-    scaling, softcap, sink_logits   as in attend; logits of distant tokens too are scaled by this layer's factor
+    proximal         Proximal            which tokens are proximal
+    scaling, softcap, sink_logits        as in attend; logits of distant tokens too are scaled by this layer's factor
     skip             a follower's query whose proximal tokens get at least this share leaves out the rest; None: never
 
 The last S keys are those of the queries' own tokens, in order. A query at position i sees keys at positions j <= i.
-Distant are those with ``near.first <= j <= i - near.recent``: their logits are lead_query . lead_key, all others are
-query . key; one softmax goes over both, which is the paper's gate.
+Distant are those with ``proximal.first <= j <= i - proximal.recent``: their logits are lead_query . lead_key, all
+others are query . key; one softmax goes over both, which is the paper's gate.
 
 All float tensors may have a dtype of their own. Returns ``[B, Hq, S, Dv]``, in the dtype that `attend` returns; zeros
 where nothing is seen. Differentiable in all that is float; softmax and accumulation are float32. Nothing is modified.
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from .attend import QUERY_CHUNK
 from .dense import grouped_logits, grouped_sinks, row_logits, weighted, weights_of
 from .precision import as_sdpa
-from .rows import Near
+from .rows import Proximal
 
 KEPT_LOGITS = 2**25  # of one layer, that are held for the gradient
 
@@ -47,7 +47,7 @@ def shared_attention_reference(
     followers: Sequence[int],
     query_positions: torch.Tensor,
     key_positions: torch.Tensor,
-    near: Near,
+    proximal: Proximal,
     scaling: float,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
@@ -71,7 +71,7 @@ def shared_attention_reference(
             for s in range(new):
                 at = int(query_positions[b, s])
                 seen = (place >= 0) & (place <= at)
-                far = seen & near.distant(torch.tensor(at), place) if h in followers else torch.zeros_like(seen)
+                far = seen & proximal.distant(torch.tensor(at), place) if h in followers else torch.zeros_like(seen)
                 logits = row_logits(query[b, hq, s], keys[b, h], scaling, softcap)
                 if h in followers:
                     f = list(followers).index(h)
@@ -102,7 +102,7 @@ def shared_attention(
     followers: Sequence[int],
     query_positions: torch.Tensor,
     key_positions: torch.Tensor,
-    near: Near,
+    proximal: Proximal,
     scaling: float,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
@@ -115,7 +115,7 @@ def shared_attention(
     """
     settings: dict[str, Any] = {
         "followers": torch.tensor(list(followers), device=query.device),
-        "near": near,
+        "proximal": proximal,
         "scaling": scaling,
         "softcap": softcap,
         "sink_logits": sink_logits,
@@ -149,7 +149,7 @@ def _attend(
     key_positions: torch.Tensor,
     *,
     followers: torch.Tensor,
-    near: Near,
+    proximal: Proximal,
     scaling: float,
     softcap: float | None,
     sink_logits: torch.Tensor | None,
@@ -158,7 +158,7 @@ def _attend(
     at, place = query_positions[:, None, :, None], key_positions[:, :, None]  # [B, 1, S, 1], [B, 1 or H, 1, T]
     padding = at < 0  # sees nothing, but a softmax needs something
     seen = ((place >= 0) & (place <= at)) | padding
-    distant = near.distant(at, place).expand(-1, keys.shape[1], -1, -1)[:, followers, None]
+    distant = proximal.distant(at, place).expand(-1, keys.shape[1], -1, -1)[:, followers, None]
     logits = grouped_logits(query, keys, scaling, softcap)
     shared = grouped_logits(lead_query, lead_keys, scaling, softcap)
     if len(followers) == keys.shape[1]:
@@ -174,6 +174,6 @@ def _attend(
 
 def skipped(weights: torch.Tensor, distant: torch.Tensor, skip: float) -> torch.Tensor:
     """`weights` of followers without distant tokens where the others have at least `skip` of them (PoD §2.3)."""
-    near = weights.masked_fill(distant, 0.0)
-    gate = 1 - (weights - near).sum(-1, keepdim=True)
-    return torch.where(gate >= skip, near / gate, weights)
+    proximal = weights.masked_fill(distant, 0.0)
+    gate = 1 - (weights - proximal).sum(-1, keepdim=True)
+    return torch.where(gate >= skip, proximal / gate, weights)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..cache.bound_model import Binding
 from ..config import is_int, require
 from ..integration.attention import AttentionFunction, decoder_config, hooked, unwrap
-from ..kernels import Near, softcapped
+from ..kernels import Proximal, softcapped
 from ..policy.sharing import layer_kinds, model_shape
 from .forward import causal_tokens
 from .similarity import LayerSimilarity
@@ -68,7 +68,7 @@ def explore(
     inner = unwrap(model)
     config, binding = decoder_config(inner), Binding(inner)
     full = binding.observable_layers()
-    shape, near = model_shape(config), Near(sinks, recent) if region == "distant" else None
+    shape, near = model_shape(config), Proximal(sinks, recent) if region == "distant" else None
     total = torch.zeros(shape["num_key_value_heads"], len(full), len(full), dtype=torch.float64)
     tokens: list[int] = []
     recorder = Recorder(set(full), queries)
@@ -114,7 +114,7 @@ def explore(
     )
 
 
-def check_sample(ids: torch.Tensor, number: int, queries: int, near: Near | None) -> None:
+def check_sample(ids: torch.Tensor, number: int, queries: int, near: Proximal | None) -> None:
     """Raises ValueError if `ids` are no token ids, or so few that some query has nothing to be compared by."""
     if ids.ndim != 1 or ids.is_floating_point():
         raise ValueError(f"sample {number} must be token ids [N] int64, got {list(ids.shape)} {ids.dtype}")
@@ -144,7 +144,7 @@ class Attention:
     softcap: float | None
     sink_logits: torch.Tensor | None
 
-    def rows(self, head: int, part: slice, near: Near | None) -> torch.Tensor:
+    def rows(self, head: int, part: slice, near: Proximal | None) -> torch.Tensor:
         """Attention of a KV head to every token, for some of its G * Q queries, head by head: ``[R, N + 1]`` float32.
 
         What an attention sink takes is in the last column. With `near`, attention to distant tokens alone.
@@ -223,7 +223,7 @@ class Recorder:
 
 
 @torch.inference_mode()
-def layer_similarity(layers: list[Attention], near: Near | None) -> torch.Tensor:
+def layer_similarity(layers: list[Attention], near: Proximal | None) -> torch.Tensor:
     """Similarity of every two of L layers over one sample: ``[H, L, L]`` float64 on the CPU."""
     heads, tokens, _ = layers[0].key.shape
     count = layers[0].query.shape[0] // heads * layers[0].query.shape[1]

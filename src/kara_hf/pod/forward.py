@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..integration.attention import AttentionFunction, decoder_config, hooked, real_tokens, unwrap
-from ..kernels import Near, shared_attention
+from ..kernels import Proximal, shared_attention
 from ..policy.sharing import PoDSharing
 
 
@@ -104,7 +104,7 @@ class SharedForward:
             followers=followers,
             query_positions=positions,
             key_positions=positions[:, None],
-            near=Near(sharing.sinks, sharing.recent),
+            proximal=Proximal(sharing.sinks, sharing.recent),
             scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
             softcap=kwargs.get("softcap"),
             sink_logits=kwargs.get("s_aux"),

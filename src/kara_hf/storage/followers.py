@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..kernels import Near, Rows
+from ..kernels import Proximal, Rows
 from .blocks import upload
-from .near import NearStore
 from .paged import PagedStore
+from .proximal import ProximalRing
 
 
 def paged_store(
@@ -17,15 +17,15 @@ def paged_store(
     sizes: tuple[int, int],
     *,
     followers: tuple[int, ...] = (),
-    near: Near | None = None,
+    proximal: Proximal | None = None,
     **settings: Any,
 ) -> PagedStore:
     """A `PagedStore` of this shape, and these sizes and settings; a `FollowerStore` where there are `followers`."""
     if not followers:
         return PagedStore(shape, sizes, **settings)
-    if near is None:
-        raise ValueError(f"heads {followers} follow, and near=None does not say which of their keys are stored")
-    return FollowerStore(shape, sizes, followers=followers, near=near, **settings)
+    if proximal is None:
+        raise ValueError(f"heads {followers} follow, and proximal=None does not say which of their keys are stored")
+    return FollowerStore(shape, sizes, followers=followers, proximal=proximal, **settings)
 
 
 class FollowerStore(PagedStore):
@@ -35,11 +35,11 @@ class FollowerStore(PagedStore):
         shape: B sequences and H KV heads.
         sizes: Dk and Dv, of a key and of a value.
         followers: heads that follow, ascending.
-        near: what is proximal.
+        proximal: what is proximal.
         settings: as of `PagedStore`.
     """
 
-    near: NearStore
+    proximal: ProximalRing
 
     def __init__(
         self,
@@ -47,30 +47,30 @@ class FollowerStore(PagedStore):
         sizes: tuple[int, int],
         *,
         followers: tuple[int, ...],
-        near: Near,
+        proximal: Proximal,
         **settings: Any,
     ):
         self._whole = np.setdiff1d(np.arange(shape[1]), followers)  # heads whose keys are in blocks
         self._key_table = settings["meter"].zeros((*shape, 0), torch.int32, settings["device"])
         ring = {name: settings[name] for name in ("device", "block_size", "meter")}
-        self.near = NearStore(shape, followers, sizes[0], near, dtype=settings["dtypes"][0], **ring)
+        self.proximal = ProximalRing(shape, followers, sizes[0], proximal, dtype=settings["dtypes"][0], **ring)
         super().__init__(shape, sizes, **settings)
 
     @property
     def paged_bytes(self) -> int:
-        return super().paged_bytes + self.near.nbytes + self._key_table.nbytes
+        return super().paged_bytes + self.proximal.nbytes + self._key_table.nbytes
 
     @property
     def stored_bytes(self) -> int:
-        return super().stored_bytes + self.near.held * self.slot_bytes[0]
+        return super().stored_bytes + self.proximal.held * self.slot_bytes[0]
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return *super().tensors(), self.near.rows.keys
+        return *super().tensors(), self.proximal.rows.keys
 
     def look(self) -> np.ndarray:
         excess = super().look()
         if excess.any():
-            self.near.count(-excess)
+            self.proximal.count(-excess)
             self._changed()
         return excess
 
@@ -85,63 +85,63 @@ class FollowerStore(PagedStore):
         ahead: int,
     ) -> None:
         super().fill(keys, values, positions, metric, real, kept, ahead)
-        self.near.append(keys, positions, real)
-        self.near.count(real.sum(1).cpu().numpy())
+        self.proximal.append(keys, positions, real)
+        self.proximal.count(real.sum(1).cpu().numpy())
         self._changed()
 
     def crop(self, tokens: np.ndarray) -> None:
         self.look()
-        self.near.crop(tokens)
+        self.proximal.crop(tokens)
         super().crop(tokens)
 
     def take_back(self, tokens: np.ndarray) -> None:
         self.look()
-        self.near.take_back(tokens)
+        self.proximal.take_back(tokens)
         super().crop(tokens)
 
     def settle(self) -> None:
-        self.near.settle()
+        self.proximal.settle()
 
     def widen(self, spare: int) -> None:
-        self.near.widen(spare)
+        self.proximal.widen(spare)
         self._changed()
 
     def fork(self, index: np.ndarray) -> None:
         super().fork(index)
-        self.near.fork(index)
+        self.proximal.fork(index)
         self._changed()
 
     def fork_bytes(self, index: np.ndarray) -> int:
-        return super().fork_bytes(index) + self.near.fork_bytes(index)
+        return super().fork_bytes(index) + self.proximal.fork_bytes(index)
 
     def free(self, sequences: np.ndarray) -> None:
         self.look()
-        self.near.free(sequences)
+        self.proximal.free(sequences)
         super().free(sequences)
 
     def release(self) -> None:
         super().release()
-        self.near.release()
+        self.proximal.release()
         self.meter.drop(self._key_table)
 
     def _of_keys(self, rows: np.ndarray) -> np.ndarray:
         return rows[:, self._whole]
 
     def _growth(self, tokens: int, blocks: np.ndarray) -> int:
-        return self.near.growth(tokens) + super()._growth(tokens, blocks)
+        return self.proximal.growth(tokens) + super()._growth(tokens, blocks)
 
     def _grow(self, tokens: int, blocks: np.ndarray, in_order: bool = False) -> None:
-        self.near.grow(tokens)
+        self.proximal.grow(tokens)
         super()._grow(tokens, blocks, in_order)
 
     def _write(
         self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, real: torch.Tensor | None
     ) -> None:
         super()._write(keys, values, positions, real)
-        self.near.append(keys, positions, real)
+        self.proximal.append(keys, positions, real)
 
     def _count(self, tokens: np.ndarray | int) -> None:
-        self.near.count(tokens)
+        self.proximal.count(tokens)
         super()._count(tokens)
 
     def _read_keys(self, sequence: int, head: int, length: int) -> torch.Tensor:
@@ -150,7 +150,7 @@ class FollowerStore(PagedStore):
         return super()._read_keys(sequence, int(place[0]), length) if len(place) else self.keys.pools[0][:0, 0]
 
     def _room(self) -> int:
-        return min(super()._room(), self.near.room())
+        return min(super()._room(), self.proximal.room())
 
     def _changed(self) -> None:
         batch, heads = self.lengths.shape
@@ -167,4 +167,4 @@ class FollowerStore(PagedStore):
         rows = super()._make_rows(lengths, longest)
         same = not len(self._whole) or self.keys.table.shape[2] == self.values.table.shape[2]
         contiguous = same and rows.contiguous
-        return replace(rows, key_table=self._key_table, near=self.near.rows, starts=None, contiguous=contiguous)
+        return replace(rows, key_table=self._key_table, proximal=self.proximal.rows, starts=None, contiguous=contiguous)

@@ -6,7 +6,7 @@ import torch
 from ..kernels import Rows, append, compact, gather_rows, slot_index
 from .blocks import Blocks, upload
 from .meter import MemoryMeter
-from .near import NearStore
+from .proximal import ProximalRing
 from .store import Store
 
 SLACK = 1 / 8  # share of a pool that may be unused before it is given back
@@ -31,7 +31,7 @@ class PagedStore(Store):
             replayed on them.
     """
 
-    near: NearStore | None = None  # keys of heads that do not have theirs in blocks
+    proximal: ProximalRing | None = None  # keys of heads that do not have theirs in blocks
 
     def __init__(
         self,

@@ -34,12 +34,12 @@ from .observe import add_observed
 EVERYTHING = torch.iinfo(torch.int32).max
 
 
-@triton.jit(do_not_specialize=["span", "key_width", "value_width", "recent", "first_near", "ring", "near_places"])
+@triton.jit(do_not_specialize=["span", "key_width", "value_width", "recent", "first_tokens", "ring", "proximal_places"])
 def attend_shared_kernel(
     query,
     keys,
     values,
-    near_keys,
+    proximal_keys,
     scores,
     slot_positions,
     roles,
@@ -66,8 +66,8 @@ def attend_shared_kernel(
     width,
     scores_width,
     followers,
-    near_places,
-    first_near,
+    proximal_places,
+    first_tokens,
     recent,
     ring,
     key_size,
@@ -128,8 +128,8 @@ def attend_shared_kernel(
             acc, peak, total = add_values(
                 acc, peak, total, logits, query, values, value_slots, stored, value_size, VALUE_PAD
             )
-    elif near_keys is not None:
-        own_keys = near_keys + (batch * followers + role) * near_places * key_size
+    elif proximal_keys is not None:
+        own_keys = proximal_keys + (batch * followers + role) * proximal_places * key_size
         for start in range(first, stop, TILE_KEYS):
             slot = start + tl.arange(0, TILE_KEYS)
             stored = slot < stop
@@ -137,13 +137,13 @@ def attend_shared_kernel(
             here = slot
             if slot_positions is not None:
                 here = tl.load(slot_positions + value_slots, mask=stored, other=0)
-            distant = (here >= first_near) & (here <= position - recent)
+            distant = (here >= first_tokens) & (here <= position - recent)
             visible = inside[:, None] & stored[None, :]
             lent = inside[:, None] & (stored & distant)[None, :]
             logits = tl.load(left + slot[None, :], mask=lent, other=float("-inf")) * LOG2E
             proximal = stored & (distant == 0)
             if tl.max(proximal.to(tl.int32), 0) > 0:
-                kept = tl.where(here < first_near, here, first_near + (here - first_near) % ring)
+                kept = tl.where(here < first_tokens, here, first_tokens + (here - first_tokens) % ring)
                 key_rows = own_keys + (kept.to(tl.int64) * key_size)[None, :]
                 own = attention_logits(
                     query_rows,
@@ -247,8 +247,8 @@ def on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def head_roles(rows: Rows, leading: Sequence[int]) -> tuple[int, ...]:
-    """What each head does: its place in `rows.near` where it follows, -1 where it leads, -2 where it does neither."""
-    following = () if rows.near is None else rows.near.heads
+    """What each head does: its place in `rows.proximal` where it follows, -1 where it leads, -2 elsewhere."""
+    following = () if rows.proximal is None else rows.proximal.heads
     return tuple(
         following.index(head) if head in following else -1 if head in leading else -2
         for head in range(rows.lengths.shape[1])
@@ -274,7 +274,7 @@ def attend_shared(
     check_paged(rows)
     dtype, (common, itemsize) = query.dtype, read_dtypes(query, rows)
     query = query.to(common)
-    heads, value_size, near = rows.lengths.shape[1], rows.values.shape[-1], rows.near
+    heads, value_size, proximal = rows.lengths.shape[1], rows.values.shape[-1], rows.proximal
     group = query_heads // heads
     if query.stride(-1) != 1:
         query = query.contiguous()
@@ -305,9 +305,9 @@ def attend_shared(
         query,
         rows.keys,
         rows.values,
-        None if near is None else near.keys,
+        None if proximal is None else proximal.keys,
         scores,
-        None if near is None or rows.in_order else rows.positions,
+        None if proximal is None or rows.in_order else rows.positions,
         on_device(head_roles(rows, leading), query.device),
         positions,
         rows.key_table,
@@ -331,7 +331,11 @@ def attend_shared(
         span,
         width,
         scores.shape[-1],
-        *((0, 0, 0, 0, 0) if near is None else (*near.keys.shape[1:3], near.near.first, near.near.recent, near.ring)),
+        *(
+            (0, 0, 0, 0, 0)
+            if proximal is None
+            else (*proximal.keys.shape[1:3], proximal.bounds.first, proximal.bounds.recent, proximal.ring)
+        ),
         key_size,
         value_size,
         SOFTCAP=softcap is not None,

@@ -149,7 +149,7 @@ def read_dtypes(query: torch.Tensor, rows: Rows) -> tuple[torch.dtype, int]:
 
     Its `query` is cast to that before, keys and values are where they are loaded.
     """
-    parts = [query, rows.keys, rows.values, *([] if rows.near is None else [rows.near.keys])]
+    parts = [query, rows.keys, rows.values, *([] if rows.proximal is None else [rows.proximal.keys])]
     return rows.read_as or common_dtype(*parts), max(part.itemsize for part in parts)
 
 

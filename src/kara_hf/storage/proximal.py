@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..kernels import Near, NearKeys
+from ..kernels import Proximal, ProximalKeys
 from .blocks import upload
 from .meter import MemoryMeter
 
 HEADROOM = 1 / 8  # room made ahead, as a share of what is there, until the ring is full
 
 
-class NearStore:
+class ProximalRing:
     """The keys of F followers of one layer: those of the first tokens of every sequence and of the newest.
 
     Which tokens a policy evicts elsewhere makes no difference here: what lies where is a matter of true positions.
@@ -23,7 +23,7 @@ class NearStore:
         rows: B sequences and H heads.
         heads: the followers, ascending.
         size: Dk.
-        near: what is proximal.
+        proximal: what is proximal.
         block_size: room is made in so many places at a time.
         meter: counts every byte.
     """
@@ -33,7 +33,7 @@ class NearStore:
         rows: tuple[int, ...],
         heads: tuple[int, ...],
         size: int,
-        near: Near,
+        proximal: Proximal,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -45,10 +45,10 @@ class NearStore:
         keys = meter.zeros((sequences, len(heads), 0, size), dtype, device)
         rest = np.setdiff1d(np.arange(rows[1]), heads)
         index, whole = (meter.count(upload(part.astype(np.int64), device)) for part in (np.array(heads), rest))
-        self.rows = NearKeys(heads, keys, near, near.recent, index, whole)
+        self.rows = ProximalKeys(heads, keys, proximal, proximal.recent, index, whole)
         self.tokens = np.zeros(sequences, np.int64)  # seen by each sequence; upper bounds, as its lengths are
         # Behind the first, from where on all keys are there; what tokens counted since then took is not noted yet.
-        self._oldest = np.full(sequences, near.first, np.int64)
+        self._oldest = np.full(sequences, proximal.first, np.int64)
         self._before: tuple[torch.Tensor, np.ndarray] | None = None
 
     @property
@@ -63,7 +63,7 @@ class NearStore:
     @property
     def held(self) -> int:
         """Keys stored, in all rows."""
-        most = self.rows.near.first + self.rows.near.recent
+        most = self.rows.bounds.first + self.rows.bounds.recent
         return len(self.rows.heads) * int(np.minimum(self.tokens, most).sum())
 
     def growth(self, tokens: int) -> int:
@@ -106,7 +106,7 @@ class NearStore:
                 self._keep_before()
             last = positions.max(1, keepdim=True).values if real is None else _last(positions, real)
             # Of several tokens with one place the newest one's key is written, and no other's.
-            stays = (positions < rows.near.first) | (positions > last - self.rows.ring)
+            stays = (positions < rows.bounds.first) | (positions > last - self.rows.ring)
             if real is not None:
                 stays = stays & real
             for sequence, chosen in enumerate(stays):
@@ -118,7 +118,7 @@ class NearStore:
 
     def can_crop(self, tokens: np.ndarray) -> np.ndarray:
         """Whether enough keys are left once the newest `tokens` ``[B]`` go, ``[B]`` bool."""
-        first, recent = self.rows.near.first, self.rows.near.recent
+        first, recent = self.rows.bounds.first, self.rows.bounds.recent
         return np.maximum(first, self.tokens - tokens + 1 - recent) >= self.oldest
 
     def crop(self, tokens: np.ndarray) -> None:
@@ -142,10 +142,10 @@ class NearStore:
     @torch.inference_mode(False)
     def widen(self, spare: int) -> None:
         """From now on also holds keys of `spare` tokens that were proximal before, so that as many can be cropped."""
-        ring = self.rows.near.recent + spare
+        ring = self.rows.bounds.recent + spare
         if ring <= self.rows.ring:
             return
-        old, first = self.rows, self.rows.near.first
+        old, first = self.rows, self.rows.bounds.first
         wider = replace(old, ring=ring)
         places = min(first + ring, int(self.tokens.max(initial=0)))
         keys = self.meter.zeros((*old.keys.shape[:2], places, old.keys.shape[3]), old.keys.dtype, old.keys.device)
@@ -169,7 +169,7 @@ class NearStore:
         return (len(index) - len(self.tokens)) * self.rows.keys.shape[2] * self._place_bytes // max(1, len(self.tokens))
 
     def free(self, sequences: np.ndarray) -> None:
-        self.tokens[sequences], self._oldest[sequences] = 0, self.rows.near.first
+        self.tokens[sequences], self._oldest[sequences] = 0, self.rows.bounds.first
 
     def release(self) -> None:
         self.settle()
@@ -178,7 +178,7 @@ class NearStore:
 
     @property
     def _most(self) -> int:
-        return self.rows.near.first + self.rows.ring
+        return self.rows.bounds.first + self.rows.ring
 
     @property
     def _place_bytes(self) -> int:
