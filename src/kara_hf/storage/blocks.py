@@ -25,7 +25,7 @@ class Blocks:
     Several pools may share one table (values and their positions do).
 
     Args:
-        rows: B sequences and H heads.
+        shape: B sequences and H heads.
         block_size: P.
         parts: shape of one slot and dtype, for every pool.
         device: where the pools live.
@@ -34,7 +34,7 @@ class Blocks:
 
     def __init__(
         self,
-        rows: tuple[int, ...],
+        shape: tuple[int, ...],
         block_size: int,
         parts: Sequence[tuple[tuple[int, ...], torch.dtype]],
         device: torch.device,
@@ -43,12 +43,12 @@ class Blocks:
         self.block_size, self.device, self.meter = block_size, device, meter
         self.pools = [meter.zeros((0, block_size, *shape), dtype, device) for shape, dtype in parts]
         self.block_bytes = sum(pool[:0].new_empty(1, *pool.shape[1:]).nbytes for pool in self.pools)
-        self.counts = np.zeros(rows, np.int32)
+        self.counts = np.zeros(shape, np.int32)
         self.refs = np.zeros(0, np.int32)
         self._free: np.ndarray = np.zeros(0, np.int32)
         self.first: np.ndarray | None = None  # [B, H], where the blocks of every row follow one another
         self._table_device: torch.Tensor | None = None
-        self._set_table(np.zeros((*rows, 0), np.int32))
+        self._set_table(np.zeros((*shape, 0), np.int32))
 
     # ------------------------------------------------------------------------------------------------ what others read
     @property

@@ -17,7 +17,7 @@ class PagedStore(Store):
     """A `Store` in blocks of `block_size` slots; each block belongs to one head of one sequence, so freeing it is real.
 
     Args:
-        rows: B sequences and H KV heads.
+        shape: B sequences and H KV heads.
         sizes: Dk and Dv, of a key and of a value.
         dtypes: of keys and of values, which need not be the same.
         device: of everything but the host's tables.
@@ -35,7 +35,7 @@ class PagedStore(Store):
 
     def __init__(
         self,
-        rows: tuple[int, ...],
+        shape: tuple[int, ...],
         sizes: tuple[int, int],
         *,
         dtypes: tuple[torch.dtype, torch.dtype],
@@ -50,9 +50,9 @@ class PagedStore(Store):
         self.tight, self.steady = tight, steady
         key, value, position = ((sizes[0],), dtypes[0]), ((sizes[1],), dtypes[1]), ((), torch.int32)
         beside = [position, ((), torch.float32)] if metric else [position]
-        self.lengths = np.zeros(rows, np.int32)
+        self.lengths = np.zeros(shape, np.int32)
         self.keys = Blocks(self._of_keys(self.lengths).shape, block_size, [key], device, meter)
-        self.values = Blocks(rows, block_size, [value, *beside], device, meter)
+        self.values = Blocks(shape, block_size, [value, *beside], device, meter)
         self.shares = not metric
         self.in_order = True  # whether slot s of every row holds position s
         self.room = 0  # tokens that every row can take before anything has to be arranged

@@ -20,7 +20,7 @@ class ProximalRing:
     Which tokens a policy evicts elsewhere makes no difference here: what lies where is a matter of true positions.
 
     Args:
-        rows: B sequences and H heads.
+        shape: B sequences and H heads.
         heads: the followers, ascending.
         size: Dk.
         proximal: what is proximal.
@@ -30,7 +30,7 @@ class ProximalRing:
 
     def __init__(
         self,
-        rows: tuple[int, ...],
+        shape: tuple[int, ...],
         heads: tuple[int, ...],
         size: int,
         proximal: Proximal,
@@ -41,9 +41,9 @@ class ProximalRing:
         meter: MemoryMeter,
     ):
         self.meter, self.block_size = meter, block_size
-        sequences = rows[0]
+        sequences = shape[0]
         keys = meter.zeros((sequences, len(heads), 0, size), dtype, device)
-        rest = np.setdiff1d(np.arange(rows[1]), heads)
+        rest = np.setdiff1d(np.arange(shape[1]), heads)
         index, whole = (meter.count(upload(part.astype(np.int64), device)) for part in (np.array(heads), rest))
         self.rows = ProximalKeys(heads, keys, proximal, proximal.recent, index, whole)
         self.tokens = np.zeros(sequences, np.int64)  # seen by each sequence; upper bounds, as its lengths are
