@@ -469,7 +469,7 @@ class CompressedCache(Cache):
         """Finds out which tokens that were taken for real turned out to be padding."""
         if not self._assumed:
             return
-        padding, *_ = (layer.stored().look() for layer in self.store_layers)
+        padding, *_ = (layer.stored().sync_lengths() for layer in self.store_layers)
         if padding.any():
             self.sequences = [s.without(int(count)) for s, count in zip(self.sequences, padding, strict=True)]
             self._solid_columns = 0

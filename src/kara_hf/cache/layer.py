@@ -336,7 +336,7 @@ class StoreLayer(CacheLayerMixin):
             self.store = self.cache.compression.new_store(self, keys, values)
             if step.drafts and isinstance(self.store, PagedStore):
                 self.store.widen(FIRST_DRAFTS)
-        self.store.append(keys, values, step.positions.to(keys.device), real, looks=step.looks)
+        self.store.append(keys, values, step.positions.to(keys.device), real, sync=step.looks)
         step.appended.append(self)
         self.cache.compression.stored(self, step, query.detach(), key.detach(), present)
         self.pending = None

@@ -67,8 +67,8 @@ class FollowerStore(PagedStore):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return *super().tensors(), self.proximal.rows.keys
 
-    def look(self) -> np.ndarray:
-        excess = super().look()
+    def sync_lengths(self) -> np.ndarray:
+        excess = super().sync_lengths()
         if excess.any():
             self.proximal.count(-excess)
             self._changed()
@@ -90,12 +90,12 @@ class FollowerStore(PagedStore):
         self._changed()
 
     def crop(self, tokens: np.ndarray) -> None:
-        self.look()
+        self.sync_lengths()
         self.proximal.crop(tokens)
         super().crop(tokens)
 
     def take_back(self, tokens: np.ndarray) -> None:
-        self.look()
+        self.sync_lengths()
         self.proximal.take_back(tokens)
         super().crop(tokens)
 
@@ -115,7 +115,7 @@ class FollowerStore(PagedStore):
         return super().fork_bytes(index) + self.proximal.fork_bytes(index)
 
     def free(self, sequences: np.ndarray) -> None:
-        self.look()
+        self.sync_lengths()
         self.proximal.free(sequences)
         super().free(sequences)
 

@@ -107,19 +107,19 @@ class PagedStore(Store):
         positions: torch.Tensor,
         real: torch.Tensor | None = None,
         *,
-        looks: bool = True,
+        sync: bool = True,
     ) -> None:
         new = keys.shape[2]
         self.reserve(new)
         rows = self.rows()
         self._write(keys, values, positions, real)
-        if real is None or not looks:
+        if real is None or not sync:
             rows.lengths += new if real is None else real.sum(1, keepdim=True, dtype=torch.int32)
             rows.uniform &= real is None
             self._exact &= real is None
             self.count(new)
         else:
-            self.look()
+            self.sync_lengths()
             self._count(real.sum(1, dtype=torch.int32).cpu().numpy())
             self._changed()
 
@@ -135,7 +135,7 @@ class PagedStore(Store):
         rows = self.rows()
         return *self.keys.pools, *self.values.pools, rows.key_table, rows.value_table, rows.lengths
 
-    def look(self) -> np.ndarray:
+    def sync_lengths(self) -> np.ndarray:
         if self._exact:
             return np.zeros(len(self.lengths), np.int32)
         assumed, self.lengths = self.lengths, self.rows().lengths.cpu().numpy().copy()
@@ -235,7 +235,7 @@ class PagedStore(Store):
         self._changed()
 
     def crop(self, tokens: np.ndarray) -> None:
-        self.look()
+        self.sync_lengths()
         self.lengths -= tokens[:, None].astype(np.int32)
         self._fit()
 
@@ -250,7 +250,7 @@ class PagedStore(Store):
         """Makes it possible to crop `spare` tokens from now on; whole keys make it so always."""
 
     def fork(self, index: np.ndarray) -> None:
-        self.look()
+        self.sync_lengths()
         self.meter.require(self.fork_bytes(index))
         used = [self._used(lengths) for _, lengths in self._pools()]
         self.lengths = self.lengths[index]
@@ -273,12 +273,12 @@ class PagedStore(Store):
         return total
 
     def free(self, sequences: np.ndarray) -> None:
-        self.look()
+        self.sync_lengths()
         self.lengths[sequences] = 0
         self._fit()
 
     def read(self, sequence: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self.look()
+        self.sync_lengths()
         length = int(self.lengths[sequence, head])
         row = self.values.table[sequence : sequence + 1, head : head + 1]
         values, positions = (gather_rows(pool, row, length)[0, 0] for pool in self.values.pools[:2])

@@ -24,7 +24,7 @@ class Prompt:
         positions: torch.Tensor,
         real: torch.Tensor | None = None,
         *,
-        looks: bool = True,
+        sync: bool = True,
     ) -> None:
         """Takes the prompt, as `Store.append`; once, and not without looking."""
         self.keys, self.values = (self.meter.borrow(part) for part in (keys, values))
@@ -89,7 +89,7 @@ class Prompt:
         """Column of every slot, ``[B, H, S]`` int64; padding behind."""
         return (~self.real).to(torch.int8).argsort(dim=1, stable=True)[:, None].expand(self.metric.shape)
 
-    def look(self) -> np.ndarray:
+    def sync_lengths(self) -> np.ndarray:
         return np.zeros(len(self.keys), np.int32)
 
     def crop(self, tokens: np.ndarray) -> None:

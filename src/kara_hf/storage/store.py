@@ -21,18 +21,18 @@ class Store(Protocol):
         positions: torch.Tensor,
         real: torch.Tensor | None = None,
         *,
-        looks: bool = True,
+        sync: bool = True,
     ) -> None:
         """Stores new tokens: `keys` ``[B, H, S, Dk]``, `values` ``[B, H, S, Dv]``, `positions` and `real` ``[B, S]``.
 
         They are stored in the dtypes that the store has. Raises ValueError, and stores nothing, where those would round
         them.
 
-        Without `looks`, `real` is not read back from the device: `lengths` count every new token as real, and are upper
-        bounds until `look`.
+        Without `sync`, `real` is not read back from the device: `lengths` count every new token as real, and are upper
+        bounds until `sync_lengths`.
         """
 
-    def look(self) -> np.ndarray:
+    def sync_lengths(self) -> np.ndarray:
         """Makes `lengths` exact again, and returns by how much each sequence's was too large, ``[B]``."""
 
     def unshare(self, sequences: np.ndarray, start: np.ndarray, count: int) -> None:
