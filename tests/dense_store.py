@@ -38,7 +38,7 @@ class DenseStore:
     def fork(self, index):
         self.content = [[list(row) for row in self.content[i]] for i in index.tolist()]
 
-    def free(self, sequences):
+    def reset(self, sequences):
         for b in sequences.tolist():
             self.content[b] = [[] for _ in range(self.heads)]
 

@@ -94,7 +94,7 @@ def used_ids(blocks):
 def unused_blocks(store, blocks):
     """Blocks that hold no token: free ones, and those kept at the end of rows."""
     needed = -(-store.lengths // store.block_size)
-    return blocks.free_blocks + int((blocks.counts - needed).sum())
+    return blocks.num_free + int((blocks.counts - needed).sum())
 
 
 def assert_sound(store):
@@ -214,13 +214,13 @@ class StoreMachine(RuleBasedStateMachine):
         for store in (self.store, self.oracle):
             store.fork(np.array(index))
         for blocks in (self.store.keys, self.store.values):
-            assert blocks.free_blocks <= max(blocks.counts.size, 0.125 * blocks.held_blocks)
+            assert blocks.num_free <= max(blocks.counts.size, 0.125 * blocks.held_blocks)
 
     @rule(data=st.data())
-    def free(self, data):
+    def reset(self, data):
         chosen = data.draw(st.lists(st.integers(0, self.sequences - 1), unique=True, min_size=1), "sequences")
         for store in (self.store, self.oracle):
-            store.free(np.array(chosen))
+            store.reset(np.array(chosen))
         self.assert_slack()
 
     @invariant()
@@ -230,7 +230,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "store"):
-            self.store.release()
+            self.store.close()
             assert self.store.meter.held == 0
 
 
@@ -251,7 +251,7 @@ def test_oracle():
     store.fork(np.array([1, 0, 1]))
     store.crop(np.array([2, 0, 1]))
     assert [store.read(b, 0)[0][:, 0].tolist() for b in range(3)] == [[], [0, 2], [4]]
-    store.free(np.array([1]))
+    store.reset(np.array([1]))
     assert store.lengths.tolist() == [[0], [0], [1]]
 
 
@@ -424,10 +424,10 @@ def test_fork_leaves_reserved_blocks_behind():
     """Room for tokens to come is neither shared nor copied; it is free for whoever writes next."""
     store, _ = pair(2, 2, 4, 9)
     store.reserve(5)
-    assert (store.keys.counts == 4).all() and store.keys.free_blocks == 0
+    assert (store.keys.counts == 4).all() and store.keys.num_free == 0
     store.fork(np.array([0, 1, 0]))
     for blocks in (store.keys, store.values):
-        assert (blocks.counts == 3).all() and blocks.free_blocks == 4
+        assert (blocks.counts == 3).all() and blocks.num_free == 4
 
 
 def test_free_blocks_are_used_before_more_are_asked_for():
@@ -435,12 +435,12 @@ def test_free_blocks_are_used_before_more_are_asked_for():
     for each in (store, oracle):
         each.fork(np.array([1]))
     held, address = store.meter.held, store.keys.pools[0].data_ptr()
-    assert store.keys.free_blocks == store.values.free_blocks == 1
+    assert store.keys.num_free == store.values.num_free == 1
     for each in (store, oracle):
         each.append(*Tokens()(1, 1, 1))
     assert_same_content(store, oracle)
     assert_sound(store)
-    assert store.keys.free_blocks == store.values.free_blocks == 0
+    assert store.keys.num_free == store.values.num_free == 0
     assert store.keys.pools[0].data_ptr() == address
     assert store.meter.held == held + 2 * 4, "one more column in either table"
 
@@ -457,7 +457,7 @@ def test_freeing_one_sequence_of_many_gives_back_its_blocks():
     store, oracle = pair(2, 2, 4, 40)
     held = store.meter.held
     for each in (store, oracle):
-        each.free(np.array([1]))
+        each.reset(np.array([1]))
     assert_same_content(store, oracle)
     assert store.meter.held < 0.6 * held
 
@@ -520,9 +520,9 @@ def give_back(operation, *stores):
         elif operation == "crop":
             store.crop(np.arange(len(store.lengths)) * 9)
         elif operation == "free":
-            store.free(np.array([0]))
+            store.reset(np.array([0]))
         elif operation == "free-nothing":
-            store.free(np.array([], np.int64))
+            store.reset(np.array([], np.int64))
         elif operation == "keep":
             store.keep(np.array([1]), np.array([60]), torch.full((1, 2, 1), 62))
         elif operation == "fork-fewer":
@@ -620,9 +620,9 @@ def test_meter_counts_what_is_held_and_the_peak():
     tensor = meter.zeros((3, 5), torch.int16, CPU)
     assert (meter.held, meter.peak) == (30, 30) and not tensor.any()
     other = meter.count(torch.ones(4))
-    meter.drop(tensor)
+    meter.uncount(tensor)
     assert (meter.held, meter.peak) == (16, 46)
-    meter.drop(other)
+    meter.uncount(other)
     meter.zeros((1,), torch.int8, CPU)
     assert (meter.held, meter.peak) == (1, 46)
 
@@ -650,13 +650,13 @@ def test_query_buffer(data):
         elif operation == "drop":
             chosen = data.draw(st.lists(st.integers(0, len(lists) - 1), unique=True, min_size=1), "dropped")
             first = data.draw(st.integers(0, int(filled[chosen].min())), "first")
-            buffer.drop(torch.tensor(chosen), first)
+            buffer.forget(torch.tensor(chosen), first)
             for b in chosen:
                 del lists[b][:first]
         elif operation == "trim":
             room = data.draw(st.sampled_from([0, 1, GROWTH, GROWTH + 1]), "room")
             had = buffer.buffer.shape[2]
-            buffer.trim(filled, room)
+            buffer.shrink(filled, room)
             needed = -(-max(room, int(filled.max())) // GROWTH) * GROWTH
             assert buffer.buffer.shape[2] == min(had, needed)
         else:
@@ -669,7 +669,7 @@ def test_query_buffer(data):
             start = data.draw(st.integers(0, len(held)), "start")
             expected = torch.stack(held[start:], 1) if held[start:] else torch.zeros(heads, 0, dim)
             assert torch.equal(buffer.window(torch.tensor([b]), start, len(held))[0], expected)
-    buffer.release()
+    buffer.close()
     assert meter.held == 0
 
 

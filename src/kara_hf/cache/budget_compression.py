@@ -68,7 +68,7 @@ class Votes:
         """Takes off the newest `tokens` ``[B]``, one for each column; what voted before them does not come back."""
         self.undecided = max(0, self.undecided - int(tokens.max()))
         if not self.undecided:
-            self.release()
+            self.close()
         elif self.valid is not None:
             behind = self.valid.sum(1, keepdim=True) - self.valid.cumsum(1)
             self.valid &= behind >= torch.from_numpy(tokens).to(behind.device)[:, None]
@@ -85,17 +85,17 @@ class Votes:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return ()
 
-    def let_go(self) -> None:
+    def discard_step(self) -> None:
         self._fresh = None
 
-    def release(self) -> None:
+    def close(self) -> None:
         for held in (self.queries, self.valid):
             if held is not None:
-                self.meter.hand_back(held)
+                self.meter.uncount_borrowed(held)
         self.queries = self.valid = None
 
     def _replace(self, queries: torch.Tensor, valid: torch.Tensor) -> None:
-        self.release()
+        self.close()
         self.queries, self.valid = self.meter.borrow(queries), self.meter.borrow(valid)
 
 
@@ -201,7 +201,7 @@ class Evicting:
             cache.reserve(ahead)
         except PoolExhausted:  # layers that lost much may hold free blocks that others need
             for layer in layers:
-                layer.paged().trim()
+                layer.paged().free_blocks()
             cache.reserve(ahead)
 
     def _count_votes(self) -> None:
@@ -211,7 +211,7 @@ class Evicting:
                 queries = layer.state.of(sequence)
                 if queries is not None:
                     self._vote(layer, sequence, queries)
-            layer.state.release()
+            layer.state.close()
 
     def _vote(self, layer: StoreLayer, sequence: int, queries: torch.Tensor) -> None:
         """Adds to the metric of a sequence what its newest `queries` ``[Hq, n, D]`` say about all its tokens."""
@@ -341,11 +341,11 @@ class Evicting:
                 parts = prompt.keys, prompt.values, prompt.positions, prompt.metric
                 store.fill(*parts, prompt.real, kept, ahead)
                 layer.store = store
-                prompt.release()
+                prompt.close()
                 del plan[0]
         except BaseException:
             for _, _, store, _ in plan:
-                store.release()
+                store.close()
             raise
 
     def _evict(self, eviction: Eviction) -> None:

@@ -415,7 +415,7 @@ class CompressedCache(Cache):
             return
         self.sequences = self.compression.done(step)
         for each in self.store_layers:
-            each.let_go()
+            each.discard_step()
             each.settle()
         self.columns += step.new
         padded = step.looks and step.real is not None
@@ -431,7 +431,7 @@ class CompressedCache(Cache):
         step = self._step
         self._step = None
         for layer in self.store_layers:
-            layer.let_go()
+            layer.discard_step()
         if step is None or step.complete:
             return
         if step.first:

@@ -98,10 +98,10 @@ class LayerState(Protocol):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What a decode step writes to."""
 
-    def let_go(self) -> None:
+    def discard_step(self) -> None:
         """Forgets what belongs to a step alone."""
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
 
 
@@ -399,16 +399,16 @@ class StoreLayer(CacheLayerMixin):
 
     def clear(self) -> None:
         if self.store is not None:
-            self.store.release()
-        self.state.release()
+            self.store.close()
+        self.state.close()
         self.store, self.state = None, self.cache.compression.layer_state()
-        self.let_go()
+        self.discard_step()
         self.is_initialized = False
 
-    def let_go(self) -> None:
+    def discard_step(self) -> None:
         """Forgets what belongs to a step alone."""
         self.pending = None
-        self.state.let_go()
+        self.state.discard_step()
 
     def reset(self) -> None:
         self.clear()

@@ -44,14 +44,14 @@ class OpenTokens:
         buffers = () if self.queries is None else (self.queries.buffer,)
         return buffers if self.moments is None else (*buffers, self.moments.sums)
 
-    def let_go(self) -> None:
+    def discard_step(self) -> None:
         self.fresh = self.expanded = None
         if self.moments is not None:
-            self.moments.let_go()
+            self.moments.discard_step()
 
-    def release(self) -> None:
+    def close(self) -> None:
         for held in self._held:
-            held.release()
+            held.close()
 
 
 class Sealing:
@@ -204,12 +204,12 @@ class Sealing:
             layer.paged().keep(index, settled, slots)
             state: OpenTokens = layer.state
             if state.queries is not None and state.fresh is None:
-                state.queries.drop(torch.from_numpy(index).to(slots.device), due * self.config.window)
+                state.queries.forget(torch.from_numpy(index).to(slots.device), due * self.config.window)
         if not step.first:
             filled = np.array([sequence.sealed(self.policy).open for sequence in step.after])
             for layer in layers:
                 if layer.state.queries is not None:
-                    layer.state.queries.trim(filled, self.policy.open_limit + 1)
+                    layer.state.queries.shrink(filled, self.policy.open_limit + 1)
 
     def _select(
         self,

@@ -148,7 +148,7 @@ class Inputs(Votes):
     def trim(self, window: int) -> None:
         """Lets go of all but the newest `window`."""
         if window == 0:
-            self.release()
+            self.close()
         elif self.queries is not None and self.valid is not None:
             self.add(self.queries[:, :, :0], self.valid[:, :0], window)
             self.commit(0)

@@ -68,7 +68,7 @@ class Blocks:
         return len(self.refs)
 
     @property
-    def free_blocks(self) -> int:
+    def num_free(self) -> int:
         return len(self._free)
 
     # ------------------------------------------------------------------------------------------------- what others do
@@ -82,7 +82,7 @@ class Blocks:
         new = int((counts - self.counts).sum())
         if new == 0:
             return
-        if new > self.free_blocks or in_order:
+        if new > self.num_free or in_order:
             self._relayout(counts)
             return
         table = self._widened(int(counts.max()))
@@ -96,12 +96,12 @@ class Blocks:
 
         Until then rows keep them for the tokens to come: where blocks lie does not change, and rows stay contiguous.
         """
-        unused = self.free_blocks + int((self.counts - counts).sum())
+        unused = self.num_free + int((self.counts - counts).sum())
         if unused > slack:
-            self.give_back(counts)
+            self.free_blocks(counts)
             self._relayout(self.counts)
 
-    def give_back(self, counts: np.ndarray) -> None:
+    def free_blocks(self, counts: np.ndarray) -> None:
         """Makes the blocks past `counts` ``[B, H]`` free for other rows."""
         self._assign(np.where(np.arange(self._host.shape[2]) < counts[..., None], self._host, -1))
 
@@ -109,7 +109,7 @@ class Blocks:
         """Makes sequence i a reference to what sequence ``index[i]`` has in its first `counts` ``[B, H]`` blocks."""
         used = np.where(np.arange(self._host.shape[2]) < counts[..., None], self._host, -1)
         self._assign(used[index])
-        if self.free_blocks > max(self.counts.size, self.held_blocks // 8):
+        if self.num_free > max(self.counts.size, self.held_blocks // 8):
             self._relayout(self.counts)
 
     def own(self, first: np.ndarray, last: np.ndarray) -> None:
@@ -125,7 +125,7 @@ class Blocks:
         copy = np.ones(len(ids), bool)
         copy[where[asked == self.refs[ids[where]]]] = False
         new = int(copy.sum())
-        if new > self.free_blocks:
+        if new > self.num_free:
             self._relayout(self.counts, spare=new)
             ids = self._host[wanted]
         fresh = self._take(new)
@@ -148,17 +148,17 @@ class Blocks:
     def growth(self, counts: np.ndarray) -> int:
         """Bytes that `grow` to `counts` takes."""
         counts = np.maximum(counts, self.counts)
-        blocks = int((counts - self.counts).sum()) - self.free_blocks
+        blocks = int((counts - self.counts).sum()) - self.num_free
         return max(0, blocks) * self.block_bytes + self.table_bytes(counts) - self.table.nbytes
 
     def table_bytes(self, counts: np.ndarray) -> int:
         """Bytes of the table on the device if rows had `counts` ``[B, H]`` blocks."""
         return counts.size * int(counts.max(initial=0)) * self.table.itemsize
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
         for tensor in (*self.pools, self.table):
-            self.meter.drop(tensor)
+            self.meter.uncount(tensor)
         self.pools = []
 
     # ------------------------------------------------------------------------------------------------------- internal
@@ -189,7 +189,7 @@ class Blocks:
             self._table_device.copy_(fresh)
         else:
             if self._table_device is not None:
-                self.meter.drop(self._table_device)
+                self.meter.uncount(self._table_device)
             self._table_device = self.meter.count(fresh)
         self.contiguous = bool((self._host.reshape(-1) == np.arange(self._host.size)).all())
         ids = self._host[:, :, :1] + np.arange(self._host.shape[2])
@@ -228,7 +228,7 @@ class Blocks:
                 fresh[: rows * has].view(rows, has, *pool.shape[1:])[:, :same] = old_rows[:, :same]
             else:
                 fresh[target] = pool[source]
-            self.meter.drop(pool)
+            self.meter.uncount(pool)
             self.pools[i] = fresh
         table = np.full_like(table, -1)
         table[used] = np.where(old < 0, place, moved[np.maximum(old, 0)])

@@ -114,15 +114,15 @@ class FollowerStore(PagedStore):
     def fork_bytes(self, index: np.ndarray) -> int:
         return super().fork_bytes(index) + self.proximal.fork_bytes(index)
 
-    def free(self, sequences: np.ndarray) -> None:
+    def reset(self, sequences: np.ndarray) -> None:
         self.sync_lengths()
-        self.proximal.free(sequences)
-        super().free(sequences)
+        self.proximal.reset(sequences)
+        super().reset(sequences)
 
-    def release(self) -> None:
-        super().release()
-        self.proximal.release()
-        self.meter.drop(self._key_table)
+    def close(self) -> None:
+        super().close()
+        self.proximal.close()
+        self.meter.uncount(self._key_table)
 
     def _of_keys(self, rows: np.ndarray) -> np.ndarray:
         return rows[:, self._whole]
@@ -158,7 +158,7 @@ class FollowerStore(PagedStore):
         table = np.full((batch, heads, max(own.shape[2], self.values.table.shape[2])), -1, np.int32)
         table[:, self._whole, : own.shape[2]] = own
         fresh = self.meter.count(upload(table, self.device))
-        self.meter.drop(self._key_table)
+        self.meter.uncount(self._key_table)
         self._key_table = fresh
         super()._changed()
 

@@ -52,11 +52,11 @@ class MemoryMeter:
         self.lent += tensor.nbytes
         return self.count(tensor)
 
-    def hand_back(self, tensor: torch.Tensor) -> None:
+    def uncount_borrowed(self, tensor: torch.Tensor) -> None:
         """Stops counting a borrowed tensor; the caller lets go of it."""
         self.lent -= tensor.nbytes
-        self.drop(tensor)
+        self.uncount(tensor)
 
-    def drop(self, tensor: torch.Tensor) -> None:
+    def uncount(self, tensor: torch.Tensor) -> None:
         """Stops counting `tensor`; the caller lets go of it."""
         self.held -= tensor.nbytes

@@ -228,7 +228,7 @@ class PagedStore(Store):
         self.lengths = lengths.astype(np.int32)
         self._fit()
 
-    def trim(self) -> None:
+    def free_blocks(self) -> None:
         """Gives back every block that holds no token."""
         for blocks, lengths in self._pools():
             blocks.shrink(self._used(lengths), 0)
@@ -272,7 +272,7 @@ class PagedStore(Store):
                 total += max(0, int(used.sum()) - blocks.held_blocks) * blocks.block_bytes
         return total
 
-    def free(self, sequences: np.ndarray) -> None:
+    def reset(self, sequences: np.ndarray) -> None:
         self.sync_lengths()
         self.lengths[sequences] = 0
         self._fit()
@@ -299,11 +299,11 @@ class PagedStore(Store):
         steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
         return (first + steps).expand(-1, self.lengths.shape[1], -1)
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
-        self.keys.release()
-        self.values.release()
-        self.meter.drop(self.rows().lengths)
+        self.keys.close()
+        self.values.close()
+        self.meter.uncount(self.rows().lengths)
 
     # ------------------------------------------------------------------------ what is different where some heads follow
     def _of_keys(self, rows: np.ndarray) -> np.ndarray:
@@ -356,7 +356,7 @@ class PagedStore(Store):
         for blocks, lengths in self._pools():
             used = self._used(lengths)
             if self.tight:  # every row is about to take one more block
-                blocks.give_back(used)
+                blocks.free_blocks(used)
                 blocks.shrink(used, 2 * used.size)
             else:
                 blocks.shrink(used, SLACK * blocks.held_blocks)
@@ -370,7 +370,7 @@ class PagedStore(Store):
         self.room = 0 if shared or not lengths.size else self._room()
         if self._rows is None or self._rows.lengths.shape != lengths.shape:
             if self._rows is not None:
-                self.meter.drop(self._rows.lengths)
+                self.meter.uncount(self._rows.lengths)
             device_lengths = self.meter.count(upload(lengths, self.device))
         else:
             device_lengths = self._rows.lengths

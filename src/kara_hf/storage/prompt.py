@@ -103,7 +103,7 @@ class Prompt:
         """Makes sequence i a copy of what sequence ``index[i]`` was."""
         chosen = torch.from_numpy(index.astype(np.int64)).to(self.keys.device)
         fresh = [self.meter.borrow(part.index_select(0, chosen)) for part in self._tensors]
-        self.release()
+        self.close()
         self.keys, self.values, self.positions, self.real, self.metric = fresh
 
     def fork_bytes(self, index: np.ndarray) -> int:
@@ -116,7 +116,7 @@ class Prompt:
         keys, values = self.keys[sequence, head, real], self.values[sequence, head, real]
         return keys, values, self.positions[sequence, real].long()
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
         for part in self._tensors:
-            self.meter.hand_back(part)
+            self.meter.uncount_borrowed(part)

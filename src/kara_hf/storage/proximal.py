@@ -136,7 +136,7 @@ class ProximalRing:
     def settle(self) -> None:
         """The last `append` will not be taken back."""
         if self._before is not None:
-            self.meter.hand_back(self._before[0])
+            self.meter.uncount_borrowed(self._before[0])
             self._before = None
 
     @torch.inference_mode(False)
@@ -154,7 +154,7 @@ class ProximalRing:
             held = np.r_[np.arange(min(first, tokens)), np.arange(min(oldest, tokens), tokens)]
             positions = torch.from_numpy(held).to(keys.device)
             keys[sequence, :, wider.places(positions)] = old.keys[sequence][:, old.places(positions)]
-        self.meter.drop(old.keys)
+        self.meter.uncount(old.keys)
         self._oldest = self.oldest
         self.rows = replace(wider, keys=keys)
 
@@ -168,13 +168,13 @@ class ProximalRing:
         """Bytes that `fork` takes."""
         return (len(index) - len(self.tokens)) * self.rows.keys.shape[2] * self._place_bytes // max(1, len(self.tokens))
 
-    def free(self, sequences: np.ndarray) -> None:
+    def reset(self, sequences: np.ndarray) -> None:
         self.tokens[sequences], self._oldest[sequences] = 0, self.rows.bounds.first
 
-    def release(self) -> None:
+    def close(self) -> None:
         self.settle()
         for tensor in (self.rows.keys, self.rows.index, self.rows.rest):
-            self.meter.drop(tensor)
+            self.meter.uncount(tensor)
 
     @property
     def _most(self) -> int:
@@ -202,7 +202,7 @@ class ProximalRing:
 
     def _replace(self, keys: torch.Tensor) -> None:
         self.meter.count(keys)
-        self.meter.drop(self.rows.keys)
+        self.meter.uncount(self.rows.keys)
         self.rows = replace(self.rows, keys=keys)
 
     @torch.inference_mode(False)

@@ -52,12 +52,12 @@ class QueryBuffer:
         """Queries of places `start` to `stop` of the named sequences: ``[b, Hq, stop - start, D]``."""
         return self.buffer[sequences, :, start:stop]
 
-    def drop(self, sequences: torch.Tensor, first: int) -> None:
+    def forget(self, sequences: torch.Tensor, first: int) -> None:
         """Forgets the oldest `first` queries of the named sequences."""
         rest = self.buffer[sequences, :, first:]
         self.buffer[sequences, :, : rest.shape[2]] = rest
 
-    def trim(self, filled: np.ndarray, room: int) -> None:
+    def shrink(self, filled: np.ndarray, room: int) -> None:
         """Gives memory back down to `room` places, or as many as are in use, rounded up."""
         needed = -(-max(room, int(filled.max(initial=0))) // GROWTH) * GROWTH
         if self.places > needed:
@@ -73,9 +73,9 @@ class QueryBuffer:
         """Bytes that `fork` to so many sequences takes."""
         return (sequences - self.buffer.shape[0]) * self.buffer[:1].nbytes
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
-        self.meter.drop(self.buffer)
+        self.meter.uncount(self.buffer)
 
     @torch.inference_mode(False)
     def _resize(self, places: int) -> None:
@@ -88,7 +88,7 @@ class QueryBuffer:
 
     def _replace(self, buffer: torch.Tensor) -> None:
         self.meter.count(buffer)
-        self.meter.drop(self.buffer)
+        self.meter.uncount(self.buffer)
         self.buffer = buffer
 
 
@@ -119,7 +119,7 @@ class QueryMoments:
             self.sums += self._pending if self._summed else squared(self._pending)
             self._pending = None
 
-    def let_go(self) -> None:
+    def discard_step(self) -> None:
         """Forgets what was not committed."""
         self._pending = None
 
@@ -128,16 +128,16 @@ class QueryMoments:
         """Makes sequence i a copy of sequence ``index[i]``."""
         self.meter.require(self.fork_bytes(len(index)))
         fresh = self.meter.count(self.sums.index_select(0, index.to(self.sums.device)))
-        self.meter.drop(self.sums)
+        self.meter.uncount(self.sums)
         self.sums = fresh
 
     def fork_bytes(self, sequences: int) -> int:
         """Bytes that `fork` to so many sequences takes."""
         return (sequences - self.sums.shape[0]) * self.sums[:1].nbytes
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
-        self.meter.drop(self.sums)
+        self.meter.uncount(self.sums)
 
 
 @as_sdpa(0)

@@ -51,7 +51,7 @@ class Store(Protocol):
     def fork(self, index: np.ndarray) -> None:
         """Makes sequence i the same as sequence ``index[i]`` was, by reference."""
 
-    def free(self, sequences: np.ndarray) -> None:
+    def reset(self, sequences: np.ndarray) -> None:
         """Empties the named sequences and gives their memory back."""
 
     def read(self, sequence: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
