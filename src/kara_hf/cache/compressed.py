@@ -416,7 +416,7 @@ class CompressedCache(Cache):
         self.sequences = self.compression.done(step)
         for each in self.store_layers:
             each.discard_step()
-            each.settle()
+            each.commit()
         self.columns += step.new
         padded = step.looks and step.real is not None
         self._solid_columns = 0 if padded else self._solid_columns + step.new
@@ -439,7 +439,7 @@ class CompressedCache(Cache):
             return
         counts = step.real_counts() if step.appended else step.counts
         for layer in step.appended:
-            layer.paged().take_back(counts)
+            layer.paged().rollback(counts)
         for index, before in step.before.items():
             vars(self.layers[index]).clear()
             vars(self.layers[index]).update(before)

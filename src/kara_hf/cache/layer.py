@@ -382,10 +382,10 @@ class StoreLayer(CacheLayerMixin):
         self.stored().crop(tokens)
         self.state.crop(tokens)
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """The step that appended last will not be taken back."""
         if isinstance(self.store, PagedStore):
-            self.store.settle()
+            self.store.commit()
 
     def fork_bytes(self, index: np.ndarray) -> int:
         """Bytes that `fork` takes."""

@@ -94,13 +94,13 @@ class FollowerStore(PagedStore):
         self.proximal.crop(tokens)
         super().crop(tokens)
 
-    def take_back(self, tokens: np.ndarray) -> None:
+    def rollback(self, tokens: np.ndarray) -> None:
         self.sync_lengths()
-        self.proximal.take_back(tokens)
+        self.proximal.rollback(tokens)
         super().crop(tokens)
 
-    def settle(self) -> None:
-        self.proximal.settle()
+    def commit(self) -> None:
+        self.proximal.commit()
 
     def widen(self, spare: int) -> None:
         self.proximal.widen(spare)

@@ -239,11 +239,11 @@ class PagedStore(Store):
         self.lengths -= tokens[:, None].astype(np.int32)
         self._fit()
 
-    def take_back(self, tokens: np.ndarray) -> None:
+    def rollback(self, tokens: np.ndarray) -> None:
         """Undoes the last `append`, of `tokens` ``[B]``."""
         self.crop(tokens)
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """The last `append` will not be taken back."""
 
     def widen(self, spare: int) -> None:

@@ -125,15 +125,15 @@ class ProximalRing:
         self._oldest = self.oldest
         self.tokens = self.tokens - tokens
 
-    def take_back(self, tokens: np.ndarray) -> None:
+    def rollback(self, tokens: np.ndarray) -> None:
         """Undoes the `append` of the newest `tokens` ``[B]``."""
         self.crop(tokens)
         if self._before is not None:
             keys, self._oldest = self._before
             self.rows.keys.copy_(keys)
-        self.settle()
+        self.commit()
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """The last `append` will not be taken back."""
         if self._before is not None:
             self.meter.uncount_borrowed(self._before[0])
@@ -172,7 +172,7 @@ class ProximalRing:
         self.tokens[sequences], self._oldest[sequences] = 0, self.rows.bounds.first
 
     def close(self) -> None:
-        self.settle()
+        self.commit()
         for tensor in (self.rows.keys, self.rows.index, self.rows.rest):
             self.meter.uncount(tensor)
 
@@ -208,7 +208,7 @@ class ProximalRing:
     @torch.inference_mode(False)
     def _keep_before(self) -> None:
         """Holds what the ring has, which several new tokens may overwrite more of than one step back can spare."""
-        self.settle()
+        self.commit()
         self._before = self.meter.borrow(self.rows.keys.clone()), self.oldest
 
 
