@@ -23,13 +23,22 @@ ValueError.
 What a query sees, of whatever cause, is one mask for plain torch: `attend_masked` is attention under it.
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 
 from .append import slot_index
 from .backend import use_triton
-from .dense import attend_masked, probabilities, row_logits, row_weights, softcapped, weighted, weights_of
+from .dense import (
+    LogitSettings,
+    attend_masked,
+    probabilities,
+    row_logits,
+    row_weights,
+    softcapped,
+    weighted,
+    weights_of,
+)
 from .precision import as_sdpa
 from .rows import Rows, gather_rows
 
@@ -94,7 +103,7 @@ def attend(
     heads = rows.lengths.shape[1]
     if new == 0 or rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
-    settings: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+    settings: LogitSettings = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
     if visible is None and use_triton(query, key_dim, rows.values.shape[-1], dtypes=rows.dtypes):
         return _attend_triton(query, rows, num_unseen, metric_power, **settings)
     if new == 1 and num_unseen is None and visible is None:
@@ -120,7 +129,11 @@ def attend(
 
 
 def _attend_triton(
-    query: torch.Tensor, rows: Rows, num_unseen: torch.Tensor | None, metric_power: int | None, **settings: Any
+    query: torch.Tensor,
+    rows: Rows,
+    num_unseen: torch.Tensor | None,
+    metric_power: int | None,
+    **settings: Unpack[LogitSettings],
 ) -> torch.Tensor:
     """The kernel; many queries are observed in turns, because their logits lie in memory."""
     from .triton_.attend import attend as attend_triton

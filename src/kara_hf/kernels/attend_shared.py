@@ -5,7 +5,6 @@ and the logits of leads travel from layer to layer: none of their keys is read t
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,13 +110,17 @@ def attend_shared(
     if skip is None and use_triton(query, query.shape[-1], rows.values.shape[-1], dtypes=rows.dtypes):
         from .triton_.attend_shared import attend_shared as attend_shared_triton
 
-        settings: dict[str, Any] = {
-            "scaling": scaling,
-            "softcap": softcap,
-            "sink_logits": sink_logits,
-            "metric_power": metric_power,
-        }
-        return attend_shared_triton(query, rows, scores, positions=positions, leading=leading, **settings)
+        return attend_shared_triton(
+            query,
+            rows,
+            scores,
+            positions=positions,
+            leading=leading,
+            scaling=scaling,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            metric_power=metric_power,
+        )
 
     keys, values = rows.dense()
     here = None  # positions are not asked for where slots say everything

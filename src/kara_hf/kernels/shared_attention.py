@@ -23,7 +23,6 @@ where nothing is seen. Differentiable in all that is float; softmax and accumula
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -113,15 +112,15 @@ def shared_attention(
     Works through `QUERY_CHUNK` queries at a time. Where all logits would be more than `KEPT_LOGITS`, a chunk is
     computed again for its gradient, so that no more than a chunk's lie in memory.
     """
-    settings: dict[str, Any] = {
-        "followers": torch.tensor(list(followers), device=query.device),
-        "proximal": proximal,
-        "scaling": scaling,
-        "softcap": softcap,
-        "sink_logits": sink_logits,
-        "skip": skip,
-    }
-    attend = functools.partial(_attend, **settings)
+    attend = functools.partial(
+        _attend,
+        followers=torch.tensor(list(followers), device=query.device),
+        proximal=proximal,
+        scaling=scaling,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        skip=skip,
+    )
     several = query.shape[2] > QUERY_CHUNK
     again = torch.is_grad_enabled() and query[..., 0].numel() * keys.shape[2] > KEPT_LOGITS
     parts = []

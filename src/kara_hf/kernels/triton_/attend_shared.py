@@ -79,6 +79,25 @@ def attend_shared_kernel(
     TILE_KEYS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
+    """The same for one query of each sequence, where heads may follow: programs (B * H, splits, tiles of G).
+
+    query                [B, Hq, 1, Dk], of any strides but the last, any float: products are of its dtype
+    keys, values         [Nk, P, Dk], [Nv, P, Dv]   any float; of the same dtype or not
+    key_table            [B, H, key_width] int32
+    value_table          [B, H, value_width] int32
+    lengths              [B, H] int32
+    proximal_keys        [B, followers, proximal_places, Dk] any float, or None
+    scores               [B, H, G, 1, scores_width] float32: read where a head follows, written where it leads
+    slot_positions       [Nv, P] int32, or None where slots are positions
+    roles                [H] int32, see `head_roles`
+    positions            [B, 1] int32, negative for padding
+    sink_logits          [Hq] any float, or None
+    out                  [B, 1, Hq, Dv] any float, where one range has all tokens
+    parts, lse           [splits, B, Hq, 1, Dv] and [splits, B, Hq, 1] float32, elsewhere
+    observed, totals     [B, Hq, 1, width] and [B, Hq, 1] float32, to base 2, or None
+
+    Writes what `attend_kernel` writes, and `scores`.
+    """
     row = tl.program_id(0).to(tl.int64)
     batch = row // heads
     place = tl.program_id(2) * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
@@ -211,7 +230,15 @@ def lead_scores_kernel(
     TILE_KEYS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Logits of a tile of a row's tokens, in one of the `named` heads of a sequence."""
+    """Logits of a tile of a row's tokens: programs (tiles of tokens, B * named_heads, tiles of G).
+
+    query                [B, Hq, 1, D], of any strides but the last, any float: products are of its dtype
+    keys                 [Nk, P, D] any float
+    scores               [B, H, G, 1, scores_width] float32, written in the named heads
+    named                [named_heads] int32
+    key_table            [B, H, key_width] int32
+    lengths              [B, H] int32
+    """
     batch = tl.program_id(1).to(tl.int64) // named_heads
     row = batch * heads + tl.load(named + tl.program_id(1) % named_heads)
     place = tl.program_id(2) * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
