@@ -193,7 +193,12 @@ ATTEND_CASES = [
     AttendCase("only-the-new", [[6, 6]], group=2, new=6),
     AttendCase("more-than-a-chunk", [[263, 270]], group=2, new=261, block_sizes=(16,)),
     AttendCase(
-        "padding-left-and-none", [[8, 8], [11, 11]], group=2, new=4, num_unseen=[[2, 2, 1, 0], [3, 2, 1, 0]], dims=(24, 16)
+        "padding-left-and-none",
+        [[8, 8], [11, 11]],
+        group=2,
+        new=4,
+        num_unseen=[[2, 2, 1, 0], [3, 2, 1, 0]],
+        dims=(24, 16),
     ),
     AttendCase("all-padding", [[0, 0], [7, 7]], group=2, new=2, num_unseen=[[0, 0], [0, 0]]),
     AttendCase("sees-none-sees-all", [[3, 3]], group=2, new=2, num_unseen=[[3, 0]]),
@@ -345,7 +350,9 @@ def test_attend_visible(case, dtype, layout):
     """Only visible slots take part, beside the causal order; what lies where no token is does not matter."""
     for metric_power, each_head, loosely in ((None, True, True), (2, False, False), (1, True, True)):
         block_size = case.block_sizes[0]
-        query, rows, settings = attend_inputs(case, dtype, block_size, layout, unused=NAN, metric=metric_power is not None)
+        query, rows, settings = attend_inputs(
+            case, dtype, block_size, layout, unused=NAN, metric=metric_power is not None
+        )
         rows = bounded_loosely(rows) if loosely else rows
         visible = draw_visible(rows, case.new, rows.lengths.shape[1] if each_head else 1)
         exact, plain = (attend_plain(query, rows, kind, **settings, visible=visible) for kind in (torch.float64, dtype))
@@ -414,7 +421,7 @@ def test_attend_observes_many_queries_in_turns(monkeypatch):
         whole, turns = clone(rows), clone(rows)
         expected = attend(query, whole, **settings)
         with monkeypatch.context() as patch:
-            patch.setattr(importlib.import_module("kara_hf.kernels.attend"), "OBSERVED_CHUNK", 3)
+            patch.setattr(importlib.import_module("kara_hf.kernels.attend"), "observeD_CHUNK", 3)
             torch.testing.assert_close(attend(query, turns, **settings), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(turns.metric, whole.metric, rtol=1e-6, atol=1e-6, equal_nan=True)
 
@@ -446,7 +453,9 @@ def test_attend_observes_contiguous_rows_in_place(monkeypatch):
 @pytest.mark.parametrize("metric_power, metric", [(2, False), (0, True), (3, True)])
 def test_attend_refuses_what_it_cannot_observe(metric_power, metric):
     rows = make_rows([[3, 3]], block_size=4, metric=metric)
-    with pytest.raises(ValueError, match=f"metric_power={metric_power} of rows with.* a metric is not possible; expected 1 or 2"):
+    with pytest.raises(
+        ValueError, match=f"metric_power={metric_power} of rows with.* a metric is not possible; expected 1 or 2"
+    ):
         attend(torch.zeros(1, 2, 1, 8), rows, scaling=1.0, metric_power=metric_power)
 
 
@@ -891,7 +900,9 @@ def with_followers(rows, followers, proximal, now, ring, ordered):
         block = rows.value_table[b, h, slots // rows.block_size]
         rows.positions[block, slots % rows.block_size] = place.to(torch.int32)
         if h in followers:
-            held = torch.tensor([p for p in range(now[b]) if p < proximal.first or p >= now[b] - ring], dtype=torch.int64)
+            held = torch.tensor(
+                [p for p in range(now[b]) if p < proximal.first or p >= now[b] - ring], dtype=torch.int64
+            )
             fresh = torch.randn(len(held), keys.shape[-1]).to(rows.keys.dtype)
             proximal_keys.keys[b, followers.index(h), proximal_keys.places(held)] = fresh
     table = rows.key_table.clone()

@@ -161,7 +161,9 @@ def test_a_query_head_has_one_vote_to_give(group):
     sums = [observe(queries, keys, scaling=0.5, power=power, pool=1).sum(1) for power in (1, 2)]
     torch.testing.assert_close(sums[0], torch.full((2,), 9.0 * group))
     assert (sums[1] <= 9 * group).all()
-    assert (observe(queries, keys, scaling=0.5, power=1, pool=1, sink_logits=torch.ones(2 * group)).sum(1) < 9 * group).all()
+    assert (
+        observe(queries, keys, scaling=0.5, power=1, pool=1, sink_logits=torch.ones(2 * group)).sum(1) < 9 * group
+    ).all()
 
 
 @given(st.integers(1, 24), st.integers(0, 16), st.sampled_from([1, 2, 4]), st.integers(1, 4000))

@@ -718,7 +718,9 @@ def filled(kind):
         holder.append(*tokens(2, 3, 9))
     else:
         proximal = {"followers": (0, 2), "proximal": Proximal(1, 2)} if kind == "followers" else {}
-        holder = paged_store((2, 3), (KEY_DIM, VALUE_DIM), dtypes=SINGLE, device=CPU, block_size=4, meter=meter, **proximal)
+        holder = paged_store(
+            (2, 3), (KEY_DIM, VALUE_DIM), dtypes=SINGLE, device=CPU, block_size=4, meter=meter, **proximal
+        )
         holder.widen(2)
         for new in (9, 1, 5):
             holder.append(*tokens(2, 3, new))

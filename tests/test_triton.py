@@ -247,11 +247,16 @@ def check_attend_observes(sizes, dtype):
     p = sizes[2]
     decode = AttendCase("", [[0, 1], [p - 1, p + 1], [p, 2 * p + 5]], group=3, dims=sizes[:2])
     num_unseen = [[HIDES_ALL, 1, 0], [HIDES_ALL, p, 0], [2, 1, 0]]
-    for case, metric_power in ((decode, 2), (replace(decode, new=3, num_unseen=num_unseen, softcap=3.0, sink_logits=True), 1)):
+    for case, metric_power in (
+        (decode, 2),
+        (replace(decode, new=3, num_unseen=num_unseen, softcap=3.0, sink_logits=True), 1),
+    ):
         query, rows, settings = attend_inputs(case, dtype, p, "shuffled", unused=NAN, metric=True)
         exact = attend_plain(query, rows, torch.float64, **settings)
         plain = attend_plain(query, rows, dtype, **settings)
-        metrics = [observe_plain(query, rows, kind, metric_power, **settings) for kind in (torch.float32, torch.float64)]
+        metrics = [
+            observe_plain(query, rows, kind, metric_power, **settings) for kind in (torch.float32, torch.float64)
+        ]
         for splits, loosely in ((1, False), (4, True)):
             observed = clone(bounded_loosely(rows) if loosely else rows)
             got = attend_split(query, observed, **settings, splits=splits, metric_power=metric_power)

@@ -196,7 +196,8 @@ def check_shared(
         "positions": rows.lengths[:, :1] - 1,
     }
     (exact, exact_weights), (plain, plain_weights) = (
-        plain_attention(query, rows, kind, num_unseen=None, scores=scores, **settings) for kind in (torch.float64, dtype)
+        plain_attention(query, rows, kind, num_unseen=None, scores=scores, **settings)
+        for kind in (torch.float64, dtype)
     )
     got, left = attend_shared(query, rows, scores.clone(), leading=(0,), metric_power=metric_power, **settings)
     found = bounded(got, plain, exact)
@@ -215,7 +216,9 @@ def check_merge(run: Run, dtype: torch.dtype, with_sinks: bool = False) -> Row:
     parts = torch.randn(*lse.shape, 128, device=run.device).masked_fill((lse == float("-inf"))[..., None], float("nan"))
     sink_logits = torch.randn(8, device=run.device) if with_sinks else None
     exact = merge_reference(parts.double(), lse.double(), sink_logits)
-    return bounded(merge(parts, lse, sink_logits, dtype=dtype), merge_reference(parts, lse, sink_logits, dtype=dtype), exact)
+    return bounded(
+        merge(parts, lse, sink_logits, dtype=dtype), merge_reference(parts, lse, sink_logits, dtype=dtype), exact
+    )
 
 
 def check_scores(

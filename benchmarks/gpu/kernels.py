@@ -154,7 +154,9 @@ def shared_speed(run: Run, batch: int, tokens: int, follows: bool) -> Row:
     """
     rows = stored_rows(run, row_lengths(batch, tokens, False), shuffled=False)
     proximal, group = Proximal(1, tokens // 8 - 1), QUERY_HEADS // HEADS
-    keys, logits = (proximal.first + proximal.recent, tokens - proximal.first - proximal.recent) if follows else (tokens, tokens)
+    keys, logits = (
+        (proximal.first + proximal.recent, tokens - proximal.first - proximal.recent) if follows else (tokens, tokens)
+    )
     if follows:
         places = torch.randn(batch, HEADS, keys, SIZE, dtype=run.dtype, device=run.device)
         index, rest = torch.arange(HEADS, device=run.device), torch.arange(0, device=run.device)

@@ -134,7 +134,12 @@ def with_followers(rows: Rows, heads: tuple[int, ...], proximal: Proximal, order
     index = torch.tensor(heads, device=rows.lengths.device)
     rest = torch.tensor([head for head in range(all_heads) if head not in heads], device=rows.lengths.device)
     keys = torch.randn(
-        batch, len(heads), proximal.first + proximal.recent, rows.keys.shape[-1], dtype=rows.keys.dtype, device=index.device
+        batch,
+        len(heads),
+        proximal.first + proximal.recent,
+        rows.keys.shape[-1],
+        dtype=rows.keys.dtype,
+        device=index.device,
     )
     table = rows.key_table.index_fill(1, index, -1)
     proximal_keys = ProximalKeys(heads, keys, proximal, proximal.recent, index, rest)

@@ -317,7 +317,10 @@ class Evicting(Compression):
             tokens = np.array([sequence.tokens for sequence in self.state.sequences])
             tables += blocks.size * int(blocks.max()) * 4 + blocks.shape[1] * 8
             held += (
-                len(layer.followers) * len(blocks) * key * layer.proximal_places(int(tokens.max()) + ahead, self.block_size)
+                len(layer.followers)
+                * len(blocks)
+                * key
+                * layer.proximal_places(int(tokens.max()) + ahead, self.block_size)
             )
         return held + tables
 

@@ -207,7 +207,7 @@ class StoreLayer(CacheLayerMixin):
         if step.visibility is not None:
             visible = step.visibility.of(rows.dense_positions())[:, :, -queries:]
             nothing = torch.zeros(len(query), queries, dtype=torch.int32, device=query.device)
-            return attend(query, rows, hidden=nothing, visible=visible, metric_power=step.observe, **self.settings)
+            return attend(query, rows, num_unseen=nothing, visible=visible, metric_power=step.observe, **self.settings)
         hidden = None if step.new == 1 and step.observe is None else step.hidden_on(query.device)
         if hidden is not None:
             hidden = hidden[:, -queries:]

@@ -1,32 +1,44 @@
 """attend: attention of new queries over paged rows.
 
-    query     [B, Hq, S, Dk]  queries of the S newest tokens, which are already stored
-    rows      Rows            H KV heads; the G = Hq / H query heads of a group follow one another
-    num_unseen    [B, S] int32 or None   how many of a sequence's newest tokens a query may NOT see.
-              None: query s does not see the S - 1 - s tokens behind it (plain causal order, no padding)
-    visible   [B, 1 or H, S, T] bool or None   which stored slots a query may see beside that: T = rows.max_length, in
-              slot order as in `rows.dense`; past a row's length it says nothing. Plain torch answers, on every device
-    scaling   factor on q.k
-    softcap   c: logits become c * tanh(logits / c) (Gemma-2); None: left alone
-    sink_logits     [Hq] or None: a learned logit per query head that takes probability and gives no value (gpt-oss)
-    metric_power   1, 2 or None: each token's metric, in place, gains the sum over the G query heads of its row and the S
-              queries of probability ** metric_power (KV-Compress, arXiv 2410.00161), sinks included in the normaliser
+    query         [B, Hq, S, Dk]  queries of the S newest tokens, which are already stored
+    rows          Rows            H KV heads; the G = Hq / H query heads of a group follow one another
+    num_unseen    [B, S] int32 or None   how many of a sequence's newest tokens a query does not see.
+                  None: query s does not see the S - 1 - s tokens behind it (plain causal order, no padding)
+    visible       [B, 1 or H, S, T] bool or None   which stored slots a query may see beside that: T = rows.max_length,
+                  in slot order as in `rows.dense`; past a row's length it says nothing. Plain torch answers, on every
+                  device
+    scaling       factor on q.k
+    softcap       c: logits become c * tanh(logits / c) (Gemma-2); None: left alone
+    sink_logits   [Hq] or None: a learned logit per query head that takes probability and gives no value (gpt-oss)
+    metric_power  1, 2 or None: each token's metric, in place, gains the sum over the G query heads of its row and the S
+                  queries of probability ** metric_power (KV-Compress, arXiv 2410.00161), sinks included in the
+                  normaliser
 
 Query, keys and values may each have a dtype of their own. Returns ``[B, Hq, S, Dv]``, in the query's dtype or, under
 autocast, in that of autocast; see `precision`. A query that sees no token gets zeros, and adds nothing to any metric.
-Nothing is modified but what `metric_power` asks for; rows that are observed own their value blocks. Softmax and accumulation
-are float32. Shapes that do not fit, and `metric_power` without a metric or of another value, raise ValueError.
+Nothing is modified but what `metric_power` asks for; rows that are observed own their value blocks. Softmax and
+accumulation are float32. Shapes that do not fit, and `metric_power` without a metric or of another value, raise
+ValueError.
 
 What a query sees, of whatever cause, is one mask for plain torch: `attend_masked` is attention under it.
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 
 from .append import slot_index
 from .backend import use_triton
-from .dense import attend_masked, probabilities, row_logits, row_weights, softcapped, weighted, weights_of
+from .dense import (
+    LogitSettings,
+    attend_masked,
+    probabilities,
+    row_logits,
+    row_weights,
+    softcapped,
+    weighted,
+    weights_of,
+)
 from .precision import as_sdpa
 from .rows import Rows, gather_rows
 
@@ -91,7 +103,7 @@ def attend(
     heads = rows.lengths.shape[1]
     if new == 0 or rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
-    settings: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+    settings: LogitSettings = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
     if visible is None and use_triton(query, key_dim, rows.values.shape[-1], dtypes=rows.dtypes):
         return _attend_triton(query, rows, num_unseen, metric_power, **settings)
     if new == 1 and num_unseen is None and visible is None:
@@ -117,7 +129,11 @@ def attend(
 
 
 def _attend_triton(
-    query: torch.Tensor, rows: Rows, num_unseen: torch.Tensor | None, metric_power: int | None, **settings: Any
+    query: torch.Tensor,
+    rows: Rows,
+    num_unseen: torch.Tensor | None,
+    metric_power: int | None,
+    **settings: Unpack[LogitSettings],
 ) -> torch.Tensor:
     """The kernel; many queries are observed in turns, because their logits lie in memory."""
     from .triton_.attend import attend as attend_triton
@@ -127,7 +143,9 @@ def _attend_triton(
         return attend_triton(query, rows, num_unseen=num_unseen, metric_power=metric_power, **settings)
     num_unseen = _behind(query.device, new, slice(0, new)).expand(len(query), -1) if num_unseen is None else num_unseen
     chunks = zip(query.split(OBSERVED_CHUNK, 2), num_unseen.split(OBSERVED_CHUNK, 1), strict=True)
-    return torch.cat([attend_triton(q, rows, num_unseen=h, metric_power=metric_power, **settings) for q, h in chunks], 2)
+    return torch.cat(
+        [attend_triton(q, rows, num_unseen=h, metric_power=metric_power, **settings) for q, h in chunks], 2
+    )
 
 
 def check_fits(query: torch.Tensor, rows: Rows, metric_power: int | None, visible: torch.Tensor | None = None) -> None:
@@ -141,8 +159,8 @@ def check_fits(query: torch.Tensor, rows: Rows, metric_power: int | None, visibl
         )
     if metric_power is not None and (metric_power not in (1, 2) or rows.metric is None):
         raise ValueError(
-            f"metric_power={metric_power!r} of rows {'without' if rows.metric is None else 'with'} a metric is not possible; "
-            "expected 1 or 2 and rows with a metric, or None"
+            f"metric_power={metric_power!r} of rows {'without' if rows.metric is None else 'with'} a metric is not "
+            "possible; expected 1 or 2 and rows with a metric, or None"
         )
     if visible is not None:
         shapes = [(batch, some, new, rows.max_length) for some in (1, heads)]

@@ -5,7 +5,6 @@ and the logits of leads travel from layer to layer: none of their keys is read t
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,8 +110,17 @@ def attend_shared(
     if skip is None and use_triton(query, query.shape[-1], rows.values.shape[-1], dtypes=rows.dtypes):
         from .triton_.attend_shared import attend_shared as attend_shared_triton
 
-        settings: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits, "metric_power": metric_power}
-        return attend_shared_triton(query, rows, scores, positions=positions, leading=leading, **settings)
+        return attend_shared_triton(
+            query,
+            rows,
+            scores,
+            positions=positions,
+            leading=leading,
+            scaling=scaling,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            metric_power=metric_power,
+        )
 
     keys, values = rows.dense()
     here = None  # positions are not asked for where slots say everything
@@ -133,7 +141,9 @@ def attend_shared(
             logits[:, proximal.rest] = grouped_logits(by_head[:, proximal.rest].flatten(1, 2), keys, scaling, softcap)
             _hand_on(scores, logits, leading)
         queries = query if len(proximal.heads) == by_head.shape[1] else by_head[:, proximal.index].flatten(1, 2)
-        _put_own(logits, grouped_logits(queries, rows.read(proximal.keys), scaling, softcap), rows, proximal, positions, here)
+        _put_own(
+            logits, grouped_logits(queries, rows.read(proximal.keys), scaling, softcap), rows, proximal, positions, here
+        )
     sink_logits = grouped_sinks(sink_logits, logits.shape[1])
     stored = None if rows.uniform or here is None else here[:, :, None, None] >= 0
     if stored is None:

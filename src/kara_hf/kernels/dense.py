@@ -4,12 +4,22 @@ Shapes: query ``[B, Hq, S, Dk]``, keys ``[B, H, T, Dk]`` and values ``[B, H, T, 
 Hq / H query heads of a group follow one another. Softmax and accumulation are float32.
 """
 
+from typing import TypedDict
+
 import torch
 import torch.nn.functional as F
 
 from .precision import as_sdpa, common_dtype
 
 KEY_CHUNK = 1024  # half-precision tokens that are float32 at once
+
+
+class LogitSettings(TypedDict):
+    """What logits are made with, beside queries and keys; see `attend`."""
+
+    scaling: float
+    softcap: float | None
+    sink_logits: torch.Tensor | None
 
 
 def softcapped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:

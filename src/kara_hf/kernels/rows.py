@@ -85,7 +85,7 @@ class Rows:
         starts: on the host, flat slot of each row's first token, ``[B, H]`` int64, the same in all pools, where the
             blocks of every row follow one another, so that it can be read in place; None elsewhere, on a GPU, and
             where some heads are in `proximal`.
-        proximal: heads that store keys of proximal tokens only, or None. `contiguous` is about the blocks of the others.
+        proximal: heads that store keys of proximal tokens only, or None. `contiguous` is about the blocks of others.
         in_order: whether slot s of every row holds the token at position s.
         read_as: dtype that attention rounds keys and values to; None: it takes them as they are stored.
     """
@@ -183,7 +183,7 @@ class Rows:
         return positions.masked_fill(slots >= lengths[..., None], -1)
 
     def dense_keys(self) -> torch.Tensor:
-        """Keys of every head ``[B, H, max_length, Dk]``; those in `proximal` have anything finite for distant tokens."""
+        """Keys of every head ``[B, H, max_length, Dk]``; in `proximal` anything finite is there for distant tokens."""
         keys, _ = self.dense()
         proximal = self.proximal
         if proximal is None or self.key_heads is None:

@@ -9,13 +9,13 @@
     followers        F KV heads, ascending
     query_positions  [B, S] int32            true positions; negative: padding, which sees nothing
     key_positions    [B, 1 or H, T] int32    true positions; negative: nothing there
-    proximal             Proximal                which tokens are proximal
-    scaling, softcap, sink_logits              as in attend; logits of distant tokens too are scaled by this layer's factor
+    proximal         Proximal            which tokens are proximal
+    scaling, softcap, sink_logits        as in attend; logits of distant tokens too are scaled by this layer's factor
     skip             a follower's query whose proximal tokens get at least this share leaves out the rest; None: never
 
 The last S keys are those of the queries' own tokens, in order. A query at position i sees keys at positions j <= i.
-Distant are those with ``proximal.first <= j <= i - proximal.recent``: their logits are lead_query . lead_key, all others are
-query . key; one softmax goes over both, which is the paper's gate.
+Distant are those with ``proximal.first <= j <= i - proximal.recent``: their logits are lead_query . lead_key, all
+others are query . key; one softmax goes over both, which is the paper's gate.
 
 All float tensors may have a dtype of their own. Returns ``[B, Hq, S, Dv]``, in the dtype that `attend` returns; zeros
 where nothing is seen. Differentiable in all that is float; softmax and accumulation are float32. Nothing is modified.
@@ -23,7 +23,6 @@ where nothing is seen. Differentiable in all that is float; softmax and accumula
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -113,15 +112,15 @@ def shared_attention(
     Works through `QUERY_CHUNK` queries at a time. Where all logits would be more than `KEPT_LOGITS`, a chunk is
     computed again for its gradient, so that no more than a chunk's lie in memory.
     """
-    settings: dict[str, Any] = {
-        "followers": torch.tensor(list(followers), device=query.device),
-        "proximal": proximal,
-        "scaling": scaling,
-        "softcap": softcap,
-        "sink_logits": sink_logits,
-        "skip": skip,
-    }
-    attend = functools.partial(_attend, **settings)
+    attend = functools.partial(
+        _attend,
+        followers=torch.tensor(list(followers), device=query.device),
+        proximal=proximal,
+        scaling=scaling,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        skip=skip,
+    )
     several = query.shape[2] > QUERY_CHUNK
     again = torch.is_grad_enabled() and query[..., 0].numel() * keys.shape[2] > KEPT_LOGITS
     parts = []

@@ -118,7 +118,9 @@ class KVCompressPolicy:
             pool = 1
         else:
             queries = queries[:, -window:]
-        return observe(queries, keys, scaling=scaling, softcap=softcap, sink_logits=sink_logits, power=self.power, pool=pool)
+        return observe(
+            queries, keys, scaling=scaling, softcap=softcap, sink_logits=sink_logits, power=self.power, pool=pool
+        )
 
     def ranking(self, votes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What tokens are ranked by, larger is better kept: their votes, or what a control puts in their place.

@@ -32,7 +32,8 @@ def observe(
         keys: ``[H, T, D]`` in the order of their positions, as attention saw them; Hq = G * H.
         scaling: factor on q.k.
         softcap: c: logits become c * tanh(logits / c); None: left alone.
-        sink_logits: ``[Hq]`` or None: the model's learned logit per query head that takes probability and gives no value.
+        sink_logits: ``[Hq]`` or None: the model's learned logit per query head that takes probability and gives no
+            value.
         power: 2 for the L2 metric, 1 for L1.
         pool: width of the max-pool along keys, per query head, odd; 1 leaves it out. Beyond the ends there is nothing.
 

@@ -1,15 +1,28 @@
 """The paged store of a layer some of whose heads follow another layer's (PoD, 2412.02252)."""
 
 from dataclasses import replace
-from typing import Any
+from typing import NotRequired, TypedDict, Unpack
 
 import numpy as np
 import torch
 
 from ..kernels import Proximal, Rows
 from .blocks import upload
-from .proximal import ProximalRing
+from .meter import MemoryMeter
 from .paged import PagedStore
+from .proximal import ProximalRing
+
+
+class StoreSettings(TypedDict):
+    """Arguments of `PagedStore` by name."""
+
+    dtypes: tuple[torch.dtype, torch.dtype]
+    device: torch.device
+    block_size: int
+    meter: MemoryMeter
+    metric: NotRequired[bool]
+    tight: NotRequired[bool]
+    steady: NotRequired[bool]
 
 
 def paged_store(
@@ -18,7 +31,7 @@ def paged_store(
     *,
     followers: tuple[int, ...] = (),
     proximal: Proximal | None = None,
-    **settings: Any,
+    **settings: Unpack[StoreSettings],
 ) -> PagedStore:
     """A `PagedStore` of this shape, and these sizes and settings; a `FollowerStore` where there are `followers`."""
     if not followers:
@@ -48,12 +61,20 @@ class FollowerStore(PagedStore):
         *,
         followers: tuple[int, ...],
         proximal: Proximal,
-        **settings: Any,
+        **settings: Unpack[StoreSettings],
     ):
         self._whole = np.setdiff1d(np.arange(shape[1]), followers)  # heads whose keys are in blocks
         self._key_table = settings["meter"].zeros((*shape, 0), torch.int32, settings["device"])
-        ring = {name: settings[name] for name in ("device", "block_size", "meter")}
-        self.proximal = ProximalRing(shape, followers, sizes[0], proximal, dtype=settings["dtypes"][0], **ring)
+        self.proximal = ProximalRing(
+            shape,
+            followers,
+            sizes[0],
+            proximal,
+            dtype=settings["dtypes"][0],
+            device=settings["device"],
+            block_size=settings["block_size"],
+            meter=settings["meter"],
+        )
         super().__init__(shape, sizes, **settings)
 
     @property

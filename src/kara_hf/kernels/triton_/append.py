@@ -38,6 +38,17 @@ def append_kernel(
     PAD: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """Writes a tile of a row's new tokens: programs (tiles of S, B * H).
+
+    keys, values         [Nk, P, Dk], [Nv, P, Dv] any float, written
+    positions, metric    [Nv, P] int32, and [Nv, P] float32 or None, written
+    key_table            [B, H, key_width] int32; -1 where a head keeps its keys elsewhere
+    value_table          [B, H, value_width] int32
+    lengths              [B, H] int32
+    new_keys, new_values [B, H, S, Dk], [B, H, S, Dv], of any strides but the last, any float; cast to the pool's
+    new_positions        [B, S] int32
+    real_before          [B, S] int32: real tokens up to each one, itself included; None where all are real
+    """
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)

@@ -71,6 +71,21 @@ def attend_kernel(
     TILE_KEYS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
+    """Attention of a tile of a row's queries over a range of its tokens: programs (B * H, splits, tiles of G * S).
+
+    query                [B, Hq, S, Dk], of any strides but the last, any float: products are of its dtype
+    keys, values         [Nk, P, Dk], [Nv, P, Dv]   any float; of the same dtype or not
+    key_table            [B, H, key_width] int32
+    value_table          [B, H, value_width] int32
+    lengths              [B, H] int32
+    num_unseen           [B, S] int32, or None
+    sink_logits          [Hq] any float, or None
+    out                  [B, S, Hq, Dv] any float, where one range has all tokens
+    parts, lse           [splits, B, Hq, S, Dv] and [splits, B, Hq, S] float32, elsewhere
+    observed, totals     [B, Hq, S, width] and [B, Hq, S] float32, to base 2, or None
+
+    Writes `out`, or `parts` and `lse`; and `observed` and, where one range has all tokens, `totals`.
+    """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     batch = row // heads
@@ -123,7 +138,21 @@ def attend_kernel(
     place = (batch * new + token) * heads * group + head
     queries = tl.num_programs(0).to(tl.int64) * group * new
     leave_attention(
-        acc, peak, total, inside, head, result, place, queries, sink_logits, out, parts, lse, totals, value_size, VALUE_PAD
+        acc,
+        peak,
+        total,
+        inside,
+        head,
+        result,
+        place,
+        queries,
+        sink_logits,
+        out,
+        parts,
+        lse,
+        totals,
+        value_size,
+        VALUE_PAD,
     )
 
 

@@ -79,6 +79,25 @@ def attend_shared_kernel(
     TILE_KEYS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
+    """The same for one query of each sequence, where heads may follow: programs (B * H, splits, tiles of G).
+
+    query                [B, Hq, 1, Dk], of any strides but the last, any float: products are of its dtype
+    keys, values         [Nk, P, Dk], [Nv, P, Dv]   any float; of the same dtype or not
+    key_table            [B, H, key_width] int32
+    value_table          [B, H, value_width] int32
+    lengths              [B, H] int32
+    proximal_keys        [B, followers, proximal_places, Dk] any float, or None
+    scores               [B, H, G, 1, scores_width] float32: read where a head follows, written where it leads
+    slot_positions       [Nv, P] int32, or None where slots are positions
+    roles                [H] int32, see `head_roles`
+    positions            [B, 1] int32, negative for padding
+    sink_logits          [Hq] any float, or None
+    out                  [B, 1, Hq, Dv] any float, where one range has all tokens
+    parts, lse           [splits, B, Hq, 1, Dv] and [splits, B, Hq, 1] float32, elsewhere
+    observed, totals     [B, Hq, 1, width] and [B, Hq, 1] float32, to base 2, or None
+
+    Writes what `attend_kernel` writes, and `scores`.
+    """
     row = tl.program_id(0).to(tl.int64)
     batch = row // heads
     place = tl.program_id(2) * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
@@ -168,7 +187,21 @@ def attend_shared_kernel(
 
     queries = tl.num_programs(0).to(tl.int64) * group
     leave_attention(
-        acc, peak, total, inside, head, result, result, queries, sink_logits, out, parts, lse, totals, value_size, VALUE_PAD
+        acc,
+        peak,
+        total,
+        inside,
+        head,
+        result,
+        result,
+        queries,
+        sink_logits,
+        out,
+        parts,
+        lse,
+        totals,
+        value_size,
+        VALUE_PAD,
     )
 
 
@@ -197,7 +230,15 @@ def lead_scores_kernel(
     TILE_KEYS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Logits of a tile of a row's tokens, in one of the `named` heads of a sequence."""
+    """Logits of a tile of a row's tokens: programs (tiles of tokens, B * named_heads, tiles of G).
+
+    query                [B, Hq, 1, D], of any strides but the last, any float: products are of its dtype
+    keys                 [Nk, P, D] any float
+    scores               [B, H, G, 1, scores_width] float32, written in the named heads
+    named                [named_heads] int32
+    key_table            [B, H, key_width] int32
+    lengths              [B, H] int32
+    """
     batch = tl.program_id(1).to(tl.int64) // named_heads
     row = batch * heads + tl.load(named + tl.program_id(1) % named_heads)
     place = tl.program_id(2) * TILE_QUERIES + tl.arange(0, TILE_QUERIES)
@@ -233,7 +274,7 @@ def on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def head_roles(rows: Rows, leading: Sequence[int]) -> tuple[int, ...]:
-    """What each head does: its place in `rows.proximal` where it follows, -1 where it leads, -2 where it does neither."""
+    """What each head does: its place in `rows.proximal` where it follows, -1 where it leads, -2 elsewhere."""
     following = () if rows.proximal is None else rows.proximal.heads
     return tuple(
         following.index(head) if head in following else -1 if head in leading else -2
@@ -317,7 +358,11 @@ def attend_shared(
         span,
         width,
         scores.shape[-1],
-        *((0, 0, 0, 0, 0) if proximal is None else (*proximal.keys.shape[1:3], proximal.bounds.first, proximal.bounds.recent, proximal.ring)),
+        *(
+            (0, 0, 0, 0, 0)
+            if proximal is None
+            else (*proximal.keys.shape[1:3], proximal.bounds.first, proximal.bounds.recent, proximal.ring)
+        ),
         key_size,
         value_size,
         SOFTCAP=softcap is not None,

@@ -101,7 +101,21 @@ def add_values(acc, peak, total, logits, query, values, value_slots, stored, siz
 
 @triton.jit
 def leave_attention(
-    acc, peak, total, inside, head, result, place, queries, sink_logits, out, parts, lse, totals, size, PAD: tl.constexpr
+    acc,
+    peak,
+    total,
+    inside,
+    head,
+    result,
+    place,
+    queries,
+    sink_logits,
+    out,
+    parts,
+    lse,
+    totals,
+    size,
+    PAD: tl.constexpr,
 ):
     """Ends the attention of a tile of queries: of all their tokens in `out`, of a range of them in `parts` and `lse`.
 

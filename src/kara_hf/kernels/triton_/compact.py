@@ -48,6 +48,16 @@ def compact_kernel(
     TILE: tl.constexpr,
     GATHER: tl.constexpr,
 ):
+    """Gathers a tile of a row's moves into buffers, or writes it from there: programs (tiles of n, b * H).
+
+    keys, values         [Nk, P, Dk], [Nv, P, Dv] any float
+    positions, metric    [Nv, P] int32, and [Nv, P] float32 or None
+    key_table            [B, H, key_width] int32; -1 where a head keeps its keys elsewhere
+    value_table          [B, H, value_width] int32
+    held_...             [b * H * n, ...] of each pool's dtype: written with GATHER, else read
+    sequences            [b] int64
+    source, target       [b, H, n] int32; a negative target is no move
+    """
     named = tl.program_id(1).to(tl.int64)
     row = tl.load(sequences + named // heads).to(tl.int64) * heads + named % heads
     token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)

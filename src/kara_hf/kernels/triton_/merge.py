@@ -23,6 +23,13 @@ def merge_kernel(
     PAD: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """Joins the parts of a tile of queries: programs (tiles of B * Hq * S).
+
+    parts, lse           [count, B, Hq, S, D] and [count, B, Hq, S] float32
+    sink_logits          [Hq] any float, or None
+    out                  [B, S, Hq, D] any float, written
+    totals               [B, Hq, S] float32, to base 2, written; or None
+    """
     query = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     valid = query < queries
     token, head, batch = query % new, query // new % heads, query // new // heads

@@ -31,6 +31,14 @@ def observe_kernel(
     TILE_SLOTS: tl.constexpr,
     SQUARE: tl.constexpr,
 ):
+    """Adds to a range of a row's slots what they received: programs (B * H, ranges of slots).
+
+    observed, totals     [B, Hq, S, width] and [B, Hq, S] float32, to base 2
+    metric               [Nv, P] float32, added to
+    value_table          [B, H, value_width] int32
+    lengths              [B, H] int32
+    num_unseen           [B, S] int32, or None
+    """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * TILE_SLOTS
     slot = first + tl.arange(0, TILE_SLOTS)

@@ -36,7 +36,12 @@ def query_totals_kernel(
     SOFTCAP: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Log to base 2 of each query's sum of exponentials: `totals` [B, Hq, W]."""
+    """Log to base 2 of each query's sum of exponentials: programs (B * Hq, tiles of W).
+
+    queries              [B, Hq, W, D], of any strides but the last, any float
+    keys                 [B, H, W, D], the same, of the same dtype
+    totals               [B, Hq, W] float32, written
+    """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // (heads * group), row % (heads * group)
     query = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -99,7 +104,13 @@ def key_means_kernel(
     SOFTCAP: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Mean over the queries of all G heads of what each key receives: `scores` [B, H, W]."""
+    """Mean over the queries of all G heads of what each key receives: programs (B * H, tiles of W).
+
+    queries              [B, Hq, W, D], of any strides but the last, any float
+    keys                 [B, H, W, D], the same, of the same dtype
+    totals               [B, Hq, W] float32, of the first pass
+    scores               [B, H, W] float32, written
+    """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
     key = tl.program_id(1) * TILE + tl.arange(0, TILE)
