@@ -109,7 +109,9 @@ def test_supported(name):
     rows = report.kept.numel()
     stored = report.nominal_bytes // int(report.kept.sum())
     blocks = -(-(int(report.kept.max()) // 8 + 1) * 9 // 8) + 1  # documented slack: an eighth, and a block being filled
-    queries = sum(layer.state.queries.buffer.nbytes for layer in cache.store_layers if layer.state.queries is not None)
+    queries = sum(
+        layer.state.queries.buffer.nbytes for layer in cache.compressed_layers if layer.state.queries is not None
+    )
     assert report.resident_bytes <= rows * blocks * (8 * (stored + 4) + 2 * 4) + rows * 4 + queries
     document(
         name,

@@ -1,6 +1,6 @@
 """What a decode step asks of the device: nothing that it has to wait for, and nothing that a CUDA graph cannot replay.
 
-A GPU is played by a CPU here. Its path is taken where `looks_are_free` says no. A mode counts calls that would wait for
+A GPU is played by a CPU here. Its path is taken where `syncs_are_free` says no. A mode counts calls that would wait for
 a device, and a recording of all operations on tensors, replayed on the same memory with the same numbers, stands for a
 CUDA graph. What runs inside a kernel on a GPU is done by the plain-torch ops, unseen by either; the `check_` functions
 do the same with the Triton kernels themselves, under Triton's interpreter, in a process of their own, for fewer steps.
@@ -91,7 +91,7 @@ def test_detaching_takes_the_route_away():
 @pytest.fixture
 def gpu(monkeypatch):
     """Takes the path of a GPU: nothing is read back between compressions."""
-    monkeypatch.setattr(steps_module, "looks_are_free", lambda device: False)
+    monkeypatch.setattr(steps_module, "syncs_are_free", lambda device: False)
     monkeypatch.setattr(compressed, "check_graph", lambda *_: None)
     monkeypatch.setattr(cuda_graph, "recording_for", lambda cache: Replay())
 
@@ -197,7 +197,7 @@ def decode(model, cache, ids, mask, steps, masked=True):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for step in range(steps + 1):
         new = ids.shape[1] if step == 0 else 1
-        calm = step and cache.compression.calm_steps() > 0
+        calm = step and cache.compression.steps_to_compression() > 0
         with Waits() as waits, launches(waits.launch):
             out = model(
                 input_ids=ids[:, -new:],
@@ -228,7 +228,7 @@ def test_on_a_gpu(name):
         tokens = ids
         with torch.no_grad():
             for step in range(45):
-                calm = step > 2 and cache.compression.still_steps() > 0 and not more
+                calm = step > 2 and cache.compression.capturable_steps() > 0 and not more
                 torch.cuda.set_sync_debug_mode("error" if calm else "default")
                 try:
                     out = model(
@@ -257,7 +257,7 @@ def test_decode_steps_wait_for_nothing(gpu, name, masked):
     logits, waited = decode(model, cache, ids, mask, 44, masked)
     assert len(waited) > 30 and not any(waited), waited
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps_module, "looks_are_free", lambda device: True)
+        patch.setattr(steps_module, "syncs_are_free", lambda device: True)
         expected, _ = decode(model, CACHES[name](model), ids, mask, 44, masked)
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
     assert cache.report().seen.tolist() == [64 - (5 if masked else 0), 64]
@@ -343,7 +343,7 @@ def test_padding_in_a_decode_step(gpu):
     results = []
     for free in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(steps_module, "looks_are_free", lambda device, free=free: free)
+            patch.setattr(steps_module, "syncs_are_free", lambda device, free=free: free)
             cache = KaraCache(model, retention=0.5, **KARA)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             logits = []
@@ -368,7 +368,7 @@ def test_padding_in_a_decode_step(gpu):
 def test_a_capture_that_fails_changes_nothing(gpu, name, monkeypatch):
     class Failing(Replay):
         def capture(self, work):
-            tensors = [t for layer in cache.store_layers for t in (*layer.store.tensors(), *layer.state.tensors())]
+            tensors = [t for layer in cache.compressed_layers for t in (*layer.store.tensors(), *layer.state.tensors())]
             before = [tensor.clone() for tensor in tensors]
             work()
             for tensor, old in zip(tensors, before, strict=True):  # on a GPU nothing is done while capturing

@@ -30,7 +30,7 @@ def used(model, **settings) -> KaraCache:
 def state(cache: KaraCache) -> list:
     rows = [
         (layer.index, b, h, [part.tolist() for part in layer.store.read(b, h)])
-        for layer in cache.store_layers
+        for layer in cache.compressed_layers
         if layer.store is not None
         for b in range(layer.store.lengths.shape[0])
         for h in range(layer.store.lengths.shape[1])
@@ -121,7 +121,7 @@ def test_nan(name, layer):
     before = state(cache)
     sliding = [layer.keys.clone() for layer in cache.layers if layer.is_sliding]
     bad = torch.full((1, model.config.hidden_size), float("nan"))
-    layers = [each.index for each in cache.store_layers]
+    layers = [each.index for each in cache.compressed_layers]
     if layer not in layers:
         layer = layers[-1]
     handle = model.model.layers[layer].self_attn.k_proj.register_forward_hook(lambda m, a, out: out + bad[0, :1])
@@ -245,7 +245,7 @@ def test_rearranging_past_the_cap_changes_nothing(model, change):
 
 
 def test_sealing_shared_blocks_past_the_cap_changes_nothing(model):
-    """Sealing an open window that sequences share takes blocks of their own; without them the step is undone."""
+    """WindowCompression an open window that sequences share takes blocks of their own; without them the step is undone."""
     cache = KaraCache(model, retention=0.5, score="random", window=16, recent=0, block_size=16)
     ids = prompt(20)["input_ids"]
     with torch.no_grad():

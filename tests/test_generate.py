@@ -224,11 +224,11 @@ def test_moments_are_of_all_queries_but_drafts(model):
         model(torch.full((1, 5), 7), past_key_values=caches[1], use_cache=True)
         caches[1].crop(-5)
     for cache, tokens in zip(caches, (60, 20), strict=True):
-        sums = cache.store_layers[1].state.moments.sums[0]
+        sums = cache.compressed_layers[1].state.moments.sums[0]
         group = queries[0].shape[0] // sums.shape[0]
         seen = queries[0][:, :tokens].unflatten(0, (-1, group)).flatten(1, 2)
         torch.testing.assert_close(sums, seen.transpose(1, 2) @ seen, rtol=1e-4, atol=1e-4)
-    sizes = [tensor.nbytes for layer in caches[0].store_layers for tensor in layer.state.tensors()]
+    sizes = [tensor.nbytes for layer in caches[0].compressed_layers for tensor in layer.state.tensors()]
     plain = KaraCache(model, retention=0.5, score="random", **SMALL | {"window": 64})
     with torch.no_grad():
         for start, stop in [(0, 20), (20, 29), *((n, n + 1) for n in range(29, 60))]:
@@ -404,7 +404,7 @@ def test_an_interrupted_step_is_taken_back(model, score):
             ours = model(ids[:, n : n + 1], past_key_values=cache, use_cache=True).logits
             theirs = model(ids[:, n : n + 1], past_key_values=reference, use_cache=True).logits
             assert torch.equal(ours, theirs)
-        for mine, other in zip(cache.store_layers, reference.store_layers, strict=True):
+        for mine, other in zip(cache.compressed_layers, reference.compressed_layers, strict=True):
             assert all(map(torch.equal, mine.state.tensors(), other.state.tensors()))
 
 

@@ -42,7 +42,7 @@ def make(**chosen) -> Callable[..., KVCompressCache]:
 
 def rows_of(cache: KVCompressCache) -> Iterator[tuple[int, int, int]]:
     """Layer, sequence and head of every row."""
-    for layer in cache.store_layers:
+    for layer in cache.compressed_layers:
         batch, heads = layer.stored().lengths.shape
         yield from ((layer.index, b, h) for b in range(batch) for h in range(heads))
 
@@ -114,8 +114,8 @@ def most_bytes(cache: KVCompressCache) -> int:
     config = cache.policy.config
     batch = len(cache.sequences)
     blocks = batch * (config.max_cache_tokens * ROWS // config.block_size + ROWS)
-    widest = max(layer.paged().keys.table.shape[2] for layer in cache.store_layers)
-    token = sum(cache.store_layers[0].stored().slot_bytes) + 4 + 4  # its position and its metric
+    widest = max(layer.paged().keys.table.shape[2] for layer in cache.compressed_layers)
+    token = sum(cache.compressed_layers[0].stored().slot_bytes) + 4 + 4  # its position and its metric
     return blocks * config.block_size * token + batch * ROWS * (2 * 4 * widest + 4)
 
 
@@ -435,7 +435,7 @@ def test_the_pool_never_holds_the_prompt(model, monkeypatch, batch):
 
     def watched(store, *args):
         fill(store, *args)
-        pools = [layer.store for layer in cache.store_layers if isinstance(layer.store, PagedStore)]
+        pools = [layer.store for layer in cache.compressed_layers if isinstance(layer.store, PagedStore)]
         seen.append(sum(each.paged_bytes for each in {store, *pools}))
 
     monkeypatch.setattr(PagedStore, "fill", watched)
@@ -459,7 +459,7 @@ def test_pools_are_moved_at_most_once_a_pass(model, monkeypatch, chosen):
     run(model, cache, prompt(300)["input_ids"], [140] + [1] * steps)
     pools, passes = 2 * 3, steps // 2 + 1
     assert len(moved) <= pools * (passes if cache.policy.config.continual else passes / 3)
-    assert cache.store_layers[0].paged().rows().starts is not None
+    assert cache.compressed_layers[0].paged().rows().starts is not None
 
 
 @pytest.mark.parametrize("modes", ["inggnni", "niginng"])
@@ -820,7 +820,7 @@ def test_a_step_that_fails_late_is_taken_back(name, where):
     ids = prompt(90)["input_ids"]
     cache = cut(accumulate=False)(model)
     run(model, cache, ids, [40] + [1] * (12 if where == "pass" else 10))
-    assert (cache.compression.calm_steps() < 1) == (where == "pass")
+    assert (cache.compression.steps_to_compression() < 1) == (where == "pass")
     reference = copy.deepcopy(cache)
     new = [9] if where == "turn" else [1]
     late = model.model.layers[-1].self_attn.k_proj

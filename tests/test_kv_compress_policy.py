@@ -797,14 +797,14 @@ def positions_of(cache, sequence):
 def test_a_cache_without_votes_neither_holds_queries_nor_observes(llama, metric):
     prompt = torch.randint(0, 99, (2, 70))
     cache = start(llama, prompt, metric=metric)
-    held = [layer.state.queries for layer in cache.store_layers]
+    held = [layer.state.queries for layer in cache.compressed_layers]
     assert all((queries is None) == (metric != "l2") for queries in held)
     decode(llama, cache, 12)
-    voted = [bool(layer.store.ranked()[0].any()) for layer in cache.store_layers]
+    voted = [bool(layer.store.ranked()[0].any()) for layer in cache.compressed_layers]
     assert voted == [metric == "l2"] * len(voted)
     assert cache.report().kept.max() < 70
     whole = start(llama, prompt, metric=metric, observation=None)
-    assert all(bool(layer.store.metric.any()) == (metric == "l2") for layer in whole.store_layers)
+    assert all(bool(layer.store.metric.any()) == (metric == "l2") for layer in whole.compressed_layers)
 
 
 @pytest.mark.parametrize("metric", ["random", "recency"])

@@ -279,12 +279,12 @@ def test_steps_that_do_not_look_hold_the_same(model, monkeypatch):
     mask[1, 70:73] = mask[0, 80] = 0
     caches = []
     for free in (True, False):
-        monkeypatch.setattr("kara_hf.cache.steps.looks_are_free", lambda device, free=free: free)
+        monkeypatch.setattr("kara_hf.cache.steps.syncs_are_free", lambda device, free=free: free)
         caches.append(PressCache(model, Last(), **CUT, observation=8, protected=6))
         for _ in feed(model, caches[-1], ids, [61] + [1] * 30, mask):
             pass
     assert [kept(caches[0], b) for b in range(2)] == [kept(caches[1], b) for b in range(2)]
-    for looked, other in zip(*(cache.store_layers for cache in caches), strict=True):
+    for looked, other in zip(*(cache.compressed_layers for cache in caches), strict=True):
         for b in range(2):
             torch.testing.assert_close(looked.state.of(b), other.state.of(b))
 
@@ -352,7 +352,7 @@ def test_heads_that_compete_are_scored_each_by_its_own_tokens(model):
     lengths = cache.report().kept
     assert len(lengths.unique()) > 1 and lengths.float().mean() <= 32
     cache.compression.left = np.array([28])
-    for layer in cache.store_layers:
+    for layer in cache.compressed_layers:
         metric, _ = cache.compression._ranked(layer)
         for head, length in enumerate(layer.stored().lengths[0]):
             keys, _, _ = layer.stored().read(0, head)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kara_hf import CompressedCache, KaraCache
-from kara_hf.cache.layer import StoreLayer
+from kara_hf.cache.layer import CompressedLayer
 from kara_hf.integration.attention import CarriedKey
 
 GREEDY = {"max_new_tokens": 50, "do_sample": False}
@@ -33,7 +33,7 @@ def run(model, batch: int = 2, prompt: int = 37, **settings) -> KaraCache:
 
 def live_tensors(cache: CompressedCache) -> list[torch.Tensor]:
     """Every tensor that can be reached from the cache's compressed layers."""
-    found, todo, visited = [], [layer for layer in cache.layers if isinstance(layer, StoreLayer)], set()
+    found, todo, visited = [], [layer for layer in cache.layers if isinstance(layer, CompressedLayer)], set()
     while todo:
         thing = todo.pop()
         if id(thing) in visited or isinstance(thing, CompressedCache | type | np.ndarray | str | int | float):

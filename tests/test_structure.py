@@ -1,6 +1,7 @@
-"""The picture of who may import whom, and what importing the package brings along."""
+"""The picture of who imports whom, and what importing the package brings along."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,109 +11,93 @@ import pytest
 import kara_hf
 
 SOURCE = Path(kara_hf.__file__).parent
+LONGEST = 430  # lines of a module
 
-# Arrows only point down; a name stands for the module or the folder.
-MAY_IMPORT = {
-    "config": set(),
-    "files": set(),
-    "kernels": set(),
-    "evaluation": {
-        "attention",
-        "binding",
-        "cache",
-        "command",
-        "config",
-        "evicting",
-        "layer",
-        "policy",
-        "runner",
-        "sealing",
-        "sequence",
-        "sharing",
-        "storage",
-    },
-    "report": set(),
-    "serving": {"attention", "binding", "command", "config", "policy"},
-    "attention": set(),
-    "sharing": {"config", "files"},
-    "pod": {"attention", "binding", "cache", "command", "config", "evaluation", "kernels", "runner", "sharing"},
-    "storage": {"kernels"},
-    "policy": {"kernels", "config", "files"},
-    "sequence": {"policy"},
-    "compression": {"sequence", "storage"},
-    "layer": {"attention", "kernels", "sequence", "sharing", "storage"},
-    "sealing": {"layer", "policy", "sequence", "storage"},
-    "evicting": {"layer", "policy", "sequence", "storage"},
-    "graph": {"storage"},
-    "binding": {"attention", "config", "policy", "sharing"},
-    "calibration": {"attention", "binding", "command", "config", "pod", "policy", "sharing"},
-    "cache": {
-        "attention",
-        "binding",
-        "compression",
-        "config",
-        "evicting",
-        "graph",
-        "layer",
-        "policy",
-        "report",
-        "sealing",
-        "sequence",
-        "sharing",
-        "storage",
-    },
-    "demo": {
-        "attention",
-        "cache",
-        "command",
-        "config",
-        "evaluation",
-        "methods",
-        "policy",
-        "runner",
-        "sequence",
-        "sharing",
-    },
-    "display": set(),
-    "methods": {"attention", "cache", "config", "sharing"},
-    "runner": {"display", "evaluation", "methods"},
-    "command": {"storage"},
-    "cli": {"calibration", "command", "config", "demo", "display", "evaluation", "methods", "pod", "runner", "serving"},
-    "__main__": {"cli"},
-}
+# The rooms from the ground up: each may import those below it, and of those above it none, not for types either.
+FLOORS = (
+    {"config", "hub", "bundled", "needs", "kernels"},
+    {"policy", "storage", "integration"},
+    {"cache"},
+    {"tasks", "methods", "serving"},
+    {"probing", "evaluation"},
+    {"pod", "demo"},
+    {"cli"},
+    {"__main__"},
+)
 
 
-def imported(path: Path) -> set[str]:
-    """Modules of the package that a file imports at run time; what only the type checker sees is left out."""
-    tree = ast.parse(path.read_text())
-    hidden = {
-        node
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
-    package = path.relative_to(SOURCE).parts[:-1]
-    names = set()
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or node in hidden:
-            continue
-        if node.level:
-            base = list(package)[: len(package) - node.level + 1]
-            module = base + (node.module or "").split(".")
-        elif (node.module or "").startswith("kara_hf"):
-            module = node.module.split(".")[1:]
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in SOURCE.rglob("*.py")}
+
+
+def imported(name: str) -> set[str]:
+    """Modules of the package that a module imports anywhere: on top, in a function, or for the type checker alone."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1] + (node.module or "").split(".") * bool(node.module)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kara_hf":
+            base = node.module.split(".")[1:]
+        elif isinstance(node, ast.Import) and any(alias.name.startswith("kara_hf") for alias in node.names):
+            raise AssertionError(f"{path}: imports inside the package are relative")
         else:
             continue
-        names.add(next((part for part in module if part), ""))
-    return names - {"", package[0] if package else ""}
+        for alias in node.names:
+            inside = ".".join([*base, alias.name])
+            found.add(inside if inside in MODULES else ".".join(base))
+    return found - {name, ""}
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_point_down(path):
-    home = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    if home == "__init__":
-        return
-    assert imported(path) <= MAY_IMPORT[home], f"{home} may import {sorted(MAY_IMPORT[home])} only"
+GRAPH = {name: imported(name) for name in MODULES if name}
+
+
+def test_no_module_imports_what_imports_it():
+    try:
+        graphlib.TopologicalSorter(GRAPH).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(f"a circle: {' -> '.join(error.args[1])}") from None
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH))
+def test_arrows_only_point_down(name):
+    floor = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+    home = name.split(".")[0]
+    up = {other for other in GRAPH[name] if other.split(".")[0] != home and floor[other.split(".")[0]] > floor[home]}
+    assert not up, f"{home} is below {sorted(up)}"
+
+
+def test_rooms_form_no_circle():
+    rooms = {name.split(".")[0]: set() for name in GRAPH}
+    for name, targets in GRAPH.items():
+        rooms[name.split(".")[0]] |= {target.split(".")[0] for target in targets} - {name.split(".")[0]}
+    graphlib.TopologicalSorter(rooms).prepare()
+    assert set(rooms) == set.union(*FLOORS)
+
+
+def test_the_circle_is_seen(tmp_path):
+    """What the type checker alone sees counts too."""
+    file = tmp_path / "x.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kara_hf.cache.layer import CompressedLayer\n"
+    )
+    MODULES["x"] = file
+    try:
+        assert imported("x") == {"cache.layer"}
+    finally:
+        del MODULES["x"]
+
+
+def test_the_root_is_tidy_and_modules_are_short():
+    loose = [path.name for path in SOURCE.glob("*.py")]
+    assert len(loose) <= 7, loose
+    long = {name: lines for name, path in MODULES.items() if (lines := len(path.read_text().splitlines())) > LONGEST}
+    assert not long
 
 
 def test_importing_changes_nothing_and_brings_nothing():
@@ -120,9 +105,9 @@ def test_importing_changes_nothing_and_brings_nothing():
         "import sys, kara_hf; heavy = "
         "{'torch', 'transformers', 'triton', 'peft', 'gradio', 'datasets', 'accelerate'} & set(sys.modules); assert "
         "not heavy, heavy; from transformers import AttentionInterface as A; from transformers.masking_utils import "
-        "AttentionMaskInterface as M; before = dict(A._global_mapping), dict(M._global_mapping); import "
-        "kara_hf.cache.compressed; assert before == (dict(A._global_mapping), dict(M._global_mapping)); assert "
-        "kara_hf.KaraCache and not {'gradio', 'datasets'} & set(sys.modules)"
+        "AttentionMaskInterface as M; before = dict(vars(A)), dict(vars(M)); import kara_hf.cache.caches; assert "
+        "before == (dict(vars(A)), dict(vars(M))); assert kara_hf.KaraCache and not {'gradio', 'datasets'} & set("
+        "sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=SOURCE.parent)
 

@@ -17,7 +17,7 @@ from ..policy.sharing import PoDSharing
 _COMPRESSED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # by exact type
 
 
-class Binding:
+class BoundModel:
     """The model a cache belongs to, held weakly; copies of a cache belong to the same one.
 
     The model is attached as long as this lives.
@@ -132,7 +132,7 @@ class Binding:
             )
         calibration.check(model_shape(self.config), set(self.full_layers()))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BoundModel":
         return self
 
 

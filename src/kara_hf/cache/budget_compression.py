@@ -1,4 +1,4 @@
-"""Evicting blocks (KV-Compress): a prompt is cut to its budget when decoding begins, and kept within it from then on.
+"""BudgetCompression blocks (KV-Compress): a prompt is cut to its budget when decoding begins, and kept within it from then on.
 
 The end of a prompt shows when a single token follows. Until then everything is kept whole, so that a prompt that comes
 in chunks is judged by the same queries as one that comes at once. What is evicted is chosen over all layers and heads
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from ..policy import Eviction, KVCompressPolicy, moves
 from ..storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, paged_store
 from .compression import Compression
-from .layer import StoreLayer
+from .layer import CompressedLayer
 from .sequence import Kind, Segment, Sequence
 from .state import CacheState
 from .step import Step
 
 
-class Votes:
+class PendingQueries:
     """What one layer holds of a prompt or turn that is not cut yet: its newest queries ``[B, Hq, w, D]``, in order.
 
     They are about to go, like the prompt that they belong to, and like it they are not counted against a cap.
@@ -98,7 +98,7 @@ class Votes:
         self.queries, self.valid = self.meter.borrow(queries), self.meter.borrow(valid)
 
 
-class Evicting(Compression):
+class BudgetCompression(Compression):
     """`kara_hf.cache.compression.Compression` by blocks of all layers and heads, as `KVCompressPolicy` says."""
 
     def __init__(self, state: CacheState, policy: KVCompressPolicy):
@@ -106,19 +106,19 @@ class Evicting(Compression):
         self.block_size = policy.config.block_size
         self.until = 0  # columns of the cache at which the next pass is due
         self.decoding = False
-        self.observing = False
+        self.voting = False
         if policy.config.levels is not None and state.sharing is not None:
             raise ValueError(
                 f"levels={policy.config.levels} is not possible in a cache with `sharing`; leave one of them out"
             )
 
-    def layer_state(self) -> Votes:
-        return Votes(self.state.meter)
+    def layer_state(self) -> PendingQueries:
+        return PendingQueries(self.state.meter)
 
     @property
     def undecided(self) -> bool:
         """Whether the newest tokens are a prompt or turn that was not cut yet."""
-        return self.state.store_layers[0].state.undecided > 0
+        return self.state.compressed_layers[0].state.undecided > 0
 
     # ------------------------------------------------------------------------------------------------------ in a step
     def begin(self, step: Step) -> None:
@@ -126,22 +126,22 @@ class Evicting(Compression):
         drafts = step.drafts and 1 < step.new <= self.config.protected + 1
         self.decoding = not step.first and (step.new == 1 or drafts)
         # Drafts do not vote: those that are refused could not take their votes back.
-        self.observing = self.decoding and not drafts and self.config.accumulate and self.policy.votes
-        if self.decoding and self.calm_steps() < step.new:
+        self.voting = self.decoding and not drafts and self.config.accumulate and self.policy.votes
+        if self.decoding and self.steps_to_compression() < step.new:
             self.compress(step.new)
         elif not step.first:
             self._make_room(step.new)
         step.after = [s.extended(int(n), pinned=False) for s, n in zip(state.sequences, step.counts, strict=True)]
 
-    def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> Prompt:
+    def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> Prompt:
         layer.proximal(keys.shape[1])  # says at once if the sharing does not fit
         return Prompt(self.state.meter)
 
-    def observes(self, step: Step) -> int | None:
-        return self.policy.power if self.observing else None
+    def metric_power(self, step: Step) -> int | None:
+        return self.policy.power if self.voting else None
 
     def stored(
-        self, layer: StoreLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
+        self, layer: CompressedLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
     ) -> None:
         if present is not None:
             raise ValueError(
@@ -159,12 +159,12 @@ class Evicting(Compression):
             if chosen.shape[1]:
                 self._vote(layer, sequence, chosen)
 
-    def layer_done(self, layer: StoreLayer, step: Step) -> None:
+    def layer_done(self, layer: CompressedLayer, step: Step) -> None:
         pass
 
     def done(self, step: Step) -> list[Sequence]:
         if not self.decoding:
-            for layer in self.state.store_layers:
+            for layer in self.state.compressed_layers:
                 layer.state.commit(step.new)
         return step.after
 
@@ -183,7 +183,7 @@ class Evicting(Compression):
             if self.undecided:
                 self._carry_out(0)
             if self.state.room < tokens:  # arranged at once for all tokens until the next pass, at most a block of them
-                self.state.reserve(max(tokens, min(self.block_size, self.calm_steps())))
+                self.state.reserve(max(tokens, min(self.block_size, self.steps_to_compression())))
         except PoolExhausted:
             if not self.policy.compresses:
                 raise
@@ -191,7 +191,7 @@ class Evicting(Compression):
 
     def _pass(self, ahead: int, counted: int) -> None:
         """Cuts every sequence to its budget less what `counted` tokens take of it, and makes room for `ahead`."""
-        state, layers = self.state, self.state.store_layers
+        state, layers = self.state, self.state.compressed_layers
         self._carry_out(ahead, self._choose(ahead, counted) if self.policy.compresses else None)
         for layer in layers:
             layer.state.undecided = 0
@@ -205,14 +205,14 @@ class Evicting(Compression):
 
     def _count_votes(self) -> None:
         """Adds to the metric what the newest queries of a prompt or turn say; they are not needed afterwards."""
-        for layer in self.state.store_layers:
+        for layer in self.state.compressed_layers:
             for sequence in range(len(self.state.sequences)):
                 queries = layer.state.of(sequence)
                 if queries is not None:
                     self._vote(layer, sequence, queries)
             layer.state.close()
 
-    def _vote(self, layer: StoreLayer, sequence: int, queries: torch.Tensor) -> None:
+    def _vote(self, layer: CompressedLayer, sequence: int, queries: torch.Tensor) -> None:
         """Adds to the metric of a sequence what its newest `queries` ``[Hq, n, D]`` say about all its tokens."""
         store, group = layer.stored(), len(queries) // layer.stored().lengths.shape[1]
         observe = partial(self.policy.observe, scaling=layer.scaling, softcap=layer.softcap)
@@ -231,7 +231,7 @@ class Evicting(Compression):
         """What the budget and the cap ask for, or None if that is nothing."""
         if self.undecided:
             self._count_votes()
-        lengths = np.concatenate([layer.stored().lengths for layer in self.state.store_layers], axis=1)
+        lengths = np.concatenate([layer.stored().lengths for layer in self.state.compressed_layers], axis=1)
         tokens = np.array([sequence.tokens for sequence in self.state.sequences])
         blocks, rows = -(-lengths // self.block_size), lengths.shape[1]
         quota = np.zeros(len(tokens), np.int64)
@@ -248,8 +248,8 @@ class Evicting(Compression):
 
     def _rank(self, lengths: np.ndarray, tokens: np.ndarray, quota: np.ndarray) -> Eviction:
         """What each sequence gives up: rows of all layers side by side, filled up to the longest."""
-        device = self.state.store_layers[0].stored().device
-        ranked = [self._ranked(layer) for layer in self.state.store_layers]
+        device = self.state.compressed_layers[0].stored().device
+        ranked = [self._ranked(layer) for layer in self.state.compressed_layers]
         longest = max(metric.shape[2] for metric, _ in ranked)
         metric, positions = (
             torch.cat([F.pad(part, (0, longest - part.shape[2])).to(device) for part in parts], dim=1)
@@ -272,7 +272,7 @@ class Evicting(Compression):
         )
         return Eviction(*(part.index_select(1, back) for part in (chosen.freed, chosen.lengths, chosen.dropped)))
 
-    def _ranked(self, layer: StoreLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    def _ranked(self, layer: CompressedLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """What a layer's tokens are worth and their true positions, each ``[B, H, N]``; behind a row's length anything.
 
         Asked for once in every choice, of all layers.
@@ -287,7 +287,7 @@ class Evicting(Compression):
         first = {layer.index: rows.start for layer, rows in self._rows()}
         leads = [
             first[sharing.lead[layer.index][head]] + head
-            for layer in self.state.store_layers
+            for layer in self.state.compressed_layers
             for head in range(sharing.heads)
         ]
         return np.array(leads)
@@ -305,7 +305,7 @@ class Evicting(Compression):
             block = min(block, self.block_size * (value + 8 + (0 if layer.followers else key)))
         return -(-(need - meter.max_bytes) // block)
 
-    def _bytes_of(self, layer: StoreLayer, lengths: np.ndarray, ahead: int) -> int:
+    def _bytes_of(self, layer: CompressedLayer, lengths: np.ndarray, ahead: int) -> int:
         """Bytes of a layer in blocks whose rows have `lengths` ``[B, H]`` and room for `ahead` tokens more."""
         store = layer.stored()
         key, value = store.slot_bytes
@@ -329,7 +329,7 @@ class Evicting(Compression):
 
         Raises `PoolExhausted` before anything changes.
         """
-        plan: list[tuple[StoreLayer, Prompt, PagedStore, torch.Tensor]] = []
+        plan: list[tuple[CompressedLayer, Prompt, PagedStore, torch.Tensor]] = []
         try:
             for layer, rows in self._rows():
                 prompt = layer.stored()
@@ -365,15 +365,15 @@ class Evicting(Compression):
                 dropped, after = (part[:, rows].to(store.device) for part in (eviction.dropped, eviction.lengths))
                 store.evict(*moves(dropped, after), lengths[:, rows])
 
-    def _rows(self) -> Iterator[tuple[StoreLayer, slice]]:
+    def _rows(self) -> Iterator[tuple[CompressedLayer, slice]]:
         """The layers, and which rows of a sequence each of them has."""
         first = 0
-        for layer in self.state.store_layers:
+        for layer in self.state.compressed_layers:
             heads = layer.stored().lengths.shape[1]
             yield layer, slice(first, first + heads)
             first += heads
 
-    def _empty_like(self, layer: StoreLayer, prompt: Prompt) -> PagedStore:
+    def _empty_like(self, layer: CompressedLayer, prompt: Prompt) -> PagedStore:
         return paged_store(
             prompt.keys.shape[:2],
             (prompt.keys.shape[-1], prompt.values.shape[-1]),
@@ -388,7 +388,7 @@ class Evicting(Compression):
         )
 
     # -------------------------------------------------------------------------------------------------- what is known
-    def calm_steps(self) -> int:
+    def steps_to_compression(self) -> int:
         if self.undecided:
             return 0
         if not self.policy.compresses:
@@ -397,8 +397,8 @@ class Evicting(Compression):
         # Under a cap, making room may take a pass.
         return steps if self.state.meter.max_bytes is None else min(steps, self.state.room)
 
-    def still_steps(self) -> int:
-        return 0 if self.undecided else min(self.calm_steps(), self.state.room)
+    def capturable_steps(self) -> int:
+        return 0 if self.undecided else min(self.steps_to_compression(), self.state.room)
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:
         return ()

@@ -15,20 +15,20 @@ from ..integration.attention import CarriedKey
 from ..policy import KaraPolicy, KVCompressPolicy
 from ..policy.sharing import PoDSharing
 from ..storage import MemoryMeter, PagedStore, Prompt
-from .bound_model import Binding, check_max_bytes
-from .budget_compression import Evicting
+from .bound_model import BoundModel, check_max_bytes
+from .budget_compression import BudgetCompression
 from .compression import Compression, register_compression
 from .cuda_graph import DecodeGraph, check_graph
-from .layer import COPIED_WITH_ITS_CACHE, HybridLayer, StoreLayer
+from .layer import COPIED_WITH_ITS_CACHE, CompressedLayer, HybridLayer
 from .report import CacheReport, make_report
 from .sequence import Kind, Sequence
 from .shared_layer import SharedLayer
 from .state import CacheState
 from .steps import Steps, Turn
-from .window_compression import Sealing
+from .window_compression import WindowCompression
 
-register_compression(KaraPolicy, Sealing)
-register_compression(KVCompressPolicy, Evicting)
+register_compression(KaraPolicy, WindowCompression)
+register_compression(KVCompressPolicy, BudgetCompression)
 
 
 class CompressedCache(Cache, StepCache):
@@ -64,7 +64,7 @@ class CompressedCache(Cache, StepCache):
     ):
         inner = unwrap(model)
         check_not_compiled(inner)
-        binding = Binding(inner)
+        binding = BoundModel(inner)
         if sharing is not None:
             binding.check_sharing(sharing)
         binding.layers()  # says if there is nothing to compress
@@ -74,20 +74,20 @@ class CompressedCache(Cache, StepCache):
         self.steps = Steps(self.state, policy)
         super().__init__(layers=self._make_layers())
         self.state.layers = self.layers
-        self.state.store_layers = self.state.compressed
+        self.state.compressed_layers = self.state.all_compressed_layers
         shared = self.binding.shares_masks()
-        for layer in self.store_layers:
+        for layer in self.compressed_layers:
             layer.mask_is_shared = shared
         self._announced = False  # whether assisted decoding has said that its tokens may be taken back
         if cuda_graph:
-            check_graph(inner, len(self.store_layers), len(self.layers))
+            check_graph(inner, len(self.compressed_layers), len(self.layers))
         self.graph = DecodeGraph(self.steps) if cuda_graph else None
         if cuda_graph:
             route(inner)
 
     # ------------------------------------------------------------------------------------------------------- observing
     @property
-    def binding(self) -> Binding:
+    def binding(self) -> BoundModel:
         """The model."""
         return self.state.binding
 
@@ -107,9 +107,9 @@ class CompressedCache(Cache, StepCache):
         return self.state.meter
 
     @property
-    def store_layers(self) -> list[StoreLayer]:
+    def compressed_layers(self) -> list[CompressedLayer]:
         """The compressed layers, in order."""
-        return self.state.store_layers
+        return self.state.compressed_layers
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -135,7 +135,7 @@ class CompressedCache(Cache, StepCache):
 
     def report(self) -> CacheReport:
         """Tokens and bytes held now; see `CacheReport`."""
-        self.steps.look()
+        self.steps.sync()
         return make_report(self.state)
 
     def kept_positions(self, layer_idx: int, sequence: int = 0, head: int = 0) -> torch.Tensor:
@@ -179,8 +179,8 @@ class CompressedCache(Cache, StepCache):
         For a prompt that is followed by a question rather than by its answer, with `KVCompressCache`. Where nothing
         waits for that, as always with `KaraCache`, nothing happens.
         """
-        self.steps.look()
-        if self.columns and self.compression.calm_steps() < 1:
+        self.steps.sync()
+        if self.columns and self.compression.steps_to_compression() < 1:
             self.compression.compress()
 
     def reset(self) -> None:
@@ -204,9 +204,9 @@ class CompressedCache(Cache, StepCache):
 
     def _arrange(self, index: torch.Tensor) -> None:
         """Makes sequence i what ``index[i]`` was, once it is known that all layers can. Raises `PoolExhausted`."""
-        self.steps.look()
+        self.steps.sync()
         array = index.cpu().numpy()
-        self.meter.require(sum(layer.fork_bytes(array) for layer in self.store_layers))
+        self.meter.require(sum(layer.fork_bytes(array) for layer in self.compressed_layers))
         for layer in self.layers:
             layer.reorder_cache(index)
         self.state.arrange([int(b) for b in array])
@@ -225,7 +225,7 @@ class CompressedCache(Cache, StepCache):
             ValueError: some of them are sealed already: what was evicted around them cannot be brought back. Nothing is
                 removed then.
         """
-        self.steps.look()
+        self.steps.sync()
         count = -int(tokens_to_remove)
         if count < 0:
             raise ValueError(
@@ -241,20 +241,20 @@ class CompressedCache(Cache, StepCache):
         if count < self.columns:
             self._check_shared_keys(count)
         for layer in self.layers:
-            if not isinstance(layer, StoreLayer):
+            if not isinstance(layer, CompressedLayer):
                 layer.crop(-count)
         if count == 0:
             return
         if count == self.columns:
             self.reset()
             return
-        for layer in self.store_layers:
+        for layer in self.compressed_layers:
             layer.crop(-count)
         self.steps.cropped(count, after)
 
     def _check_shared_keys(self, count: int) -> None:
         """Raises ValueError if the keys of followers do not reach back behind the newest `count` tokens."""
-        for layer in self.store_layers:
+        for layer in self.compressed_layers:
             if isinstance(layer, SharedLayer) and not layer.can_crop(np.full(len(self.sequences), count)):
                 raise ValueError(
                     f"crop({-count}) would reach behind the newest keys that layer {layer.index} has of its own: those "
@@ -262,7 +262,7 @@ class CompressedCache(Cache, StepCache):
                 )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        self.steps.look()
+        self.steps.sync()
         made = memo[id(self)] = type(self).__new__(type(self))
         memo[COPIED_WITH_ITS_CACHE] = made
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -293,7 +293,9 @@ class CompressedCache(Cache, StepCache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         return (
-            (CarriedKey.of(keys, Turn(self.steps, layer)), values) if isinstance(layer, StoreLayer) else (keys, values)
+            (CarriedKey.of(keys, Turn(self.steps, layer)), values)
+            if isinstance(layer, CompressedLayer)
+            else (keys, values)
         )
 
     def forward_done(self) -> None:
@@ -318,17 +320,17 @@ class CompressedCache(Cache, StepCache):
             self._make_layer(index, own) if index in full else own for index, own in enumerate(self.binding.layers())
         ]
 
-    def _make_layer(self, index: int, own: Any) -> StoreLayer:
+    def _make_layer(self, index: int, own: Any) -> CompressedLayer:
         state = self.compression.layer_state()
         if hasattr(own, "update_conv_state"):
             return HybridLayer(index, self.binding.name, state, own.number_of_states)
         if self.sharing is not None:
             return SharedLayer(index, self.binding.name, state, self.sharing)
-        return StoreLayer(index, self.binding.name, state)
+        return CompressedLayer(index, self.binding.name, state)
 
     def _row(self, layer_idx: int, sequence: int, head: int) -> PagedStore | Prompt:
-        self.steps.look()
-        layers = {layer.index: layer for layer in self.store_layers}
+        self.steps.sync()
+        layers = {layer.index: layer for layer in self.compressed_layers}
         if layer_idx not in layers or layers[layer_idx].store is None:
             raise IndexError(
                 f"layer {layer_idx} stores nothing here; compressed layers are {sorted(layers)}"

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from ..storage import PagedStore, Prompt
-from .layer import LayerState, StoreLayer
+from .layer import CompressedLayer, LayerState
 from .sequence import Kind, Sequence
 from .state import CacheState
 from .step import Step
@@ -15,7 +15,7 @@ from .step import Step
 class Compression(Protocol):
     """The glue between a policy, which decides, and the layers of a cache, which hold.
 
-    In the order of a step: `begin`; for every layer `new_store`, `observes`, `stored` and `layer_done`; `done`.
+    In the order of a step: `begin`; for every layer `new_store`, `metric_power`, `stored` and `layer_done`; `done`.
     """
 
     block_size: int
@@ -28,14 +28,14 @@ class Compression(Protocol):
         sets `step.after`. Raises `PoolExhausted`; the cache is then as it was, or only more compressed.
         """
 
-    def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore | Prompt:
+    def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore | Prompt:
         """An empty store for a layer whose first keys and values these are."""
 
-    def observes(self, step: Step) -> int | None:
+    def metric_power(self, step: Step) -> int | None:
         """The power of the probabilities that attention adds to the metric of what it sees in this step, or None."""
 
     def stored(
-        self, layer: StoreLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
+        self, layer: CompressedLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
     ) -> None:
         """A layer has stored and attended: holds what is needed of it later.
 
@@ -45,7 +45,7 @@ class Compression(Protocol):
             present: for expanded keys which of them hold a token, ``[B, M + S]`` bool; else None.
         """
 
-    def layer_done(self, layer: StoreLayer, step: Step) -> None:
+    def layer_done(self, layer: CompressedLayer, step: Step) -> None:
         """A layer is done with a step, and its attention has been answered."""
 
     def done(self, step: Step) -> list[Sequence]:
@@ -54,10 +54,10 @@ class Compression(Protocol):
     def compress(self) -> None:
         """Compresses what waits for the next decode step. Raises `PoolExhausted`; what is stored is consistent then."""
 
-    def calm_steps(self) -> int:
+    def steps_to_compression(self) -> int:
         """Decode steps from here on in which nothing is compressed."""
 
-    def still_steps(self) -> int:
+    def capturable_steps(self) -> int:
         """Decode steps from here on that only append: nothing is compressed and no memory is arranged."""
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:

@@ -79,7 +79,7 @@ class DecodeGraph:
         shapes = {name: (value.shape, value.dtype) for name, value in inputs.items()}
         key = (shapes, constants, self.steps.addresses())
         if key != self._key:
-            if key != self._seen or self.steps.compression.still_steps() < WORTHWHILE:
+            if key != self._seen or self.steps.compression.capturable_steps() < WORTHWHILE:
                 output = forward(**kwargs)  # also compiles kernels, which a capture cannot
                 self._seen = (shapes, constants, self.steps.addresses())
                 return output
@@ -103,7 +103,7 @@ class DecodeGraph:
             return None
         if torch.is_grad_enabled() or not state.columns or len(tokens) != len(state.sequences):
             return None
-        if steps.hiding or steps.compression.still_steps() < 1:
+        if steps.hiding or steps.compression.capturable_steps() < 1:
             return None
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -147,9 +147,9 @@ def recording_for(steps: Steps) -> Recording:
 
 def _host_side(steps: Steps) -> list[Any]:
     """Everything of a cache that a step changes on the host."""
-    stores = [layer.paged() for layer in steps.state.store_layers]
+    stores = [layer.paged() for layer in steps.state.compressed_layers]
     blocks: list[Blocks] = [blocks for store in stores for blocks in (store.keys, store.values)]
     near = [store.proximal for store in stores if store.proximal is not None]
     meter: MemoryMeter = steps.state.meter
-    found: list[PagedStore | Blocks | Any] = [*stores, *blocks, *near, *steps.state.store_layers]
+    found: list[PagedStore | Blocks | Any] = [*stores, *blocks, *near, *steps.state.compressed_layers]
     return [steps, steps.state, meter, steps.compression, *found]

@@ -40,7 +40,7 @@ class LayerState(Protocol):
         """Stops counting what is held here; the object is not used afterwards."""
 
 
-class StoreLayer(CacheLayerMixin):
+class CompressedLayer(CacheLayerMixin):
     """One full-attention layer of a `CompressedCache`: its store, its attention, and what its compression holds.
 
     Attributes:
@@ -207,11 +207,13 @@ class StoreLayer(CacheLayerMixin):
         if step.visibility is not None:
             visible = step.visibility.of(rows.dense_positions())[:, :, -queries:]
             nothing = torch.zeros(len(query), queries, dtype=torch.int32, device=query.device)
-            return attend(query, rows, num_unseen=nothing, visible=visible, metric_power=step.observe, **self.settings)
-        hidden = None if step.new == 1 and step.observe is None else step.hidden_on(query.device)
+            return attend(
+                query, rows, num_unseen=nothing, visible=visible, metric_power=step.metric_power, **self.settings
+            )
+        hidden = None if step.new == 1 and step.metric_power is None else step.hidden_on(query.device)
         if hidden is not None:
             hidden = hidden[:, -queries:]
-        return attend(query, rows, num_unseen=hidden, metric_power=step.observe, **self.settings)
+        return attend(query, rows, num_unseen=hidden, metric_power=step.metric_power, **self.settings)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -257,11 +259,11 @@ class StoreLayer(CacheLayerMixin):
         assert self.pending is not None
         keys, values = self.pending
         real = None if step.real is None else step.real.to(keys.device)
-        if step.looks:
+        if step.syncs:
             self._check_finite(keys, values, real)
         if self.store is None:
             self.store = self.make_store(step, keys, values)
-        self.store.append(keys, values, step.positions.to(keys.device), real, sync=step.looks)
+        self.store.append(keys, values, step.positions.to(keys.device), real, sync=step.syncs)
         step.stored.add(self.index)
         self.pending = None
         step.waiting = False
@@ -321,7 +323,7 @@ class StoreLayer(CacheLayerMixin):
             self.store.fork(index)
         self.state.fork(index)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StoreLayer":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedLayer":
         if COPIED_WITH_ITS_CACHE not in memo:
             raise ValueError(
                 f"{self.model} copies layers of its cache, which a compressed cache does not support; use "
@@ -371,7 +373,7 @@ def _refuse(kwargs: dict[str, Any], model: str) -> None:
             raise ValueError(f"{model} passes {name!r} to its attention, which a compressed cache does not support")
 
 
-class HybridLayer(LinearAttentionLayer, StoreLayer):
+class HybridLayer(LinearAttentionLayer, CompressedLayer):
     """A compressed layer of a model that runs linear attention or a state-space model beside full attention in one
     layer (Falcon-H1, Zamba2). Its states are held as Transformers holds them.
     """
@@ -379,21 +381,21 @@ class HybridLayer(LinearAttentionLayer, StoreLayer):
     is_compileable = False
 
     def __init__(self, index: int, model: str, state: Any, number_of_states: int = 1):
-        StoreLayer.__init__(self, index, model, state)
+        CompressedLayer.__init__(self, index, model, state)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Called with keys and values by position, or with states by name."""
-        (StoreLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+        (CompressedLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         LinearAttentionLayer.reorder_cache(self, beam_idx)
-        StoreLayer.reorder_cache(self, beam_idx)
+        CompressedLayer.reorder_cache(self, beam_idx)
 
     def crop(self, tokens: np.ndarray | int) -> None:
         LinearAttentionLayer.crop(self, tokens if isinstance(tokens, int) else -int(tokens.max()))
-        StoreLayer.crop(self, tokens)
+        CompressedLayer.crop(self, tokens)
 
     def empty(self, state: Any) -> None:
-        StoreLayer.empty(self, state)
+        CompressedLayer.empty(self, state)
         LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .layer import StoreLayer
+from .layer import CompressedLayer
 from .state import CacheState
 
 
@@ -44,7 +44,7 @@ class CacheReport:
 
 def make_report(state: CacheState) -> CacheReport:
     """What a cache holds whose host knows everything; see `kara_hf.cache.steps.Steps.look`."""
-    layers = [layer for layer in state.store_layers if layer.store is not None]
+    layers = [layer for layer in state.compressed_layers if layer.store is not None]
     seen = [sequence.tokens for sequence in state.sequences]
     full = nominal = 0
     kept = []
@@ -55,7 +55,7 @@ def make_report(state: CacheState) -> CacheReport:
         kept.append(torch.from_numpy(store.lengths.astype(np.int64)))
     heads = max((lengths.shape[1] for lengths in kept), default=0)
     padded = [torch.nn.functional.pad(lengths, (0, heads - lengths.shape[1])) for lengths in kept]
-    others = [layer for layer in state.layers if not isinstance(layer, StoreLayer)]
+    others = [layer for layer in state.layers if not isinstance(layer, CompressedLayer)]
     return CacheReport(
         seen=torch.tensor(seen, dtype=torch.long),
         kept=torch.stack(padded) if padded else torch.zeros(0, 0, 0, dtype=torch.long),

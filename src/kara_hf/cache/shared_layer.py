@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from ..kernels import Proximal, attend_shared, lead_scores, shared_attention
 from ..policy.sharing import PoDSharing
 from ..storage import PagedStore, Prompt
-from .layer import StoreLayer
+from .layer import CompressedLayer
 from .step import Step
 
 FIRST_DRAFTS = 64  # tokens behind a prompt that may be drafts, and must be croppable where layers share keys
 
 
-class SharedLayer(StoreLayer):
-    """A `StoreLayer` in which some KV heads follow another layer, or are followed by one."""
+class SharedLayer(CompressedLayer):
+    """A `CompressedLayer` in which some KV heads follow another layer, or are followed by one."""
 
     def __init__(self, index: int, model: str, state: Any, sharing: PoDSharing):
         super().__init__(index, model, state)
@@ -71,7 +71,7 @@ class SharedLayer(StoreLayer):
             positions=self._positions(step, query.device),
             leading=() if own else self.leading,
             skip=sharing.skip,
-            metric_power=step.observe,
+            metric_power=step.metric_power,
             **self.settings,
         )
         return out

@@ -7,8 +7,8 @@ import torch
 
 from ..policy.sharing import PoDSharing
 from ..storage import MemoryMeter
-from .bound_model import Binding
-from .layer import StoreLayer
+from .bound_model import BoundModel
+from .layer import CompressedLayer
 from .sequence import Sequence
 
 
@@ -22,41 +22,41 @@ class CacheState:
         sharing: which layers share keys, or None.
         steady: whether memory must lie still between compressions.
         layers: of all kinds, as `transformers.Cache.layers`, which is the same list.
-        store_layers: the compressed layers, in order; once something is stored those that the model runs.
+        compressed_layers: the compressed layers, in order; once something is stored those that the model runs.
         sequences: what is known of each sequence.
         columns: tokens seen, padding included.
         padding: which of the first columns hold tokens, ``[B, n]`` bool; those behind, and all if it is None, do.
     """
 
-    binding: Binding
+    binding: BoundModel
     meter: MemoryMeter
     sharing: PoDSharing | None = None
     steady: bool = False
     layers: list[Any] = field(default_factory=list)
-    store_layers: list[StoreLayer] = field(default_factory=list)
+    compressed_layers: list[CompressedLayer] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
     columns: int = 0
     padding: torch.Tensor | None = None
 
     @property
-    def compressed(self) -> list[StoreLayer]:
+    def all_compressed_layers(self) -> list[CompressedLayer]:
         """The compressed layers, those that the model never runs among them."""
-        return [layer for layer in self.layers if isinstance(layer, StoreLayer)]
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     @property
     def room(self) -> int:
         """Tokens that every row can take before memory has to be arranged."""
-        return min(layer.paged().room for layer in self.store_layers)
+        return min(layer.paged().room for layer in self.compressed_layers)
 
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` more in every row. Raises `PoolExhausted`; what is stored has not changed then."""
-        for layer in self.store_layers:
+        for layer in self.compressed_layers:
             layer.paged().reserve(tokens)
 
     def count_columns(self, columns: int) -> None:
         """Says how many tokens were seen, to the layers too."""
         self.columns = columns
-        for layer in self.compressed:
+        for layer in self.all_compressed_layers:
             layer.seen = columns
 
     def arrange(self, index: list[int]) -> None:

@@ -27,17 +27,17 @@ class Step:
         last_layer: index of the layer that took its keys last.
         waiting: whether that layer's attention has not answered yet.
         prepared: whether what it brings is known, and there is room for it.
-        looks: whether values may be read back from the device. A decode step on a GPU does not wait for any.
+        syncs: whether values may be read back from the device. A decode step on a GPU does not wait for any.
         real: which columns hold a token, ``[B, S]`` bool; None where all do.
         visibility: who sees whom, where that is not: tokens see all tokens up to themselves.
-        counts: tokens of each sequence, ``[B]``; upper bounds in a step that does not look.
+        counts: tokens of each sequence, ``[B]``; upper bounds in a step that does not sync.
         positions: true positions, ``[B, S]`` int32; those of padding are anything.
         recording: whether its tokens may be taken back by `crop`, at any length.
         drafts: whether they are drafts: neither part of a prompt nor of a turn.
         after: the sequences once the step is done.
         stored: indices of the layers that have stored its tokens.
         before: what Transformers' own layers held before it, by index.
-        observe: power of the probabilities that attention adds to the metric of what it sees, or None.
+        metric_power: power of the probabilities that attention adds to the metric of what it sees, or None.
         new_store: makes the store of a layer from its first keys and values.
         rows_of: the stored rows of the layer with an index.
         scores: logits of leads for their followers in a decode step, by device; see `kara_hf.kernels.attend_shared`.
@@ -50,7 +50,7 @@ class Step:
     last_layer: int = -1
     waiting: bool = False
     prepared: bool = False
-    looks: bool = True
+    syncs: bool = True
     real: torch.Tensor | None = None
     visibility: Visibility | None = None
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -60,7 +60,7 @@ class Step:
     after: list[Sequence] = field(default_factory=list)
     stored: set[int] = field(default_factory=set)
     before: dict[int, dict[str, Any]] = field(default_factory=dict)
-    observe: int | None = None
+    metric_power: int | None = None
     new_store: Callable[..., PagedStore | Prompt] | None = None
     rows_of: Callable[[int], Rows] | None = None
     scores: dict[torch.device, torch.Tensor] = field(default_factory=dict)
@@ -78,4 +78,4 @@ class Step:
 
     def real_counts(self) -> np.ndarray:
         """Tokens of each sequence, ``[B]``, exact."""
-        return self.counts if self.looks or self.real is None else self.real.sum(1).cpu().numpy()
+        return self.counts if self.syncs or self.real is None else self.real.sum(1).cpu().numpy()

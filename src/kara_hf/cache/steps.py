@@ -12,14 +12,14 @@ import torch
 from ..integration.attention import AttentionFunction, real_tokens
 from ..storage import MemoryMeter, upload
 from .compression import Compression, make_compression
-from .layer import StoreLayer
+from .layer import CompressedLayer
 from .masks import StepMask, read_mask
 from .sequence import Sequence
 from .state import CacheState
 from .step import Step
 
 
-def looks_are_free(device: torch.device) -> bool:
+def syncs_are_free(device: torch.device) -> bool:
     """Whether reading a value back from the device waits for nothing."""
     return device.type == "cpu"
 
@@ -27,7 +27,7 @@ def looks_are_free(device: torch.device) -> bool:
 class Turn:
     """One layer's turn in a step: what a carried key leads attention to."""
 
-    def __init__(self, steps: "Steps", layer: StoreLayer):
+    def __init__(self, steps: "Steps", layer: CompressedLayer):
         self.steps, self.layer = steps, layer
 
     def attend(
@@ -71,7 +71,7 @@ class Steps:
         """As for a new cache."""
         self.step: Step | None = None
         self._solid_columns = 0  # how many of the newest columns are padding in no sequence
-        self._assumed = False  # whether the host counts tokens that may turn out to be padding
+        self._lengths_are_bounds = False  # whether the host counts tokens that may turn out to be padding
         self._offset: torch.Tensor | None = None  # position less slot of the next token in head 0, [B, 1] int32
         self.hiding = False  # whether the newest mask hid tokens seen before
         self.unread: torch.Tensor | None = None  # the newest mask of a step that did not look, [B, C]
@@ -95,14 +95,14 @@ class Steps:
             self.settle()
             self._check(keys, unanswered)
             step = self.step = Step(new=keys.shape[2], first=self.state.columns == 0)
-        step.last_layer, step.waiting = layer_idx, isinstance(layer, StoreLayer)
+        step.last_layer, step.waiting = layer_idx, isinstance(layer, CompressedLayer)
         if not step.waiting and not step.first:
             step.before[layer_idx] = copy.copy(vars(layer))
         return step
 
     def prepare(
         self,
-        layer: StoreLayer,
+        layer: CompressedLayer,
         module: torch.nn.Module | None,
         query: torch.Tensor,
         attention_mask: Any,
@@ -117,7 +117,7 @@ class Steps:
                 f"layer {layer.index} of {self.state.binding.name} attends with keys of an earlier forward"
             )
         self._check_module(layer, module, transformed)
-        if not step.first and layer not in self.state.store_layers:
+        if not step.first and layer not in self.state.compressed_layers:
             raise ValueError(
                 f"layer {layer.index} of {self.state.binding.name} runs for the first time, and knows nothing of the "
                 f"{self.state.columns} tokens before; run the same layers in every step, or reset() the cache"
@@ -131,26 +131,30 @@ class Steps:
         state, batch, device = self.state, query.shape[0], query.device
         if step.first:
             state.sequences = [Sequence()] * batch
-        step.recording = any(layer.record_past for layer in state.store_layers)
+        step.recording = any(layer.record_past for layer in state.compressed_layers)
         step.drafts = step.recording and not self.turn
-        step.looks = (
-            step.first or step.new > 1 or self.hiding or looks_are_free(device) or self.compression.calm_steps() < 1
+        step.syncs = (
+            step.first
+            or step.new > 1
+            or self.hiding
+            or syncs_are_free(device)
+            or self.compression.steps_to_compression() < 1
         )
-        if step.looks:
+        if step.syncs:
             self.make_exact()
         mask = self._read(attention_mask, step, batch)
         step.real, step.visibility = mask.real, mask.visibility
         step.counts = np.full(batch, step.new)
-        if step.real is not None and step.looks:
+        if step.real is not None and step.syncs:
             step.counts = step.real.sum(1).cpu().numpy()
         if step.first and not step.counts.all():
             row = int(np.flatnonzero(step.counts == 0)[0])
             raise ValueError(f"sequence {row} of the batch is nothing but padding; leave it out or give it a token")
         if step.recording and not step.first:
-            for layer in state.store_layers:
+            for layer in state.compressed_layers:
                 layer.prepare_to_take_back(step.new)
         self.compression.begin(step)
-        step.observe, step.new_store = self.compression.observes(step), self.compression.new_store
+        step.metric_power, step.new_store = self.compression.metric_power(step), self.compression.new_store
         step.rows_of = lambda index: state.layers[index].paged().rows()
         step.positions = self._positions(step, device)
         step.prepared = True
@@ -168,7 +172,7 @@ class Steps:
         try:
             if step.waiting:
                 raise self.state.binding.unanswered()
-            missing = [layer.index for layer in self.state.store_layers if layer.index not in step.stored]
+            missing = [layer.index for layer in self.state.compressed_layers if layer.index not in step.stored]
             if missing and not step.first:
                 raise ValueError(
                     f"layers {missing} of {self.state.binding.name} did not run in this step but hold earlier tokens; run "
@@ -182,22 +186,22 @@ class Steps:
     def _commit(self, step: Step) -> None:
         state = self.state
         if step.first:
-            state.store_layers = [layer for layer in state.store_layers if layer.index in step.stored]
+            state.compressed_layers = [layer for layer in state.compressed_layers if layer.index in step.stored]
         if step.prepared:
             state.sequences = self.compression.done(step)
-            for layer in state.store_layers:
+            for layer in state.compressed_layers:
                 layer.discard_step()
                 layer.commit()
         if self.given_real is None:
             self.note_padding(step.real, state.columns)
         state.count_columns(state.columns + step.new)
-        padded = step.looks and step.real is not None
+        padded = step.syncs and step.real is not None
         self._solid_columns = 0 if padded else self._solid_columns + step.new
-        if step.looks:
+        if step.syncs:
             self._offset = None
             self.hiding = step.visibility is not None
         elif step.real is not None:
-            self._assumed = True
+            self._lengths_are_bounds = True
         self.step = None
 
     def settle(self) -> None:
@@ -205,7 +209,11 @@ class Steps:
         step = self.step
         if step is None:
             return
-        if step.stored and not step.waiting and all(layer.index in step.stored for layer in self.state.store_layers):
+        if (
+            step.stored
+            and not step.waiting
+            and all(layer.index in step.stored for layer in self.state.compressed_layers)
+        ):
             self.forward_done()
         else:
             self.rollback()
@@ -213,7 +221,7 @@ class Steps:
     def rollback(self) -> None:
         """Undoes a step that was not completed: a first one by emptying the cache, a later one layer by layer."""
         step, self.step = self.step, None
-        for layer in self.state.compressed:
+        for layer in self.state.all_compressed_layers:
             layer.discard_step()
         if step is None:
             return
@@ -221,7 +229,7 @@ class Steps:
             self.reset()
             return
         counts = step.real_counts() if step.stored else step.counts
-        for layer in self.state.store_layers:
+        for layer in self.state.compressed_layers:
             if layer.index in step.stored:
                 layer.paged().rollback(counts)
         for index, before in step.before.items():
@@ -235,11 +243,11 @@ class Steps:
         self.compression = make_compression(self.policy, state)
         for index, own in enumerate(state.binding.layers()):
             layer = state.layers[index]
-            if isinstance(layer, StoreLayer):
+            if isinstance(layer, CompressedLayer):
                 layer.empty(self.compression.layer_state())
             else:
                 state.layers[index] = own
-        state.store_layers, state.sequences, state.padding = state.compressed, [], None
+        state.compressed_layers, state.sequences, state.padding = state.all_compressed_layers, [], None
         state.count_columns(0)
         self._forget()
 
@@ -259,7 +267,7 @@ class Steps:
         if keys.shape[2] > 1:
             state.binding.check_not_compiled()
 
-    def _check_module(self, layer: StoreLayer, module: torch.nn.Module | None, transformed: bool) -> None:
+    def _check_module(self, layer: CompressedLayer, module: torch.nn.Module | None, transformed: bool) -> None:
         binding = self.state.binding
         if module is None and not binding.direct:
             raise binding.unanswered()
@@ -275,13 +283,13 @@ class Steps:
             )
 
     def _read(self, attention_mask: Any, step: Step, batch: int) -> StepMask:
-        """What the mask says. In a step that does not look, it is kept until the next that does."""
+        """What the mask says. In a step that does not sync, it is kept until the next that does."""
         if self.given_real is not None:
             return StepMask(self.given_real)
         if step.first:
             return StepMask(real_tokens(attention_mask, step.new))
         state = self.state
-        if not step.looks and getattr(attention_mask, "ndim", 2) == 2:
+        if not step.syncs and getattr(attention_mask, "ndim", 2) == 2:
             self.unread = attention_mask
             return StepMask(None if attention_mask is None else attention_mask[:, state.columns :])
         return read_mask(attention_mask, batch, state.columns, step.new, state.padding, state.binding.name)
@@ -289,10 +297,10 @@ class Steps:
     def _positions(self, step: Step, device: torch.device) -> torch.Tensor:
         """True positions of a step's columns, ``[B, S]`` int32; those of padding are anything."""
         sequences = self.state.sequences
-        if step.looks:
+        if step.syncs:
             first = upload(np.array([[sequence.tokens] for sequence in sequences], np.int32), device)
         else:  # the device knows what is stored, and how far that is behind what was seen has not changed
-            store = self.state.store_layers[0].paged()
+            store = self.state.compressed_layers[0].paged()
             if self._offset is None:
                 tokens = np.array([[sequence.tokens] for sequence in sequences], np.int32)
                 self._offset = upload(tokens - store.lengths[:, :1], device)
@@ -310,7 +318,7 @@ class Steps:
         self.state.padding = torch.cat([before.to(real.device), between, real], 1)
 
     # ------------------------------------------------------------------------------------------ between steps, outside
-    def look(self) -> None:
+    def sync(self) -> None:
         """Waits for the device where the host does not know how much is stored. Reading and rearranging do it."""
         self.settle()
         self.make_exact()
@@ -318,12 +326,12 @@ class Steps:
     def make_exact(self) -> None:
         """Finds out which tokens that were taken for real turned out to be padding, and what masks said since."""
         state, mask, self.unread = self.state, self.unread, None
-        if self._assumed:
-            padding, *_ = (layer.stored().sync_lengths() for layer in state.store_layers)
+        if self._lengths_are_bounds:
+            padding, *_ = (layer.stored().sync_lengths() for layer in state.compressed_layers)
             if padding.any():
                 state.sequences = [s.without(int(n)) for s, n in zip(state.sequences, padding, strict=True)]
                 self._solid_columns = 0
-            self._assumed, self._offset = False, None
+            self._lengths_are_bounds, self._offset = False, None
         if mask is not None:
             seen = mask.shape[1] - 1
             before = None if state.padding is None else state.padding[:, :seen]
@@ -358,17 +366,17 @@ class Steps:
     def count_step(self, real: torch.Tensor | None) -> None:
         """The host's part of a decode step that was replayed: one token more everywhere, unless `real` says otherwise."""
         state = self.state
-        for layer in state.store_layers:
+        for layer in state.compressed_layers:
             layer.paged().count(1)
         state.sequences = [sequence.extended(1, pinned=False) for sequence in state.sequences]
         self.note_padding(real, state.columns)
         state.count_columns(state.columns + 1)
         self._solid_columns += 1
-        self._assumed |= real is not None
+        self._lengths_are_bounds |= real is not None
 
     def addresses(self) -> tuple[Any, ...]:
         """Where the memory of a decode step lies, and what of it was decided on the host."""
         found = [tensor for tensor in (self._offset, *self.compression.constants()) if tensor is not None]
-        for layer in self.state.store_layers:
+        for layer in self.state.compressed_layers:
             found += [*layer.paged().tensors(), *layer.state.tensors()]
         return tuple((tensor.data_ptr(), tensor.shape) for tensor in found)

@@ -1,4 +1,4 @@
-"""Sealing windows (Kara): queries are held while their tokens are open; a window that is due keeps its share."""
+"""WindowCompression windows (Kara): queries are held while their tokens are open; a window that is due keeps its share."""
 
 import sys
 
@@ -8,13 +8,13 @@ import torch
 from ..policy import KaraPolicy, Window
 from ..storage import PagedStore, QueryBuffer, QueryMoments, paged_store, upload
 from .compression import Compression
-from .layer import StoreLayer
+from .layer import CompressedLayer
 from .sequence import Kind, Sequence
 from .state import CacheState
 from .step import Step
 
 
-class OpenTokens:
+class WindowState:
     """What windows of one layer are scored with: queries of open tokens or moments of all queries, and keys that were
     expanded in this step.
     """
@@ -53,7 +53,7 @@ class OpenTokens:
             held.close()
 
 
-class Sealing(Compression):
+class WindowCompression(Compression):
     """`kara_hf.cache.compression.Compression` by windows: those that are due are sealed when a step is done.
 
     Everything is chosen before anything is changed. A first forward is sealed layer by layer, so that at most one layer
@@ -73,8 +73,8 @@ class Sealing(Compression):
         self._settled: torch.Tensor | None = None  # slots in front of the open ones, [B, 1] int64, on the device
         self._places: torch.Tensor | None = None  # place of the new query in the buffers, [B, 1] int64
 
-    def layer_state(self) -> OpenTokens:
-        return OpenTokens()
+    def layer_state(self) -> WindowState:
+        return WindowState()
 
     # ------------------------------------------------------------------------------------------------------ in a step
     def begin(self, step: Step) -> None:
@@ -95,16 +95,16 @@ class Sealing(Compression):
         elif state.steady and state.room < ahead:
             ahead = max(ahead, config.window)
         state.reserve(ahead)
-        if step.looks:
+        if step.syncs:
             self._settled = self._places = None
         elif self.policy.needs_queries:
-            lengths = state.store_layers[0].paged().rows().lengths[:, :1]
+            lengths = state.compressed_layers[0].paged().rows().lengths[:, :1]
             if self._settled is None:
                 settled = np.array([[sequence.settled] for sequence in state.sequences])
                 self._settled = upload(settled, lengths.device)
             self._places = lengths - self._settled
 
-    def new_store(self, layer: StoreLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore:
+    def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore:
         return paged_store(
             keys.shape[:2],
             (keys.shape[-1], values.shape[-1]),
@@ -116,13 +116,13 @@ class Sealing(Compression):
             **layer.proximal(keys.shape[1]),
         )
 
-    def observes(self, step: Step) -> None:
+    def metric_power(self, step: Step) -> None:
         return None
 
     def stored(
-        self, layer: StoreLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
+        self, layer: CompressedLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
     ) -> None:
-        state: OpenTokens = layer.state
+        state: WindowState = layer.state
         due = self.due * self.config.window
         if present is not None and due:
             order = _in_order(present)
@@ -158,7 +158,7 @@ class Sealing(Compression):
         else:
             state.queries.append(query, self.open, real)
 
-    def layer_done(self, layer: StoreLayer, step: Step) -> None:
+    def layer_done(self, layer: CompressedLayer, step: Step) -> None:
         if step.first:
             self._commit(layer)
             self._seal([layer], step)
@@ -166,20 +166,20 @@ class Sealing(Compression):
 
     def done(self, step: Step) -> list[Sequence]:
         if not step.first:
-            for layer in self.state.store_layers:
+            for layer in self.state.compressed_layers:
                 self._commit(layer)
-            self._seal(self.state.store_layers, step)
+            self._seal(self.state.compressed_layers, step)
         self._chosen.clear()
         if self.due:
             self._settled = None
         return [sequence.sealed(self.policy) for sequence in step.after] if self.due else step.after
 
-    def _commit(self, layer: StoreLayer) -> None:
+    def _commit(self, layer: CompressedLayer) -> None:
         if layer.state.moments is not None:
             layer.state.moments.commit()
 
     # -------------------------------------------------------------------------------------------------------- sealing
-    def _seal(self, layers: list[StoreLayer], step: Step) -> None:
+    def _seal(self, layers: list[CompressedLayer], step: Step) -> None:
         """Seals the windows that are due. Everything is chosen before anything is changed."""
         if not self.due or not self.policy.compresses:
             return
@@ -201,7 +201,7 @@ class Sealing(Compression):
             layer.paged().unshare(index, settled, slots.shape[2])
         for layer, index, settled, due, slots in plan:
             layer.paged().keep(index, settled, slots)
-            state: OpenTokens = layer.state
+            state: WindowState = layer.state
             if state.queries is not None and state.fresh is None:
                 state.queries.forget(torch.from_numpy(index).to(slots.device), due * self.config.window)
         if not step.first:
@@ -212,7 +212,7 @@ class Sealing(Compression):
 
     def _select(
         self,
-        layer: StoreLayer,
+        layer: CompressedLayer,
         step: Step,
         sequences: np.ndarray,
         settled: np.ndarray,
@@ -255,7 +255,7 @@ class Sealing(Compression):
         survivors.append(store.slots(settled + windows * width, open_tokens - windows * width)[:, :heads])
         return torch.cat(survivors, dim=2)
 
-    def _with_leads(self, layer: StoreLayer, slots: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
+    def _with_leads(self, layer: CompressedLayer, slots: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
         """`slots` ``[b, K, n]`` of the heads that decide, with what their leads chose for the others: ``[b, H, n]``."""
         if layer.followers:
             deciding = iter(slots.unbind(1))
@@ -272,7 +272,7 @@ class Sealing(Compression):
         return slots
 
     def _queries(
-        self, state: OpenTokens, step: Step, sequences: torch.Tensor, first: int, last: int
+        self, state: WindowState, step: Step, sequences: torch.Tensor, first: int, last: int
     ) -> torch.Tensor | None:
         """Queries of the open tokens `first` to `last` of the named sequences, ``[b, Hq, last - first, D]``."""
         if state.fresh is None:
@@ -282,7 +282,7 @@ class Sealing(Compression):
         columns = _in_order(step.real.to(state.fresh.device))[sequences, first:last]
         return state.fresh[sequences[:, None], :, columns].transpose(1, 2)
 
-    def _hold_open(self, state: OpenTokens, step: Step) -> None:
+    def _hold_open(self, state: WindowState, step: Step) -> None:
         """After the windows of a first forward are sealed: holds the queries of what is left open."""
         query, state.fresh = state.fresh, None
         if query is None or state.queries is None:
@@ -300,15 +300,15 @@ class Sealing(Compression):
         pass  # a window is sealed by the step that completes it
 
     # -------------------------------------------------------------------------------------------------- what is known
-    def calm_steps(self) -> int:
+    def steps_to_compression(self) -> int:
         if not self.policy.compresses:
             return sys.maxsize
         return self.policy.open_limit - max(sequence.open for sequence in self.state.sequences)
 
-    def still_steps(self) -> int:
-        steps = min(self.calm_steps(), self.state.room)
+    def capturable_steps(self) -> int:
+        steps = min(self.steps_to_compression(), self.state.room)
         if self.policy.needs_queries:
-            buffers = [layer.state.queries for layer in self.state.store_layers if layer.deciding != ()]
+            buffers = [layer.state.queries for layer in self.state.compressed_layers if layer.deciding != ()]
             places = min(0 if queries is None else queries.places for queries in buffers)
             steps = min(steps, places - max(sequence.open for sequence in self.state.sequences))
         return steps

@@ -95,7 +95,7 @@ class CacheRecorder:
         if cache is None:
             layers = [(i, layer.keys.shape[1]) for i, layer in enumerate(self.any_cache.layers) if _keeps_all(layer)]
         else:
-            layers = [(layer.index, layer.stored().lengths.shape[1]) for layer in cache.store_layers]
+            layers = [(layer.index, layer.stored().lengths.shape[1]) for layer in cache.compressed_layers]
         self._rows = [(layer, head) for layer, heads in layers for head in range(heads)]
         self._leads = list(range(len(self._rows)))
         self._alive = [np.zeros(0, np.int64)] * len(self._rows)

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from ..cache.bound_model import Binding
+from ..cache.bound_model import BoundModel
 from ..cache.compressed import CompressedCache
 from ..cache.compression import register_compression
-from ..cache.window_compression import Sealing
+from ..cache.window_compression import WindowCompression
 from ..config import KaraConfig
 from ..integration.attach import hooked, unwrap
 from ..integration.attention import AttentionFunction, AttentionHook
@@ -42,7 +42,7 @@ def future_attention(
         For each layer of full attention ``[B, H, T]`` float32 by true position; 0 behind a sequence's end.
     """
     inner = unwrap(model)
-    full = set(Binding(inner).full_layers())
+    full = set(BoundModel(inner).full_layers())
     future: Future = {}
     real = mask.bool()
 
@@ -117,7 +117,7 @@ class OraclePolicy(KaraPolicy):
         return top_tokens(torch.stack(parts), window.keep)
 
 
-register_compression(OraclePolicy, Sealing)
+register_compression(OraclePolicy, WindowCompression)
 
 
 class OracleCache(CompressedCache):

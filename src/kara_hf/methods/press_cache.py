@@ -19,9 +19,9 @@ from ..cache.compression import register_compression
 from ..config import KVCompressConfig, is_int, require
 from ..integration.attach import unwrap
 from ..needs import Package
-from .press_scoring import Listener, Press, PressPolicy, Scoring
+from .press_scoring import Listener, Press, PressCompression, PressPolicy
 
-register_compression(PressPolicy, Scoring)
+register_compression(PressPolicy, PressCompression)
 
 _WITHOUT_ITS_REQUIREMENTS = "pip install --no-deps kvpress"
 _BESIDE_IT = ("cachetools", "datasets", "fire", "requests")

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..cache.bound_model import Binding
-from ..cache.budget_compression import Evicting, Votes
-from ..cache.layer import StoreLayer
+from ..cache.bound_model import BoundModel
+from ..cache.budget_compression import BudgetCompression, PendingQueries
+from ..cache.layer import CompressedLayer
 from ..cache.sequence import Sequence
 from ..cache.state import CacheState
 from ..cache.step import Step
@@ -100,7 +100,7 @@ class Listener:
         binding: of the cache.
     """
 
-    def __init__(self, model: torch.nn.Module, binding: Binding):
+    def __init__(self, model: torch.nn.Module, binding: BoundModel):
         handles: list[Any] = []
         alive = weakref.ref(self)
 
@@ -111,7 +111,7 @@ class Listener:
             hidden = kwargs.get("hidden_states", args[0] if args else None)
             # Some versions and models call the cache's argument `cache`, others `past_key_values`.
             used = (getattr(argument, "compression", None) for argument in (*args, *kwargs.values()))
-            compression = next((each for each in used if isinstance(each, Scoring)), None)
+            compression = next((each for each in used if isinstance(each, PressCompression)), None)
             if compression is not None and isinstance(hidden, torch.Tensor):
                 compression.arrival = Arrival(module, hidden.detach(), kwargs.get("position_embeddings"))
 
@@ -131,7 +131,7 @@ class Listener:
         return self
 
 
-class Inputs(Votes):
+class Inputs(PendingQueries):
     """What a press reads of a layer's newest tokens beside keys and values, in order, ``[B, 1, n, E]``.
 
     Hidden state, cosine, sine and, where they are asked for, queries lie side by side. All of a prompt or turn that is
@@ -163,8 +163,8 @@ class Inputs(Votes):
             self.valid &= behind >= torch.from_numpy(tokens).to(behind.device)[:, None]
 
 
-class Scoring(Evicting):
-    """`kara_hf.cache.budget_compression.Evicting` of tokens that a press ranks, anew in every pass."""
+class PressCompression(BudgetCompression):
+    """`kara_hf.cache.budget_compression.BudgetCompression` of tokens that a press ranks, anew in every pass."""
 
     policy: PressPolicy
 
@@ -177,7 +177,7 @@ class Scoring(Evicting):
         return Inputs(self.state.meter)
 
     def stored(
-        self, layer: StoreLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
+        self, layer: CompressedLayer, step: Step, query: torch.Tensor, key: torch.Tensor, present: torch.Tensor | None
     ) -> None:
         super().stored(layer, step, query, key, present)
         arrival, self.arrival, state = self.arrival, None, layer.state
@@ -204,13 +204,13 @@ class Scoring(Evicting):
         state.add(inputs[:, None], None if step.real is None else step.real.to(inputs.device), window)
 
     def done(self, step: Step) -> list[Sequence]:
-        for layer in self.state.store_layers:
+        for layer in self.state.compressed_layers:
             layer.state.commit(0 if self.decoding else step.new)
         return step.after
 
     def _pass(self, ahead: int, counted: int) -> None:
         super()._pass(ahead, counted)
-        for layer in self.state.store_layers:
+        for layer in self.state.compressed_layers:
             layer.state.trim(self.policy.observation or 0)
 
     def _count_votes(self) -> None:
@@ -222,14 +222,14 @@ class Scoring(Evicting):
         self.left = np.where(quota > 0, (blocks.sum(1) - quota) // lengths.shape[1] * self.block_size, 0)
         return super()._rank(lengths, tokens, quota)
 
-    def _ranked(self, layer: StoreLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    def _ranked(self, layer: CompressedLayer) -> tuple[torch.Tensor, torch.Tensor]:
         metric, positions = super()._ranked(layer)
         metric = torch.zeros_like(metric)
         for sequence in np.flatnonzero(self.left):
             self._score_into(metric[sequence], layer, int(sequence))
         return metric, positions
 
-    def _score_into(self, metric: torch.Tensor, layer: StoreLayer, sequence: int) -> None:
+    def _score_into(self, metric: torch.Tensor, layer: CompressedLayer, sequence: int) -> None:
         """Writes scores to the `metric` ``[H, N]`` of one sequence, in slot order.
 
         A press takes as many tokens of every head. Heads of one length are scored together, in the place of all others
@@ -254,7 +254,7 @@ class Scoring(Evicting):
 
     @torch.no_grad()
     def _ask(
-        self, layer: StoreLayer, sequence: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+        self, layer: CompressedLayer, sequence: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """Scores ``[H, T]`` float32 of a sequence's `keys` and `values` ``[1, H, T, D]`` at ``[1, H, T]``."""
         press, module = self.policy.press, layer.state.module()
@@ -318,7 +318,7 @@ class Later:
 
 
 def probabilities(
-    layer: StoreLayer, queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, tokens: int
+    layer: CompressedLayer, queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, tokens: int
 ) -> torch.Tensor:
     """Attention probabilities of a sequence's newest queries over what is stored, as the model's eager attention.
 

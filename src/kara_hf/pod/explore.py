@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import transformers
 
-from ..cache.bound_model import Binding
+from ..cache.bound_model import BoundModel
 from ..config import is_int, require
 from ..integration.attach import decoder_config, unwrap
 from ..integration.shape import layer_kinds, model_name, model_shape
@@ -61,7 +61,7 @@ def explore(
     require(is_int(sinks) and sinks >= 0, "sinks", sinks, "a whole number from 0 on")
     require(is_int(recent) and recent >= 1, "recent", recent, "a whole number from 1 on")
     inner = unwrap(model)
-    config, binding = decoder_config(inner), Binding(inner)
+    config, binding = decoder_config(inner), BoundModel(inner)
     full, kinds, shape = binding.observable_layers(), layer_kinds(config), model_shape(config)
     near = Proximal(sinks, recent) if region == "distant" else None
     total = torch.zeros(int(shape["num_key_value_heads"]), len(full), len(full), dtype=torch.float64)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 import transformers
 
-from ..cache.bound_model import Binding
+from ..cache.bound_model import BoundModel
 from ..config import is_int, require
 from ..integration.attach import decoder_config, unwrap
 from ..integration.shape import model_name, model_shape
@@ -59,7 +59,7 @@ def calibrate(
     require(is_int(recent) and recent >= 0, "recent", recent, "a whole number of tokens from 0 on")
     require(is_int(rank) and rank >= 1, "rank", rank, "a whole number from 1 on")
     inner = unwrap(model)
-    binding = Binding(inner)
+    binding = BoundModel(inner)
     full = binding.observable_layers()
     fits = [QuadraticFit(rank) for _ in full]
     tokens: list[int] = []

@@ -9,7 +9,7 @@ from weakref import WeakSet, ref
 
 import transformers
 
-from ..cache.bound_model import Binding
+from ..cache.bound_model import BoundModel
 from ..integration.attach import unwrap
 from ..policy import KaraPolicy
 from .config import ServingConfig
@@ -57,7 +57,7 @@ class Serving:
             )
         calibration = KaraPolicy(self.config.kara).calibration
         if calibration is not None:
-            Binding(model).check_calibration(calibration)
+            BoundModel(model).check_calibration(calibration)
         config = transformers.ContinuousBatchingConfig() if config is None else copy(config)
         for name in ("use_async_batching", "use_cuda_graph"):
             value = getattr(config, name)

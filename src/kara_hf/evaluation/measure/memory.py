@@ -11,13 +11,13 @@ from transformers import StoppingCriteria
 from transformers.cache_utils import Cache
 
 from ...cache.compressed import CompressedCache
-from ...cache.layer import StoreLayer
+from ...cache.layer import CompressedLayer
 
 
 def held_bytes(cache: Cache) -> int:
     """Bytes of everything that a cache holds now: by a compressed one's own count, or every storage of the layers."""
     if isinstance(cache, CompressedCache):
-        others = [layer for layer in cache.layers if not isinstance(layer, StoreLayer)]
+        others = [layer for layer in cache.layers if not isinstance(layer, CompressedLayer)]
         return cache.meter.held + _stored(others)
     return _stored(cache.layers)
 
