@@ -65,9 +65,9 @@ class CompressedCache(Cache, StepCache):
         inner = unwrap(model)
         check_not_compiled(inner)
         binding = BoundModel(inner)
+        binding.layers()  # says if there is nothing to compress
         if sharing is not None:
             binding.check_sharing(sharing)
-        binding.layers()  # says if there is nothing to compress
         check_max_bytes(max_bytes, inner, policy.config.block_size)
         self.policy = policy
         self.state = CacheState(binding, MemoryMeter(max_bytes), sharing, cuda_graph)
@@ -292,11 +292,9 @@ class CompressedCache(Cache, StepCache):
         self.steps.begin(layer_idx, key_states)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
-        return (
-            (CarriedKey.of(keys, Turn(self.steps, layer)), values)
-            if isinstance(layer, CompressedLayer)
-            else (keys, values)
-        )
+        if not isinstance(layer, CompressedLayer):
+            return keys, values
+        return CarriedKey.of(keys, Turn(self.steps, layer, values)), values
 
     def forward_done(self) -> None:
         """Called by the model when its forward is done."""

@@ -223,8 +223,7 @@ class CompressedLayer(CacheLayerMixin):
     def _note(self, step: Step, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
         self.scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         self.softcap, self.sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
-        if not step.first:
-            _refuse(kwargs, self.model)
+        _refuse(kwargs, self.model, step.first)
 
     def _present(self, step: Step, keys: int, device: torch.device) -> torch.Tensor:
         """Which of the expanded keys, stored ones first and new ones behind, hold a token: ``[B, M + S]`` bool."""
@@ -349,8 +348,21 @@ class CompressedLayer(CacheLayerMixin):
         self.state.discard_step()
 
 
-def _refuse(kwargs: dict[str, Any], model: str) -> None:
-    """Raises ValueError for arguments of an attention function that attention over a store would leave out."""
+def _refuse(kwargs: dict[str, Any], model: str, first: bool) -> None:
+    """Raises ValueError for arguments of an attention function that attention over a store would leave out.
+
+    In a first step, which the model's own attention answers, only for those that will come again.
+    """
+    for name, value in kwargs.items():
+        if name == "sliding_window" and value is not None:
+            raise ValueError(
+                f"{model} limits full attention to a window of {value} tokens by an argument, which a compressed "
+                "cache does not support"
+            )
+        if isinstance(value, torch.Tensor) and name not in _KNOWN_TENSORS:
+            raise ValueError(f"{model} passes {name!r} to its attention, which a compressed cache does not support")
+    if first:
+        return
     if kwargs.get("dropout"):
         raise ValueError(
             f"{model} applies attention dropout={kwargs['dropout']} while it uses a cache; call model.eval()"
@@ -363,14 +375,6 @@ def _refuse(kwargs: dict[str, Any], model: str) -> None:
         raise ValueError(
             f"{model} attends in both directions (is_causal=False), which a compressed cache does not support"
         )
-    for name, value in kwargs.items():
-        if name == "sliding_window" and value is not None:
-            raise ValueError(
-                f"{model} limits full attention to a window of {value} tokens by an argument, which a compressed "
-                "cache does not support"
-            )
-        if isinstance(value, torch.Tensor) and name not in _KNOWN_TENSORS:
-            raise ValueError(f"{model} passes {name!r} to its attention, which a compressed cache does not support")
 
 
 class HybridLayer(LinearAttentionLayer, CompressedLayer):

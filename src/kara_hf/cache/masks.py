@@ -46,13 +46,20 @@ class StepMask:
     visibility: Visibility | None = None
 
 
+def flattened(attention_mask: Any) -> Any:
+    """A mask ``[B, 1, 1, C]`` of bool for one new token as ``[B, C]``; any other as it is."""
+    one = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1)
+    return attention_mask[:, 0, 0] if one and attention_mask.dtype == torch.bool else attention_mask
+
+
 def read_mask(
     attention_mask: Any, batch: int, seen: int, new: int, padding: torch.Tensor | None, model: str
 ) -> StepMask:
     """Reads the mask of a later step. Waits for the device.
 
     Args:
-        attention_mask: None; ``[B, C]`` bool over all tokens seen, the new ones last; or as `as_visible` takes it.
+        attention_mask: None; ``[B, C]`` bool over all tokens seen, the new ones last, which is causal; or as `as_visible`
+            takes it.
         batch: sequences.
         seen: columns seen before.
         new: S, columns of the step; C is both together.
@@ -66,6 +73,7 @@ def read_mask(
     if attention_mask is None:
         return StepMask()
     total = seen + new
+    attention_mask = flattened(attention_mask)
     flat = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and attention_mask.dtype == torch.bool
     shape = tuple(getattr(attention_mask, "shape", ()))
     if not shape or shape[-1] != total or not (flat or (len(shape) == 4 and shape[-2] == new)):

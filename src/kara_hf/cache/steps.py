@@ -13,7 +13,7 @@ from ..integration.attention import AttentionFunction, real_tokens
 from ..storage import MemoryMeter, upload
 from .compression import Compression, make_compression
 from .layer import CompressedLayer
-from .masks import StepMask, read_mask
+from .masks import StepMask, flattened, read_mask
 from .sequence import Sequence
 from .state import CacheState
 from .step import Step
@@ -27,8 +27,8 @@ def syncs_are_free(device: torch.device) -> bool:
 class Turn:
     """One layer's turn in a step: what a carried key leads attention to."""
 
-    def __init__(self, steps: "Steps", layer: CompressedLayer):
-        self.steps, self.layer = steps, layer
+    def __init__(self, steps: "Steps", layer: CompressedLayer, values: torch.Tensor):
+        self.steps, self.layer, self.values = steps, layer, values
 
     def attend(
         self,
@@ -45,6 +45,11 @@ class Turn:
         """As `kara_hf.integration.attention.Answerer`."""
         steps, layer = self.steps, self.layer
         try:
+            if not transformed and value is not self.values:
+                raise ValueError(
+                    f"{type(module).__name__} computes with its values after the cache returned them, in a way that is not "
+                    "known to be safe when tokens are missing; this model is not supported"
+                )
             step = steps.prepare(layer, module, query, attention_mask, transformed)
             if layer.index in step.stored:
                 return layer.attend_again(step, own, module, query, key, value, attention_mask, **kwargs)
@@ -289,6 +294,7 @@ class Steps:
         if step.first:
             return StepMask(real_tokens(attention_mask, step.new))
         state = self.state
+        attention_mask = flattened(attention_mask)
         if not step.syncs and getattr(attention_mask, "ndim", 2) == 2:
             self.unread = attention_mask
             return StepMask(None if attention_mask is None else attention_mask[:, state.columns :])

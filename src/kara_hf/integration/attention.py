@@ -192,8 +192,8 @@ def answering(own: AttentionFunction) -> AttentionFunction:
 def masking(own: Callable[..., Any]) -> Callable[..., Any]:
     """`own`, but for later steps of a compressed layer what it says of all tokens seen, however it would say it.
 
-    The result is then None, the caller's mask over all tokens seen ``[B, C]`` bool where the model's mask is causal, and
-    otherwise, or where other layers need it too, who sees whom ``[B, 1, S, C]``.
+    The result is then None or who sees whom, ``[B, 1, S, C]``. For one new token it is a view of the caller's mask, so
+    that nobody waits for the device.
     """
     if hasattr(own, "answers_for"):
         return own
@@ -207,7 +207,12 @@ def masking(own: Callable[..., Any]) -> Callable[..., Any]:
             return own(*args, **kwargs)
         padding = kwargs.get("attention_mask")
         if kwargs.get("mask_function", causal_mask_function) is causal_mask_function:
-            return None if padding is None else padding[:, :kv_length]
+            if padding is None or padding.shape[-1] != kv_length:
+                return padding
+            if kwargs["q_length"] == 1:
+                return padding[:, None, None]
+            if bool(padding.all()):
+                return None
         return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
 
     mask.answers_for = own  # type: ignore[attr-defined]
