@@ -4,8 +4,10 @@
 `DynamicCache` or refuses with its reason, and whether making, using and dropping a cache changes anything for others.
 """
 
+import contextlib
 import gc
 import importlib
+import logging
 import pickle
 import traceback
 import warnings
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from architectures import _enliven
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessor, PreTrainedModel
 from transformers.generation import utils as generation
@@ -33,7 +36,7 @@ MAPPINGS = {
 }
 CACHE_ARGUMENT = "cache" if "cache" in getattr(generation, "ALL_CACHE_NAMES", ()) else "past_key_values"
 IMPLEMENTATIONS = ("sdpa", "eager")
-PROMPT, NEW, TURN, PADDING = 20, 40, 5, 7
+PROMPT, NEW, TURN, PADDING = 20, 28, 5, 7
 # Largest difference from the logits of DynamicCache that counts as rounding, as a share of the largest logit.
 TOLERANCE = 1e-4
 MOST_PARAMETERS = 10**8
@@ -89,7 +92,7 @@ def _enliven_rest(model: PreTrainedModel) -> None:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
 
 
-# ------------------------------------------------------------------------------------------------------------ generating
+# ----------------------------------------------------------------------------------------------------------- generating
 class _Forced(LogitsProcessor):
     """Makes generation take given tokens, whatever the model says."""
 
@@ -124,17 +127,17 @@ def _follow(model: PreTrainedModel, cache: Any, text: torch.Tensor, start: int, 
 def conversation(model: PreTrainedModel, make: Callable[[], Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Logits of a prompt and its answer, of a later turn and its answer, and of a left-padded batch, one by one."""
     cache, length = make(), PROMPT + NEW
-    text = _ids(1, length + TURN + 6, seed=1)
+    text = _ids(1, length + TURN + 4, seed=1)
     mask = torch.ones_like(text)
     yield "answer", _follow(model, cache, text[:, :length], PROMPT, mask[:, :length])
     yield "turn", _follow(model, cache, text, length + TURN, mask)
-    text = _ids(2, PROMPT + 12, seed=2)
+    text = _ids(2, PROMPT + 10, seed=2)
     mask = torch.ones_like(text)
     text[1, :PADDING] = mask[1, :PADDING] = 0
     yield "padded batch", _follow(model, make(), text, PROMPT, mask)
 
 
-# -------------------------------------------------------------------------------------------------------------- checking
+# ------------------------------------------------------------------------------------------------------------- checking
 def _no_sharing(model: PreTrainedModel) -> PoDSharing:
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -162,7 +165,7 @@ class Reference:
             for part, logits in conversation(model, lambda: DynamicCache(config=model.config)):
                 parts[part] = logits
         except Exception as error:
-            return cls(parts, f"{type(error).__name__}: {_line(error)}")
+            return cls(parts, _named(error))
         return cls(parts)
 
 
@@ -179,12 +182,12 @@ def outcome(model: PreTrainedModel, make: Callable[[PreTrainedModel], Any], refe
             if part not in reference.parts:
                 return f"fault: goes on with the {part}, where DynamicCache does not ({reference.failure})"
             expected = reference.parts[part]
-            if part == "padded batch":
-                logits, expected = logits[:, :], expected[:, :]
             off = (logits - expected).abs().max().item()
             if not off <= TOLERANCE * expected.abs().max().item():
                 return f"differs: by {off:.2g} of {expected.abs().max().item():.2g} in the {part}"
     except Exception as error:
+        if reference.failure and reference.failure == _named(error):
+            return f"as DynamicCache: {reference.failure}"
         return _failure(error, made)
     layers, before = len(made[0].layers), len(DynamicCache(config=model.config).layers)
     return "exact" if layers == before else f"fault: the model made {layers} layers of the cache's {before}"
@@ -201,11 +204,15 @@ def _failure(error: Exception, made: list[Any]) -> str:
     return f"refused: {_line(error)}"
 
 
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_line(error)}"
+
+
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-# -------------------------------------------------------------------------------------------------------- being invisible
+# ------------------------------------------------------------------------------------------------------ being invisible
 def _computed(model: PreTrainedModel) -> dict[str, Any]:
     """What a model computes for somebody who has none of our caches."""
     ids = _ids(2, 12, seed=3)
@@ -217,17 +224,31 @@ def _computed(model: PreTrainedModel) -> dict[str, Any]:
                 out = model(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
                 found[what] = [out.logits, *(x for x in getattr(out, "attentions", None) or () if x is not None)]
             except Exception as error:
-                found[what] = f"{type(error).__name__}: {_line(error)}"
+                found[what] = _named(error)
     try:
         torch.manual_seed(0)
         found["DynamicCache"] = [_follow(model, DynamicCache(config=model.config), ids, 8, torch.ones_like(ids))]
     except Exception as error:
-        found["DynamicCache"] = f"{type(error).__name__}: {_line(error)}"
+        found["DynamicCache"] = _named(error)
     try:
         found["pickle"] = _state(pickle.loads(pickle.dumps(model)))
     except Exception as error:  # Transformers' own hooks, once attentions were asked for
-        found["pickle"] = f"{type(error).__name__}: {_line(error)}"
+        found["pickle"] = _named(error)
     return found
+
+
+def _batched(model: PreTrainedModel) -> list[list[int]] | str:
+    """Tokens of Transformers' engine for two prompts, or why there are none."""
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+    try:
+        pool = transformers.ContinuousBatchingConfig(page_size=4, num_blocks=40, max_batch_tokens=32)
+        out = model.generate_batch(
+            _ids(2, 10, seed=5).tolist(), generation_config=settings, continuous_batching_config=pool
+        )
+        return [answer.generated_tokens for answer in out.values()]
+    except Exception as error:
+        return _named(error)
 
 
 def _state(model: PreTrainedModel) -> dict[str, Any]:
@@ -263,60 +284,63 @@ def _changes(before: dict[str, Any], after: dict[str, Any], when: str) -> list[s
     return [f"{what} {when}" for what in before if not _same(before[what], after[what])]
 
 
-def visible(model: PreTrainedModel, makes: list[Callable[[PreTrainedModel], Any]]) -> list[str]:
-    """What somebody who has no cache of ours can see of one that is made, used and dropped: nothing, it should be."""
+def visible(model: PreTrainedModel, make: Callable[[PreTrainedModel], Any]) -> list[str]:
+    """What somebody without a cache of ours can see of one that is made, used and dropped: nothing, it should be."""
     computed, state, registered = _computed(model), _state(model), _registered()
+    batched = {"generate_batch": _batched(model)}
     found: list[str] = []
-    for make in makes:
-        try:
-            cache = make(model)
-        except Exception:
-            continue
-        try:
-            found += _changes(state, _state(model), "while a cache lives")
-            found += _changes(computed, _computed(model), "while a cache lives")
-            try:
-                ids = _ids(1, 12, seed=4)
-                _follow(model, cache, ids, 8, torch.ones_like(ids))
-            except Exception:
-                pass  # `outcome` judges that
-            found += _changes(computed, _computed(model), "while a used cache lives")
-        finally:
-            del cache
+    try:
+        cache = make(model)
+    except Exception:  # refused: that must leave no trace either
+        cache = None
+    else:
+        found += _changes(state, _state(model), "while a cache lives")
+        found += _changes(computed, _computed(model), "while a cache lives")
+        ids = _ids(1, 12, seed=4)
+        with contextlib.suppress(Exception):  # `outcome` judges that
+            _follow(model, cache, ids, 8, torch.ones_like(ids))
+        found += _changes(computed, _computed(model), "while a used cache lives")
+    del cache
     gc.collect()
     found += _changes(state | registered, _state(model) | _registered(), "after the last cache")
-    found += _changes(computed, _computed(model), "after the last cache")
+    found += _changes(
+        computed | batched, _computed(model) | {"generate_batch": _batched(model)}, "after the last cache"
+    )
     return sorted(set(found))
 
 
-def check(name: str, implementations: tuple[str, ...] = IMPLEMENTATIONS, caches: tuple[str, ...] = tuple(CACHES)) -> dict[str, Any]:
+def check(name: str, implementations: tuple[str, ...] = IMPLEMENTATIONS) -> dict[str, Any]:
     """Everything about one class, as its row of the result.
 
+    All caches are tried under the first of `implementations` that the class has, and `KaraCache` under the other:
+    caches differ behind the attention function, not in front of it.
+
     Returns:
-        kind, model_type, and either "not_built" with a reason, or for each attention implementation: "reference" (how
-        DynamicCache does, "" if well), each cache's outcome, "visible" (a list) and "compressed" ([of ours, of all]).
+        "kind", "model_type", and either "not_built" with the reason, or "layers" (Transformers' own cache layers) and
+        for each implementation "reference" (why DynamicCache fails; "" if it does not), the outcome of each cache, and
+        "visible" (a list).
     """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    kind, model_type = classes()[name]
-    row: dict[str, Any] = {"kind": kind, "model_type": model_type}
+    kind, _ = classes()[name]
+    row: dict[str, Any] = {"kind": kind, "model_type": model_class(name).config_class.model_type}
+    reasons: list[str] = []
+    caches = tuple(CACHES)
     for implementation in implementations:
         try:
             model = build(name, implementation)
         except Exception as error:
-            if implementation == "eager":
-                row.setdefault("not_built", f"{type(error).__name__}: {_line(error)}")
+            reasons.append(_named(error))
             continue
-        row[implementation] = _judged(model, caches)
         row.setdefault("layers", _layer_types(model))
-    if any(implementation in row for implementation in IMPLEMENTATIONS):
-        row.pop("not_built", None)
-    return row
+        row[implementation] = _judged(model, caches)
+        caches = caches[:1]
+    return row if "layers" in row else row | {"not_built": reasons[-1]}
 
 
 def _judged(model: PreTrainedModel, caches: tuple[str, ...]) -> dict[str, Any]:
     reference = Reference.of(model)
-    seen = visible(model, [CACHES[name] for name in caches])
+    seen = visible(model, CACHES[caches[0]])
     outcomes = {name: outcome(model, CACHES[name], reference) for name in caches}
     return {"reference": reference.failure, **outcomes, "visible": seen}
 
@@ -326,4 +350,4 @@ def _layer_types(model: PreTrainedModel) -> list[str]:
     try:
         return [type(layer).__name__ for layer in DynamicCache(config=model.config).layers]
     except Exception as error:
-        return [f"{type(error).__name__}: {_line(error)}"]
+        return [_named(error)]
