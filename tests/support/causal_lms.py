@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import copy
 import gc
 import importlib
 import logging
@@ -286,8 +287,8 @@ def _changes(before: dict[str, Any], after: dict[str, Any], when: str) -> list[s
 
 def visible(model: PreTrainedModel, make: Callable[[PreTrainedModel], Any]) -> list[str]:
     """What somebody without a cache of ours can see of one that is made, used and dropped: nothing, it should be."""
+    batched = {"generate_batch": _batched(copy.deepcopy(model))}  # where it fails it leaves a model changed
     computed, state, registered = _computed(model), _state(model), _registered()
-    batched = {"generate_batch": _batched(model)}
     found: list[str] = []
     try:
         cache = make(model)
@@ -303,9 +304,8 @@ def visible(model: PreTrainedModel, make: Callable[[PreTrainedModel], Any]) -> l
     del cache
     gc.collect()
     found += _changes(state | registered, _state(model) | _registered(), "after the last cache")
-    found += _changes(
-        computed | batched, _computed(model) | {"generate_batch": _batched(model)}, "after the last cache"
-    )
+    found += _changes(computed, _computed(model), "after the last cache")
+    found += _changes(batched, {"generate_batch": _batched(model)}, "after the last cache")
     return sorted(set(found))
 
 
