@@ -1,6 +1,7 @@
 """docs/architectures.md, made of the result of the sweep."""
 
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,22 +37,15 @@ def wrong(row: dict[str, Any]) -> list[str]:
 def page(result: dict[str, Any]) -> str:
     """The page as Markdown; the same result gives the same page."""
     rows = result["classes"]
-    groups = {name: _group(row) for name, row in rows.items()}
-    count = {group: sum(found == group for found in groups.values()) for group in ("works", "refused", "other")}
-    parts = [
-        "# Architectures",
-        _introduction(result, len(rows), count),
-        "## What works",
-        _works({name: row for name, row in rows.items() if groups[name] == "works"}),
-        "## What is refused, and why",
-        _refused({name: row for name, row in rows.items() if groups[name] == "refused"}),
-        "## Which attention implementation",
-        _implementations(rows),
-    ]
-    others = {name: row for name, row in rows.items() if groups[name] == "other"}
-    if others:
-        parts += ["## What could not be judged", _others(others)]
+    groups: dict[str, dict[str, Any]] = {"works": {}, "refused": {}, "wrong": {}, "unjudged": {}}
+    for name, row in rows.items():
+        groups[_group(row)][name] = row
     faults = {name: wrong(row) for name, row in rows.items() if wrong(row)}
+    parts = ["# Architectures", _introduction(result, groups)]
+    parts += ["## What works", _works(groups["works"]), _implementations(groups["works"])]
+    parts += ["## What is refused, and why", _refused(groups["refused"])]
+    if groups["unjudged"]:
+        parts += ["## What could not be judged", _unjudged(groups["unjudged"])]
     if faults:
         parts += ["## Known faults", _faults(faults)]
     return "\n\n".join(parts) + "\n"
@@ -59,22 +53,38 @@ def page(result: dict[str, Any]) -> str:
 
 def _group(row: dict[str, Any]) -> str:
     outcome = judged(row).get("kara", "")
-    return "works" if outcome == "exact" else "refused" if outcome.startswith("refused") else "other"
+    if outcome == "exact":
+        return "works"
+    if outcome.startswith("refused"):
+        return "refused"
+    return "wrong" if wrong(row) else "unjudged"
 
 
-def _introduction(result: dict[str, Any], total: int, count: dict[str, int]) -> str:
-    return (
-        f"Transformers {result['transformers']} has {total} classes that write text: those of `AutoModelForCausalLM` "
-        "and, used with text alone, of\n`AutoModelForImageTextToText`. Each was built in miniature from its default "
-        f"config, with random weights. {count['works']} work with `KaraCache`,\n{count['refused']} are refused by name "
-        f"before anything is stored, and {count['other']} could not be judged.\n\n"
-        "*Works* means: while every token is kept (`retention=1.0`) the logits are those of `DynamicCache` within "
-        "1e-4 of the largest logit, in\na prompt with its answer, a later turn, and a left-padded batch. *Refused* "
-        "means a `ValueError` or `RuntimeError` that says why. Making, using\nand dropping a cache changes nothing in "
-        "what the model computes for others, bit for bit.\n\n"
-        "Look for the `model_type` of your model's config. `docs/architectures.json` has every outcome, cache by "
-        "cache.\nBoth files are written by `python tests/support/sweep.py run`."
+def _introduction(result: dict[str, Any], groups: dict[str, dict[str, Any]]) -> str:
+    count = {group: len(members) for group, members in groups.items()}
+    also = f"{count['wrong']} do not behave as they should (see the end), and " if count["wrong"] else ""
+    return "\n\n".join(
+        map(
+            _wrapped,
+            (
+                f"Transformers {result['transformers']} has {sum(count.values())} classes that write text: those of "
+                "`AutoModelForCausalLM` and, used with text alone, of `AutoModelForImageTextToText`. Each was built in "
+                f"miniature from its default config, with all kinds of its layers and random weights. {count['works']} work with `KaraCache`, "
+                f"{count['refused']} are refused by name, {also}{count['unjudged']} could not be judged.",
+                "*Works*: while every token is kept (`retention=1.0`) the logits are those of `DynamicCache` within "
+                "1e-4 of the largest logit, in a prompt with its answer, a later turn, and a left-padded batch. "
+                "*Refused*: a `ValueError` or `RuntimeError` says why before anything is stored. *Invisible*, for all "
+                "of them: making, using and dropping a cache changes nothing for others, bit for bit: logits, "
+                "attentions, saved configs, pickles, `generate_batch`.",
+                "Look for the `model_type` of your model's config. `docs/architectures.json` has every outcome, cache "
+                "by cache. Both files are written by `python tests/support/sweep.py run`.",
+            ),
+        )
     )
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def _types(rows: Iterable[dict[str, Any]]) -> str:
@@ -91,7 +101,7 @@ def _works(rows: dict[str, Any]) -> str:
     for mix in sorted(by_mix, key=lambda mix: -len(by_mix[mix])):
         members = by_mix[mix]
         table.append(f"| {mix} | {_share(members, 'kv_compress')} | {_share(members, 'pod')} | {len(members)} |")
-        lists.append(f"**{mix}**: {_types(members)}.")
+        lists.append(_wrapped(f"**{mix}**: {_types(members)}."))
     return head + "\n".join(table) + "\n\n" + "\n\n".join(lists) + "\n\n`*`: takes images as well."
 
 
@@ -138,29 +148,32 @@ def _implementations(rows: dict[str, Any]) -> str:
     def works(row: dict[str, Any], implementation: str) -> bool:
         return row.get(implementation, {}).get("kara") == "exact"
 
-    only = {
-        name: [row for row in rows.values() if works(row, name) and other in row and not works(row, other)]
-        for name, other in (("sdpa", "eager"), ("eager", "sdpa"))
-    }
-    lines = [f'Only with `attn_implementation="{name}"`: {_types(found)}.' for name, found in only.items() if found]
-    lone = [row for row in rows.values() if works(row, "eager") and "sdpa" not in row]
-    if lone:
-        lines.append(f"Transformers has no sdpa for them, and eager works: {_types(lone)}.")
-    return "All others work with both, `sdpa` and `eager`.\n\n" + "\n\n".join(lines)
+    told = []
+    for name, other in (("sdpa", "eager"), ("eager", "sdpa")):
+        only = [row for row in rows.values() if works(row, name) and not works(row, other)]
+        if only:
+            told.append(f'With `attn_implementation="{name}"` only: {_types(only)}.')
+    return _wrapped(" ".join([*told, "All others with both, `sdpa` and `eager`."]))
 
 
-def _others(rows: dict[str, Any]) -> str:
+def _unjudged(rows: dict[str, Any]) -> str:
     def why(name: str, row: dict[str, Any]) -> str:
-        told = row.get("not_built") or row.get("crash") or judged(row).get("reference") or judged(row).get("kara", "")
-        return str(told).replace(name, "the model").replace("|", "\\|")[:160]
+        told = str(row.get("not_built") or judged(row)["reference"]).replace(name, "the model")
+        return told.replace("|", "\\|").partition(". ")[0][:160]
 
     lines = [f"| {reason} | {_types(members)} |" for reason, members in _grouped(rows, why)]
     return (
-        "Transformers cannot build or run these from their defaults here, with text alone.\n\n"
+        "Transformers cannot build or run these here, from their defaults and with text alone.\n\n"
         "| Why | Models |\n|---|---|\n" + "\n".join(lines)
     )
 
 
 def _faults(faults: dict[str, list[str]]) -> str:
-    lines = [f"| `{name}` | {'; '.join(found)[:300].replace('|', chr(92) + '|')} |" for name, found in faults.items()]
-    return "| Class | What is wrong |\n|---|---|\n" + "\n".join(lines)
+    classes: dict[str, list[str]] = {}
+    for name, found in faults.items():
+        for what in found:
+            classes.setdefault(what.replace(name, "the model"), []).append(name)
+    return "\n".join(
+        f"- {what[:200]}: {', '.join(f'`{name}`' for name in names)}"
+        for what, names in sorted(classes.items(), key=lambda item: (-len(item[1]), item[0]))
+    )

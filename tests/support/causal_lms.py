@@ -141,8 +141,8 @@ def conversation(model: PreTrainedModel, make: Callable[[], Any]) -> Iterator[tu
 # ------------------------------------------------------------------------------------------------------------- checking
 def _no_sharing(model: PreTrainedModel) -> PoDSharing:
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return PoDSharing.none(config.num_hidden_layers, heads, sinks=2, recent=6)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
+    return PoDSharing.none(getattr(config, "num_hidden_layers", 1), heads, sinks=2, recent=6)
 
 
 CACHES: dict[str, Callable[[PreTrainedModel], Any]] = {

@@ -309,6 +309,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None, "L_cycles": 1},
     "hy_v4_vl_text": {"rope_parameters": _DEFAULT_ROPE | {"mrope_section": [2, 1, 1]}},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": None},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"num_layers": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
