@@ -69,7 +69,8 @@ def _introduction(result: dict[str, Any], groups: dict[str, dict[str, Any]]) -> 
             (
                 f"Transformers {result['transformers']} has {sum(count.values())} classes that write text: those of "
                 "`AutoModelForCausalLM` and, used with text alone, of `AutoModelForImageTextToText`. Each was built in "
-                f"miniature from its default config, with all kinds of its layers and random weights. {count['works']} work with `KaraCache`, "
+                "miniature from its default config, with all kinds of its layers and random weights. "
+                f"{count['works']} work with `KaraCache`, "
                 f"{count['refused']} are refused by name, {also}{count['unjudged']} could not be judged.",
                 "*Works*: while every token is kept (`retention=1.0`) the logits are those of `DynamicCache` within "
                 "1e-4 of the largest logit, in a prompt with its answer, a later turn, and a left-padded batch. "
@@ -169,11 +170,13 @@ def _unjudged(rows: dict[str, Any]) -> str:
 
 
 def _faults(faults: dict[str, list[str]]) -> str:
-    classes: dict[str, list[str]] = {}
+    classes: dict[str, set[str]] = {}
     for name, found in faults.items():
         for what in found:
-            classes.setdefault(what.replace(name, "the model"), []).append(name)
-    return "\n".join(
-        f"- {what[:200]}: {', '.join(f'`{name}`' for name in names)}"
-        for what, names in sorted(classes.items(), key=lambda item: (-len(item[1]), item[0]))
-    )
+            told = what.removeprefix("sdpa").removeprefix("eager").lstrip(":, ").replace(name, "the model")
+            classes.setdefault(re.sub(r"^(kara|kv_compress|pod): ", "", told)[:160], set()).add(name)
+    lines = []
+    for what, names in sorted(classes.items(), key=lambda item: (-len(item[1]), item[0])):
+        shown = ", ".join(f"`{name}`" for name in sorted(names)[:6])
+        lines.append(f"- {what}: {shown}" + (f" and {len(names) - 6} more" if len(names) > 6 else ""))
+    return "\n".join(lines)
