@@ -18,7 +18,7 @@ HAS_PYTHON := import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: generate test clean
+.PHONY: generate test test-all clean
 
 generate: $(VENV)/generate.stamp
 	$(BIN)/kara-hf generate
@@ -28,6 +28,10 @@ test: $(VENV)/test.stamp
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -n 2
+
+# Slow tests too, among them the sweep over every causal LM class of Transformers.
+test-all: test
+	$(BIN)/python -m pytest -n 2 -m slow
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

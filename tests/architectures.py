@@ -624,5 +624,7 @@ def _enliven(model: PreTrainedModel) -> None:
         elif (parameter.ndim == 3 and "experts" in path) or path.endswith(("router.weight", "gate.weight")):
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and head.weight is not embedding.weight and head.weight.shape == embedding.weight.shape:
+    if not isinstance(head, torch.nn.Linear) or not isinstance(embedding, torch.nn.Embedding):
+        return
+    if head.weight is not embedding.weight and head.weight.shape == embedding.weight.shape:
         head.weight.sub_(embedding.weight * head.weight.shape[1] ** -0.5)

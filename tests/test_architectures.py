@@ -1,11 +1,7 @@
-"""Every architecture either gives DynamicCache's tokens and the promised savings, or refuses with its reason.
+"""What a cache keeps and frees, architecture by architecture; which classes work at all is the sweep's to say.
 
-The results are the table in docs/architectures.md; ``KARA_UPDATE_DOCS=1 pytest -n 0 tests/test_architectures.py``
-writes it.
+Each of the table's models either gives DynamicCache's tokens and the promised savings, or refuses with its reason.
 """
-
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +12,6 @@ from transformers import DynamicCache
 
 from kara_hf import KaraCache, KVCompressCache, detach
 
-DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"
 PROMPT, NEW = 20, 60
 KARA = {"window": 16, "recent": 8, "block_size": 8}
 BLOCKS = {"protected": 8, "block_size": 8}
@@ -37,36 +32,6 @@ REFUSED = {
 # Models that an older Transformers does not let anyone reach, and the version that does.
 SINCE = {name: since for name, since in {"gptj": "5.24"}.items() if Version(transformers.__version__) < Version(since)}
 REFUSED |= dict.fromkeys(SINCE, "takes its attention function from its config")
-
-_rows: dict[str, str] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def docs_table():
-    yield
-    if "KARA_UPDATE_DOCS" in os.environ:
-        DOCS.write_text(
-            "# Architectures\n\nTiny random models, float32, CPU, greedy. *exact*: with `retention=1.0`, two "
-            "prompts of 20 tokens give the same 60\ntokens as `DynamicCache`, also in a left-padded batch. *kept*: "
-            "tokens a head of a compressed layer stores of the 79\nseen with `retention=0.25, window=16, recent=8`, "
-            "as promised: 20 of the prompt, 4 of each of 3 windows, 11 open.\n*KV-Compress*: the mean over heads with "
-            "`KVCompressCache(max_cache_tokens=48, protected=8, block_size=8)`, never more than 48\nwith blocks "
-            "counted whole; before anything has to go its tokens are those of `DynamicCache` too. What is not "
-            "supported\nraises `ValueError` with the reason shown. This table is that of the newest Transformers, "
-            "written and checked by\n`tests/test_architectures.py`.\n\n| architecture | model | compressed layers | "
-            "result | kept of seen | KV-Compress |\n|---|---|---|---|---|---|\n"
-            + "\n".join(_rows[name] for name in ARCHITECTURES if name in _rows)
-            + "\n"
-        )
-
-
-def document(name: str, model: str, *cells: str) -> None:
-    row = f"| {name} | {model} | " + " | ".join(cells) + " |"
-    _rows[name] = row
-    if name in SINCE:  # the table is that of the newest Transformers
-        return
-    if "KARA_UPDATE_DOCS" not in os.environ:
-        assert row in DOCS.read_text().splitlines(), f"{DOCS} does not say what was found: {row}"
 
 
 def load(name: str):
@@ -113,14 +78,7 @@ def test_supported(name):
         layer.state.queries.buffer.nbytes for layer in cache.compressed_layers if layer.state.queries is not None
     )
     assert report.resident_bytes <= rows * blocks * (8 * (stored + 4) + 2 * 4) + rows * 4 + queries
-    document(
-        name,
-        type(model).__name__,
-        f"{len(report.layers)} of {len(cache.layers)}",
-        "exact",
-        f"{int(report.kept.max())} of 79",
-        kv_compress(model, ids, expected_tokens, settings),
-    )
+    kv_compress(model, ids, expected_tokens, settings)
     detach(model)
 
 
@@ -132,28 +90,24 @@ def kv_compress(model, ids, expected, settings):
         assert model.generate(ids, past_key_values=cache, **settings).tolist() == expected.tolist()
     except ValueError as error:
         assert "latent attention" in str(error)
-        return "refused: latent attention"
+        return
     assert cache.report().kept.unique().tolist() == [PROMPT + NEW - 1]
     cache = KVCompressCache(model, max_cache_tokens=48, **BLOCKS)
     model.generate(ids, past_key_values=cache, **settings)
     kept = cache.report().kept
     assert (-(-kept // 8)).sum((0, 2)).max() <= 6 * kept[:, 0].numel()
-    return f"{kept.float().mean():.1f} of 79"
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused(name):
     model = load(name)
     ids = torch.randint(3, 100, (1, PROMPT))
-    with pytest.raises(ValueError, match=REFUSED[name]) as error:
+    with pytest.raises(ValueError, match=REFUSED[name]):
         cache = KaraCache(model, **KARA)
         try:
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, past_key_values=cache)
         finally:
             assert cache.report().seen.tolist() == []  # nothing is left half-stored
-    reason = str(error.value).partition(";")[0].partition(", which")[0]
-    if name != "minimax":
-        document(name, type(model).__name__, "0", f"refused: {reason}", "", "")
     assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False).shape == (
         1,
         PROMPT + 2,
