@@ -247,12 +247,19 @@ def _tried(compute: Callable[[], Any]) -> Any:
 
 
 def _batched(model: PreTrainedModel) -> list[list[int]]:
-    """Tokens of Transformers' engine for two prompts."""
+    """Tokens of Transformers' engine for two prompts. What it leaves behind when it fails is taken back."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    names = [getattr(config, "_attn_implementation", None) for config in configs]
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     pool = transformers.ContinuousBatchingConfig(page_size=4, num_blocks=40, max_batch_tokens=32)
     ids = _ids(2, 10, seed=5).tolist()
-    out = model.generate_batch(ids, generation_config=settings, continuous_batching_config=pool)
+    try:
+        out = model.generate_batch(ids, generation_config=settings, continuous_batching_config=pool)
+    finally:
+        for config, name in zip(configs, names, strict=True):
+            if getattr(config, "_attn_implementation", None) != name:
+                config._attn_implementation = name
     return [answer.generated_tokens for answer in out.values()]
 
 

@@ -12,8 +12,15 @@ def model_name(model: PreTrainedModel) -> str:
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Size of one head's keys, which many configs leave to be derived."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Size of one head's keys, which many configs leave to be derived.
+
+    Raises:
+        ValueError: it differs between layers, and `config` is that of them all.
+    """
+    try:
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except Exception as error:  # of a kind of its own, in versions of Transformers that have it
+        raise ValueError(f"heads of {config.model_type} have different sizes in different layers") from error
 
 
 def model_shape(config: PreTrainedConfig) -> dict[str, str | int]:
