@@ -421,7 +421,7 @@ def test_attend_observes_many_queries_in_turns(monkeypatch):
         whole, turns = clone(rows), clone(rows)
         expected = attend(query, whole, **settings)
         with monkeypatch.context() as patch:
-            patch.setattr(importlib.import_module("kara_hf.kernels.attend"), "observeD_CHUNK", 3)
+            patch.setattr(importlib.import_module("kara_hf.kernels.attend"), "OBSERVED_CHUNK", 3)
             torch.testing.assert_close(attend(query, turns, **settings), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(turns.metric, whole.metric, rtol=1e-6, atol=1e-6, equal_nan=True)
 
