@@ -54,7 +54,7 @@ class CompressedLayer(CacheLayerMixin):
         scaling, softcap, sinks: of the model's attention, once it was called.
         latent: whether the model expands what is stored before it attends (multi-head latent attention).
         present: of expanded keys in this step which hold a token, ``[B, M + S]`` bool; otherwise None.
-        mask_is_shared: see `kara_hf.integration.attention.StoredLength`.
+        mask_is_shared, padded: see `kara_hf.integration.attention.StoredLength`.
         record_past: whether tokens of the steps to come may be taken back; see `transformers.Cache`.
     """
 
@@ -76,7 +76,7 @@ class CompressedLayer(CacheLayerMixin):
         self.latent = False
         self.present: torch.Tensor | None = None
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.mask_is_shared = False
+        self.mask_is_shared = self.padded = False
         self.record_past = False
 
     # ------------------------------------------------------------------------------- what Transformers asks of a layer
@@ -128,7 +128,7 @@ class CompressedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if torch.compiler.is_compiling():  # ends the attempt, so that the step itself says it in its own words
             raise ValueError(f"{self.model} is compiled, which a compressed cache does not support")
-        return StoredLength(self.seen + query_length, self.mask_is_shared), 0
+        return StoredLength(self.seen + query_length, self.mask_is_shared, self.padded), 0
 
     def get_max_length(self) -> int:
         return -1
@@ -339,7 +339,7 @@ class CompressedLayer(CacheLayerMixin):
         self.state.close()
         self.store, self.state = None, state
         self.discard_step()
-        self.seen, self.record_past = 0, False
+        self.seen, self.padded, self.record_past = 0, False, False
         self.is_initialized = False
 
     def discard_step(self) -> None:

@@ -322,6 +322,8 @@ class Steps:
         before = real[:, :0] if self.state.padding is None else self.state.padding
         between = real.new_ones(len(real), seen - before.shape[1])
         self.state.padding = torch.cat([before.to(real.device), between, real], 1)
+        for layer in self.state.compressed_layers:
+            layer.padded = True
 
     # ------------------------------------------------------------------------------------------ between steps, outside
     def sync(self) -> None:

@@ -67,13 +67,15 @@ class StoredLength(int):
     Attributes:
         shared: whether the model gives the mask to layers of another kind too, or slices it, so that it must be one of
             the model's own.
+        padded: whether some of the tokens seen were padding, so that a mask of ones says something.
     """
 
     shared: bool
+    padded: bool
 
-    def __new__(cls, length: int, shared: bool = False) -> "StoredLength":
+    def __new__(cls, length: int, shared: bool = False, padded: bool = False) -> "StoredLength":
         made = super().__new__(cls, length)
-        made.shared = shared
+        made.shared, made.padded = shared, padded
         return made
 
 
@@ -211,7 +213,7 @@ def masking(own: Callable[..., Any]) -> Callable[..., Any]:
                 return padding
             if kwargs["q_length"] == 1:
                 return padding[:, None, None]
-            if bool(padding.all()):
+            if not kv_length.padded and bool(padding.all()):
                 return None
         return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
 
