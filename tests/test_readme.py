@@ -3,16 +3,17 @@
 import inspect
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import transformers
-from benchmarks import registry  # noqa: F401  it registers the cases
-from benchmarks.common.case import chosen
 from packaging.version import Version
 from typer.main import get_command
 
 import kara_hf
+from benchmarks import registry  # noqa: F401  it registers the cases
+from benchmarks.common.case import chosen
 from kara_hf.cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ def prose(text: str) -> str:
 def sentences(text: str) -> list[str]:
     """Of prose, with each cell of a table and each item of a list on its own."""
     parts = re.split(r"\n\s*\n|\n(?=[-#|]|\d+\. )|\|", prose(text))
-    return [sentence for part in parts for sentence in re.split(r"(?<=[.:;?!])\s+", part.strip())]
+    return [sentence for part in parts for sentence in re.split(r"(?<=[.:;?!])\**\s+", part.strip())]
 
 
 def shown(command: str) -> list[tuple[str, str]]:
@@ -48,10 +49,10 @@ def shown(command: str) -> list[tuple[str, str]]:
 
 
 def words(line: str) -> list[str]:
-    return [word for word in shlex.split(line, comments=True) if word != "..."]
+    return shlex.split(line, comments=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ the README
+# ----------------------------------------------------------------------------------------------------------- the README
 def test_the_snippet_prints_what_is_shown(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     (snippet,) = (code for kind, code in FENCE.findall(README) if kind == "python")
@@ -86,7 +87,7 @@ def test_make_knows_its_targets():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------------- all the texts
+# -------------------------------------------------------------------------------------------------------- all the texts
 @pytest.mark.parametrize("name", TEXTS)
 def test_links_lead_somewhere(name):
     text = FENCE.sub("", TEXTS[name])
@@ -110,22 +111,24 @@ def test_every_doc_is_in_the_index():
 
 
 @pytest.mark.parametrize("name, line", shown("kara-hf"))
-def test_commands_have_the_options_that_are_shown(name, line):
-    context = get_command(app).make_context("kara-hf", words(line)[1:], resilient_parsing=True)
-    command, args = context.command, words(line)[1:]
-    while hasattr(command, "commands") and args and args[0] in command.commands:
+def test_commands_parse(name, line):
+    command, args, context = get_command(app), words(line)[1:], None
+    while hasattr(command, "commands") and args and not args[0].startswith("-"):
+        assert args[0] in command.commands, f"no such command: {args[0]}"
+        context = command.make_context(command.name, [], parent=context, resilient_parsing=True)
         command, args = command.commands[args[0]], args[1:]
-    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    assert not hasattr(command, "commands") or not args or args[0].startswith("-"), f"no such command: {line}"
-    assert {arg for arg in args if arg.startswith("--")} <= options | {"--help"}
+    named = {option for parameter in command.params for option in parameter.opts}
+    assert {arg for arg in args if arg.startswith("--")} <= named
+    if args and "..." not in line.replace('"..."', "").split():  # neither its name alone nor with values left out
+        command.make_context(command.name, args, parent=context)
 
 
 @pytest.mark.parametrize("name, line", shown("python -m benchmarks"))
 def test_benchmarks_that_are_shown_exist(name, line):
     command, *args = words(line)[3:]
     assert command in ("list", "run", "table")
-    names = [arg for arg in args[: next((i for i, arg in enumerate(args) if arg.startswith("--")), None)]]
-    if "NAME" not in names and names:
+    names = list(takewhile(lambda arg: not arg.startswith("--"), args))
+    if names and names != ["NAME"]:
         assert chosen(names)
 
 
