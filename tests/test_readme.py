@@ -1,55 +1,148 @@
-"""What the README shows runs."""
+"""What the README and the docs show is there, parses and runs."""
 
 import inspect
 import re
+import shlex
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
+from typer.main import get_command
+
+import kara_hf
+from benchmarks import registry  # noqa: F401  it registers the cases
+from benchmarks.common.case import chosen
+from kara_hf.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+TEXTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 
 
-def test_the_example_runs(capsys, monkeypatch):
+def prose(text: str) -> str:
+    """Without code, pictures and what links lead to."""
+    text = re.sub(r"^    .*$", "", FENCE.sub("", text), flags=re.M)
+    return re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "code", text))
+
+
+def sentences(text: str) -> list[str]:
+    """Of prose, with each cell of a table and each item of a list on its own."""
+    parts = re.split(r"\n\s*\n|\n(?=[-#|]|\d+\. )|\|", prose(text))
+    return [sentence for part in parts for sentence in re.split(r"(?<=[.:;?!])\**\s+", part.strip())]
+
+
+def shown(command: str) -> list[tuple[str, str]]:
+    """All lines of code in all texts that begin with `command`, with the text that they are in."""
+    found = []
+    for name, text in TEXTS.items():
+        code = [match[1] for match in re.finditer(r"`([^`\n]+)`", FENCE.sub("", text))]
+        code += [line.strip() for line in text.splitlines() if line.startswith("    ")]
+        code += [line.strip() for _, block in FENCE.findall(text) for line in block.splitlines()]
+        found += [(name, line) for line in code if line.startswith(command + " ")]
+    return found
+
+
+def words(line: str) -> list[str]:
+    return shlex.split(line, comments=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- the README
+def test_the_snippet_prints_what_is_shown(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (example,) = (block for block in BLOCKS if "import" in block)
-    exec(compile(example, "README.md", "exec"), {})
-    out = capsys.readouterr().out
-    seen, kept, resident, full = re.match(r"tensor\(\[(\d+)\]\) tensor\((\d+)\) (\d+) (\d+)", out).groups()
-    assert int(seen) == 17 + 599 and int(kept) == 17 + 8 * 16 + 599 - 8 * 64
-    assert int(resident) < int(full)
-    assert "(0, 17, 'prompt')" in out and "'sealed')" in out and "(584, 616, 'recent')" in out
+    (snippet,) = (code for kind, code in FENCE.findall(README) if kind == "python")
+    (printed,) = (code for kind, code in FENCE.findall(README) if kind == "text")
+    assert len(snippet.splitlines()) == 8
+    if Version(transformers.__version__) < Version("5.24"):
+        snippet = snippet.replace("cache=cache", "past_key_values=cache")
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out == printed
 
 
-def test_the_one_liner_stands_in_the_package_docstring_too():
-    import kara_hf
-
-    for line in (block.strip() for block in BLOCKS if "import" not in block):
-        assert line in kara_hf.__doc__
+def test_the_call_for_all_versions_stands_in_the_package_docstring_too():
+    (line,) = re.findall(r"`(model\.generate\(.*past_key_values=.*\))`", README)
+    assert line in kara_hf.__doc__
 
 
-@pytest.mark.parametrize("name", re.findall(r"\]\(([^)#]+)\)", README))
-def test_links_lead_somewhere(name):
-    assert (ROOT / name).exists()
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+    assert not [s for s in sentences(README) if len(s.split()) > 40]
 
 
-@pytest.mark.parametrize("cache", ["KaraCache", "KVCompressCache"])
-def test_settings_are_the_defaults(cache):
-    import kara_hf
-
-    (table,) = re.findall(rf"^\| `{cache}` \| default .*\n\|---.*\n((?:\|.*\n)+)", README, flags=re.M)
-    shown = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", table, flags=re.M))
-    settings = inspect.signature(getattr(kara_hf, cache)).parameters
-    for name, default in shown.items():
-        assert default.strip("`").strip('"') == str(settings[name].default)
-    left_out = {"model", "block_size", "cuda_graph", "seed"}
-    beside = {"retention"} if cache == "KVCompressCache" else set()
-    assert set(shown) == set(settings) - left_out - beside
+def test_the_first_screen_says_which_cache_to_take():
+    assert "## Which cache?" in README.splitlines()[:40]
 
 
-def test_commands_exist():
+def test_make_knows_its_targets():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^    make (\w+)", README, flags=re.M):
+    targets = re.findall(r"^    make (\w+)", README, flags=re.M)
+    assert {"generate", "test"} <= set(targets)
+    for target in targets:
         assert f"\n{target}:" in makefile
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+# -------------------------------------------------------------------------------------------------------- all the texts
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    text = FENCE.sub("", TEXTS[name])
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if "://" not in link:
+            assert ((ROOT / name).parent / link).exists(), link
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name != "docs/architectures.md"])
+def test_tables_have_five_columns_and_eight_rows_at_most(name):
+    for table in re.findall(r"(?:^\|.*\n)+", FENCE.sub("", TEXTS[name]), flags=re.M):
+        head, _, *rows = re.sub(r"\\\||`[^`]*`", "code", table).splitlines()
+        assert head.count("|") - 1 <= 5, head
+        assert len(rows) <= 8, head
+
+
+def test_every_doc_is_in_the_index():
+    index = TEXTS["docs/index.md"]
+    for name in TEXTS:
+        assert name == "docs/index.md" or f"({name.removeprefix('docs/')})" in index.replace("(../", "("), name
+
+
+@pytest.mark.parametrize("name, line", shown("kara-hf"))
+def test_commands_parse(name, line):
+    command, args, context = get_command(app), words(line)[1:], None
+    while hasattr(command, "commands") and args and not args[0].startswith("-"):
+        assert args[0] in command.commands, f"no such command: {args[0]}"
+        context = command.make_context(command.name, [], parent=context, resilient_parsing=True)
+        command, args = command.commands[args[0]], args[1:]
+    named = {option for parameter in command.params for option in parameter.opts}
+    assert {arg for arg in args if arg.startswith("--")} <= named
+    if args and "..." not in line.replace('"..."', "").split():  # neither its name alone nor with values left out
+        command.make_context(command.name, args, parent=context)
+
+
+@pytest.mark.parametrize("name, line", shown("python -m benchmarks"))
+def test_benchmarks_that_are_shown_exist(name, line):
+    command, *args = words(line)[3:]
+    assert command in ("list", "run", "table")
+    names = list(takewhile(lambda arg: not arg.startswith("--"), args))
+    if names and names != ["NAME"]:
+        assert chosen(names)
+
+
+@pytest.mark.parametrize("cache", ["KaraCache", "KVCompressCache", "PoDCache"])
+def test_settings_are_the_defaults(cache):
+    section = re.search(rf"^## `{cache}`\n(.*?)(?=^## |\Z)", TEXTS["docs/settings.md"], flags=re.S | re.M)[1]
+    told = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", section, flags=re.M))
+    settings = inspect.signature(getattr(kara_hf, cache)).parameters
+    assert set(told) == set(settings) - {"model"}
+    for name, default in told.items():
+        if settings[name].default is not inspect.Parameter.empty:
+            assert default.strip("`").strip('"') == str(settings[name].default), name
+
+
+def test_paths_that_contributing_names_exist():
+    for path in re.findall(r"`((?:src|tests|benchmarks|docs|examples)/[\w/.]+)`", TEXTS["CONTRIBUTING.md"]):
+        assert (ROOT / path).exists(), path

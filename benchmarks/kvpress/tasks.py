@@ -23,7 +23,7 @@ from ..common.console import console
 from ..common.models import TINY
 from ..common.rows import Row
 from ..common.run import Run
-from ..quality.kit import COLUMNS, RESULTS, evaluator_of, folder_of, rows_of, skeleton_of, tasks_of
+from ..quality.kit import COLUMNS, RESULTS, evaluator_of, folder_of, rows_of, shared_settings_of, tasks_of
 from .environment import ENVIRONMENT, TORCH, environment, run_worker, source_of
 from .worker import decodes
 
@@ -132,7 +132,7 @@ def job_for(evaluator: Any, model: str) -> Row:
     """What the worker needs to know of the model. The bundled one is too small for several threads."""
     from kara_hf.integration.loading import find_device
 
-    skeleton = skeleton_of(model)
+    skeleton = shared_settings_of(model)
     return {
         "kind": "tasks",
         "device": str(find_device(None)),
@@ -152,7 +152,7 @@ def files_of(evaluator: Any, task: Any, cells: list[Row], model: str, out: Path,
     files = []
     for cell in cells:
         key = (task.name, cell["rule"], f"kvpress {cell['method']}", cell["budget"], "tokens", 0)
-        settings = {"share": cell["budget"], "batch": 1, "skeleton": asdict(skeleton_of(model))}
+        settings = {"share": cell["budget"], "batch": 1, "skeleton": asdict(shared_settings_of(model))}
         files.append(CellFile(out, Cell(evaluator.name, evaluator.weights, *key), settings, source))
     return files
 

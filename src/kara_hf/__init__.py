@@ -1,8 +1,9 @@
-"""KV-cache compression for Hugging Face Transformers that frees the bytes it says it frees.
+"""KV-cache compression for Hugging Face Transformers: evicted tokens give their memory back.
 
-    out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.25))
-    out = model.generate(**inputs, past_key_values=KVCompressCache(model, max_cache_tokens=512))
-    out = model.generate(**inputs, past_key_values=PoDCache(model, PoDSharing.from_pretrained("folder")))
+    out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.2))
+
+From Transformers 5.24 on the argument is called ``cache``. `KVCompressCache(model, max_cache_tokens=512)` and
+`PoDCache(model, PoDSharing.from_pretrained("folder"))` are used in the same way. `cache.report()` says what is held.
 
 Names are loaded when they are first used, so that importing the package costs nothing and changes nothing.
 """
