@@ -245,7 +245,7 @@ def test_rearranging_past_the_cap_changes_nothing(model, change):
 
 
 def test_sealing_shared_blocks_past_the_cap_changes_nothing(model):
-    """WindowCompression an open window that sequences share takes blocks of their own; without them the step is undone."""
+    """Sealing an open window that sequences share takes blocks of their own; without them the step is undone."""
     cache = KaraCache(model, retention=0.5, score="random", window=16, recent=0, block_size=16)
     ids = prompt(20)["input_ids"]
     with torch.no_grad():

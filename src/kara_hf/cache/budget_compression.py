@@ -1,4 +1,4 @@
-"""BudgetCompression blocks (KV-Compress): a prompt is cut to its budget when decoding begins, and kept within it from then on.
+"""Evicting blocks (KV-Compress): a prompt is cut to its budget when decoding begins, and kept within it from then on.
 
 The end of a prompt shows when a single token follows. Until then everything is kept whole, so that a prompt that comes
 in chunks is judged by the same queries as one that comes at once. What is evicted is chosen over all layers and heads

@@ -58,8 +58,8 @@ def read_mask(
     """Reads the mask of a later step. Waits for the device.
 
     Args:
-        attention_mask: None; ``[B, C]`` bool over all tokens seen, the new ones last, which is causal; or as `as_visible`
-            takes it.
+        attention_mask: None; ``[B, C]`` bool over all tokens seen, the new ones last, which is causal; or as
+            `as_visible` takes it.
         batch: sequences.
         seen: columns seen before.
         new: S, columns of the step; C is both together.

@@ -46,8 +46,8 @@ class SharedLayer(CompressedLayer):
             return super().attend_stored(step, query, key, value)
         if step.visibility is not None and not step.visibility.uniform:
             raise ValueError(
-                f"the attention mask of {self.model} is not that of causal sequences, which shared keys do not support; "
-                "use a mask of 0 and 1 for each token, or a cache without sharing"
+                f"the attention mask of {self.model} is not that of causal sequences, which shared keys do not "
+                "support; use a mask of 0 and 1 for each token, or a cache without sharing"
             )
         if step.new == 1 and not step.first and step.visibility is None:
             return self._attend_one(step, query, key, value)
@@ -77,8 +77,8 @@ class SharedLayer(CompressedLayer):
         return out
 
     def _attend_several(self, step: Step, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Several queries have several sets of proximal tokens, and the oldest keys go when the new ones come: attention
-        is over what was stored and the new tokens behind it.
+        """Several queries have several sets of proximal tokens, and the oldest keys go when the new ones come: so
+        attention is over what was stored and the new tokens behind it.
 
         So it is for one query that may not see all of what was stored, whose position is then -1.
         """
@@ -119,7 +119,7 @@ class SharedLayer(CompressedLayer):
         return positions if step.real is None else positions.masked_fill(~step.real.to(device), -1)
 
     def _of_leads(self, step: Step, query: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the F followers use for distant tokens: queries ``[B, F * G, S, D]`` and keys ``[B, F, past + S, D]``."""
+        """What followers use for distant tokens: queries ``[B, F * G, S, D]`` and keys ``[B, F, past + S, D]``."""
         group = query.shape[1] // self.sharing.heads
         queries, keys = [], []
         for head in self.followers:

@@ -1,4 +1,4 @@
-"""What everything in a cache shares: its model, layers, sequences and memory. It is handed out; the cache itself is not."""
+"""What everything in a cache shares: its model, layers, sequences and memory; it is handed out, the cache is not."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -47,8 +47,8 @@ class Turn:
         try:
             if not transformed and value is not self.values:
                 raise ValueError(
-                    f"{type(module).__name__} computes with its values after the cache returned them, in a way that is not "
-                    "known to be safe when tokens are missing; this model is not supported"
+                    f"{type(module).__name__} computes with its values after the cache returned them, in a way that is "
+                    "not known to be safe when tokens are missing; this model is not supported"
                 )
             step = steps.prepare(layer, module, query, attention_mask, transformed)
             if layer.index in step.stored:
@@ -91,8 +91,8 @@ class Steps:
         """
         if layer_idx >= len(self.state.layers):
             raise ValueError(
-                f"{self.state.binding.name} runs a layer {layer_idx}, and its config promises {len(self.state.layers)}; "
-                "mend the config's num_hidden_layers, or use Transformers' own cache"
+                f"{self.state.binding.name} runs a layer {layer_idx}, and its config promises "
+                f"{len(self.state.layers)}; mend the config's num_hidden_layers, or use Transformers' own cache"
             )
         step, layer = self.step, self.state.layers[layer_idx]
         unanswered = step is not None and step.waiting
@@ -180,8 +180,8 @@ class Steps:
             missing = [layer.index for layer in self.state.compressed_layers if layer.index not in step.stored]
             if missing and not step.first:
                 raise ValueError(
-                    f"layers {missing} of {self.state.binding.name} did not run in this step but hold earlier tokens; run "
-                    "the same layers in every step, or reset() the cache"
+                    f"layers {missing} of {self.state.binding.name} did not run in this step but hold earlier tokens; "
+                    "run the same layers in every step, or reset() the cache"
                 )
             self._commit(step)
         except BaseException:
@@ -345,8 +345,8 @@ class Steps:
             before = None if state.padding is None else state.padding[:, :seen]
             if read_mask(mask, len(mask), seen, 1, before, state.binding.name).visibility is not None:
                 raise ValueError(
-                    "the attention mask of decode steps on this device hides tokens seen before, which was not looked at "
-                    "when they ran; begin a turn of several tokens with such a mask, or reset() the cache"
+                    "the attention mask of decode steps on this device hides tokens seen before, which was not looked "
+                    "at when they ran; begin a turn of several tokens with such a mask, or reset() the cache"
                 )
 
     def rearranged(self) -> None:
@@ -372,7 +372,7 @@ class Steps:
 
     # ------------------------------------------------------------------------------------------------- replayed steps
     def count_step(self, real: torch.Tensor | None) -> None:
-        """The host's part of a decode step that was replayed: one token more everywhere, unless `real` says otherwise."""
+        """The host's part of a decode step that was replayed: one token more everywhere, or as `real` says."""
         state = self.state
         for layer in state.compressed_layers:
             layer.paged().count(1)

@@ -1,4 +1,4 @@
-"""WindowCompression windows (Kara): queries are held while their tokens are open; a window that is due keeps its share."""
+"""Sealing windows (Kara): queries are held while their tokens are open; a window that is due keeps its share."""
 
 import sys
 

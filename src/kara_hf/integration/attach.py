@@ -170,8 +170,8 @@ def _keeps_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
         if seen:
             limit = getattr(decoder_config(self), "original_max_position_embeddings", None)
             raise ValueError(
-                f"{type(self).__name__} drops the cache it was given, which has seen {seen} tokens, to compute everything "
-                "anew"
+                f"{type(self).__name__} drops the cache it was given, which has seen {seen} tokens, to compute "
+                "everything anew"
                 + (
                     f": it changes its rotary embedding at original_max_position_embeddings={limit} tokens"
                     if limit
