@@ -382,9 +382,13 @@ def check_window_scores(shape, causal, dtype):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def check_dtypes_are_not_cast_silently():
-    rows = make_rows([[3]], block_size=4)
-    with pytest.raises(ValueError, match="query of dtype torch.float16 do not fit a pool of torch.float32"):
-        attend(torch.zeros(1, 1, 1, 8, dtype=torch.float16), rows, scaling=1.0)
+@pytest.mark.parametrize("place", ["query", "keys", "values"])
+def check_a_dtype_without_a_kernel_is_refused(place):
+    """Wherever it is; those that have one may be mixed."""
+    query, rows = torch.zeros(1, 1, 1, 8), make_rows([[3]], block_size=4)
+    if place == "query":
+        query = query.double()
+    else:
+        rows = replace(rows, **{place: getattr(rows, place).double()})
     with pytest.raises(ValueError, match="no kernel is made for torch.float64"):
-        attend(torch.zeros(1, 1, 1, 8, dtype=torch.float64), rows, scaling=1.0)
+        attend(query, rows, scaling=1.0)
