@@ -27,7 +27,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from kara_hf.cli.options import BUNDLED_MODEL
+from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.serving import ServingConfig, kara_continuous_batching
 from kara_hf.serving.engine import Engine
 from kara_hf.serving.seams import LEAST_TRANSFORMERS

@@ -8,7 +8,7 @@ import weakref
 import torch
 from support.demo import finished, make
 
-from kara_hf.cli.app import BUNDLED_SETTINGS
+from kara_hf.cli.generate import BUNDLED_SETTINGS
 from kara_hf.demo.control import FifoLock
 from kara_hf.demo.generation import GumbelNoise
 from kara_hf.demo.presets import DEFAULTS, FULL, KARA, RANDOM, TASK_PRESETS, TRACE

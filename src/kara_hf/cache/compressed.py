@@ -111,6 +111,13 @@ class CompressedCache(Cache, StepCache):
         """The compressed layers, in order."""
         return self.state.compressed_layers
 
+    def layer(self, index: int) -> CompressedLayer:
+        """The compressed layer that is layer `index` of the model. Raises IndexError if that is of another kind."""
+        layer = self.layers[index]
+        if not isinstance(layer, CompressedLayer):
+            raise IndexError(f"layer {index} is not compressed; it is a {type(layer).__name__} of Transformers'")
+        return layer
+
     @property
     def sequences(self) -> list[Sequence]:
         """What is known of each sequence."""
