@@ -19,14 +19,10 @@ BLOCKS = {"protected": 8, "block_size": 8}
 REFUSED = {
     "bloom": "takes its attention function from its config",
     "falcon-alibi": "adds a bias to its attention scores",
-    "falcon-h1": "LinearAttentionAndFullAttentionLayer",
-    "gemma3n": "share the keys of other layers",
-    "gemma4": "share the keys of other layers",
     "mamba2": "no full-attention layer",
-    "minimax": "uses cache of its own",
+    "minimax": "uses a cache class of its own",
     "mistral-sliding": "no full-attention layer",
     "mpt": "takes its attention function from its config",
-    "zamba2": "LinearAttentionAndFullAttentionLayer",
 }
 
 # Models that an older Transformers does not let anyone reach, and the version that does.

@@ -78,9 +78,9 @@ def test_quality_comes_from_the_kit(tmp_path):
     assert {(line[1], line[2]) for line in shown} == {
         ("none", "full"),
         ("none", "pod"),
-        ("pinned", "random"),
-        ("pinned", "kara"),
-        ("pinned", "kara+pod"),
+        ("prompt-kept", "random"),
+        ("prompt-kept", "kara"),
+        ("prompt-kept", "kara+pod"),
     }
     assert not (tmp_path / "rows.json").exists(), "answers are kept by the kit alone"
     assert "answers of a smoke run are gone" in done.output

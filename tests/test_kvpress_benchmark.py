@@ -163,7 +163,7 @@ def test_answers_of_the_worker_are_results_of_the_kit(without_worker, evaluator,
     frame = load(tmp_path)
     assert list(zip(frame["rule"], frame["method"], frame["number"], strict=True)) == [
         (rule, f"kvpress {method}", number)
-        for rule, method in (("after", "SnapKV"), ("before", "SnapKV"), ("none", "full"))
+        for rule, method in (("none", "full"), ("query-agnostic", "SnapKV"), ("query-aware", "SnapKV"))
         for number in (0, 1)
     ]
     assert set(frame["equal"]) == {"tokens"} and frame["provenance"].iloc[0]["date"] == ORIGIN["date"]

@@ -31,15 +31,15 @@ COLUMNS = [
 
 def evaluator_of(model: str = "", device: str | None = None) -> "Evaluator":
     """An evaluator for a hub id or folder; for the bundled model if that is empty."""
-    from kara_hf.cli.evaluate import weights_of
     from kara_hf.evaluation.measure.evaluator import Evaluator
+    from kara_hf.evaluation.measure.identity import weights_of
     from kara_hf.integration.loading import LoadedModel
 
     if not model:
         torch.set_num_threads(1)  # it is too small for several
     runner = LoadedModel(model or str(TINY), device=device)
     runner.tokenizer.padding_side = "left"
-    weights = weights_of(runner, model or str(TINY))
+    weights = weights_of(runner.model, model or str(TINY))
     return Evaluator(runner.model, runner.tokenizer, name=runner.name, weights=weights, limit=runner.limit)
 
 

@@ -77,7 +77,7 @@ def snapkv(model: Any, plan: Any) -> Any:
 )
 def window_jobs(run: Run, **sizes: Any) -> Iterator[Job]:
     methods = ["full", "random", "random-chunks", "recency", "causal", "kara-top-k", "kara", "oracle"]
-    yield from asked(run, methods, ["pinned"], sizes)
+    yield from asked(run, methods, ["prompt-kept"], sizes)
 
 
 @register(
@@ -94,7 +94,7 @@ def eviction_jobs(run: Run, **sizes: Any) -> Iterator[Job]:
 
     methods = ["full", "kv-compress-random", "kv-compress", "kv-compress-uniform", "streaming-llm"]
     tried = Method("snapkv", snapkv, "l1 votes of the prompt's last queries alone, uniform heads")
-    yield from asked(run, [*methods, tried], ["before", "after"], sizes, reference="kv-compress-random")
+    yield from asked(run, [*methods, tried], ["query-aware", "query-agnostic"], sizes, reference="kv-compress-random")
 
 
 @register(
@@ -110,7 +110,7 @@ def pod_jobs(run: Run, sharing: str, **sizes: Any) -> Iterator[Job]:
     from kara_hf import PoDSharing
 
     shared = PoDSharing.from_pretrained(sharing)
-    yield from asked(run, ["full", "random", "pod", "kara", "kara+pod"], ["pinned"], sizes, sharing=shared)
+    yield from asked(run, ["full", "random", "pod", "kara", "kara+pod"], ["prompt-kept"], sizes, sharing=shared)
 
 
 @register(
@@ -123,4 +123,4 @@ def pod_jobs(run: Run, sharing: str, **sizes: Any) -> Iterator[Job]:
     keep=False,
 )
 def bit_jobs(run: Run, **sizes: Any) -> Iterator[Job]:
-    yield from asked(run, ["full", "float8", "quantized-4", "quantized-2"], ["pinned"], sizes, reference="full")
+    yield from asked(run, ["full", "float8", "quantized-4", "quantized-2"], ["prompt-kept"], sizes, reference="full")

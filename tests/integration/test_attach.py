@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -95,11 +96,14 @@ def test_what_was_put_on_goes_with_the_last_holder():
 
 
 def test_a_model_that_is_dropped_takes_it_along():
-    attach(build("llama"))
     gc.collect()
-    other = build("llama")
-    assert not is_attached(other)
-    assert "__getitem__" not in vars(AttentionInterface)
+    before = surroundings(build("llama", seed=1))
+    model = build("llama")
+    attach(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and surroundings(build("llama", seed=1)) == before
 
 
 def test_several_models_come_and_go_in_any_order():
@@ -147,7 +151,7 @@ def test_attentions_are_given_out_afterwards():
 def test_somebody_else_wraps_the_same_place():
     """What others put over ours stays, and ours beneath it changes nothing."""
     model = build("llama")
-    expected = computed(model)
+    expected, own = computed(model), vars(AttentionInterface).get("__getitem__")
     cache = KaraCache(model, retention=0.5, **SMALL)
     ours = AttentionInterface.__getitem__
     AttentionInterface.__getitem__ = lambda self, name: ours(self, name)
@@ -157,7 +161,10 @@ def test_somebody_else_wraps_the_same_place():
         assert AttentionInterface.__getitem__ is theirs
         assert all(map(torch.equal, computed(model), expected))
     finally:
-        del AttentionInterface.__getitem__
+        if own is None:
+            del AttentionInterface.__getitem__
+        else:
+            AttentionInterface.__getitem__ = own
 
 
 def test_another_model_is_compiled_meanwhile():

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..bundled import BUNDLED_MODEL
 from ..config import require
-from ..needs import check_needs
+from ..needs import Check, check_needs
 from ..pod.config import AdaptConfig
 from .options import (
     DTYPES,
@@ -263,11 +263,12 @@ def adapt(
 
         from ..integration.loading import LoadedModel
         from ..pod.adapt import adapt as adapt_model
-        from ..pod.refusals import check_requirements
+        from ..pod.refusals import needs_of_adaptation
         from ..pod.samples import opener
         from ..policy.sharing import PoDSharing
 
-        check_requirements(config, data, out, log, push_to_hub)
+        readable = Check(lambda: PoDSharing.from_pretrained(sharing))
+        check_needs({"adaptation": [*needs_of_adaptation(config, data, out, log, push_to_hub), readable]})
         shared = PoDSharing.from_pretrained(sharing)
         # accelerate moves it to the device of the process
         loaded = LoadedModel(

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..integration.attach import detach, unwrap
+from ..needs import check_needs
 from ..policy.sharing import PoDSharing
 from .config import AdaptConfig
 from .forward import SharedForward
 from .loss import perplexity
 from .output import LOGS, METRICS, push, write
-from .refusals import check_dtype, check_length, check_model, check_requirements, longest_of
+from .refusals import check_dtype, check_length, check_model, longest_of, needs_of_adaptation
 from .samples import Sample, SampleStream, Start, opener
 from .student import checkpointing, trainable
 
@@ -93,7 +94,7 @@ def adapt(
         ImportError: packages are missing; the message names all of them and says how they are installed.
     """
     output = Path(output)
-    check_requirements(config, data, output, log, push_to_hub)
+    check_needs({"adaptation": needs_of_adaptation(config, data, output, log, push_to_hub)})
     check_model(model, sharing, config)
     start = opener(data, tokenizer, config)
     check_length(config.length if isinstance(data, str) else longest_of(data), sharing, model)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..config import require
 from ..integration.attach import decoder_config, unwrap
 from ..integration.shape import layer_kinds, model_shape
-from ..needs import Check, Need, Package, check_needs, extra
+from ..needs import Check, Need, Package, extra
 from ..policy.sharing import PoDSharing
 from ..probing.data import needs_of
 from .config import AdaptConfig
@@ -21,26 +21,24 @@ from .student import lora_targets
 TRACKERS = {"none": "", "tensorboard": "tensorboard|tensorboardX", "trackio": "trackio"}
 
 
-def check_requirements(
+def needs_of_adaptation(
     config: AdaptConfig,
     data: str | Sequence[Sample] | Start,
     output: Path,
     log: str = "none",
     push_to_hub: str | None = None,
-) -> None:
-    """Looks up what `adapt` needs, with arguments as there; knows nothing of a model yet.
+) -> list[Need]:
+    """What `adapt` needs, with arguments as there: packages, files, a folder to write to, a login to the hub.
 
     Raises:
-        ImportError: packages are missing, and perhaps something else; the message names all of it, with the remedies.
-        ValueError: there is no such tracker or file, the output is no folder, or nobody is logged in to the hub.
+        ValueError: there is no such tracker.
     """
     require(log in TRACKERS, "log", log, f"one of {', '.join(TRACKERS)}")
     needs: list[Need] = [Package("accelerate", extra("train"))]
     needs += [Package("peft", extra("train"))] if config.rank else []
     needs += [Package(TRACKERS[log], f"pip install {log}")] if TRACKERS[log] else []
     needs += needs_of(data) if isinstance(data, str) else []
-    needs += [Check(lambda: check_output(output)), Check(lambda: check_login(push_to_hub))]
-    check_needs({"adaptation": needs})
+    return [*needs, Check(lambda: check_output(output)), Check(lambda: check_login(push_to_hub))]
 
 
 def check_output(output: Path) -> None:
