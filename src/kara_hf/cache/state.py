@@ -59,8 +59,14 @@ class CacheState:
         for layer in self.all_compressed_layers:
             layer.seen = columns
 
+    def hold_padding(self, padding: torch.Tensor | None) -> None:
+        """Holds another `padding`, which is counted as all that is held."""
+        if self.padding is not None:
+            self.meter.uncount(self.padding)
+        self.padding = None if padding is None else self.meter.count(padding)
+
     def arrange(self, index: list[int]) -> None:
         """Makes sequence i what sequence ``index[i]`` was, in all that does not lie in layers."""
         self.sequences = [self.sequences[b] for b in index]
         if self.padding is not None:
-            self.padding = self.padding[torch.tensor(index, device=self.padding.device)]
+            self.hold_padding(self.padding[torch.tensor(index, device=self.padding.device)])

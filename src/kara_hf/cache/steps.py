@@ -321,7 +321,7 @@ class Steps:
             return
         before = real[:, :0] if self.state.padding is None else self.state.padding
         between = real.new_ones(len(real), seen - before.shape[1])
-        self.state.padding = torch.cat([before.to(real.device), between, real], 1)
+        self.state.hold_padding(torch.cat([before.to(real.device), between, real], 1))
         for layer in self.state.compressed_layers:
             layer.padded = True
 
@@ -368,7 +368,7 @@ class Steps:
         state.count_columns(state.columns - count)
         self._solid_columns -= count
         if state.padding is not None:
-            state.padding = state.padding[:, : state.columns]
+            state.hold_padding(state.padding[:, : state.columns].clone())
 
     # ------------------------------------------------------------------------------------------------- replayed steps
     def count_step(self, real: torch.Tensor | None) -> None:
