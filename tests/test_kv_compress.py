@@ -67,7 +67,9 @@ def blocks_in_use(cache: KVCompressCache) -> np.ndarray:
 
 def memory_of(cache: KVCompressCache) -> int:
     """Bytes of the tensors that can be reached from the cache's compressed layers."""
-    storages = [tensor.untyped_storage() for tensor in live_tensors(cache)]
+    storages = [
+        tensor.untyped_storage() for tensor in (*live_tensors(cache), cache.state.padding) if tensor is not None
+    ]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
 

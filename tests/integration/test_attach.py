@@ -106,6 +106,24 @@ def test_a_model_that_is_dropped_takes_it_along():
     assert gone() is None and surroundings(build("llama", seed=1)) == before
 
 
+def test_holders_that_are_collected_while_others_are_made():
+    """The collector may run at any allocation, and drop the last cache while the next one is made."""
+    model, cycles = build("llama"), []
+    before = surroundings(model)
+    threshold = gc.get_threshold()
+    try:
+        gc.set_threshold(1)  # as often as it can
+        for _ in range(30):
+            cycles.append([KaraCache(model, retention=0.5, **SMALL)])
+            cycles[-1].append(cycles[-1])
+            cycles.clear()
+            model(IDS[:, :4], past_key_values=KaraCache(model, retention=0.5, **SMALL), use_cache=True)
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    assert surroundings(model) == before
+
+
 def test_several_models_come_and_go_in_any_order():
     models = [build("llama"), build("qwen3", seed=1), build("gemma2", seed=2)]
     before = surroundings(models[0])

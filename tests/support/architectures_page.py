@@ -62,14 +62,16 @@ def _group(row: dict[str, Any]) -> str:
 
 def _introduction(result: dict[str, Any], groups: dict[str, dict[str, Any]]) -> str:
     count = {group: len(members) for group, members in groups.items()}
+    left = result["left"]
+    rest = f" {left} more have not been checked with this version yet." if left else ""
     also = f"{count['wrong']} do not behave as they should (see the end), and " if count["wrong"] else ""
     return "\n\n".join(
         map(
             _wrapped,
             (
-                f"Transformers {result['transformers']} has {sum(count.values())} classes that write text: those of "
-                "`AutoModelForCausalLM` and, used with text alone, of `AutoModelForImageTextToText`. Each was built in "
-                "miniature from its default config, with all kinds of its layers and random weights. "
+                f"{sum(count.values())} classes of Transformers {result['transformers']} that write text were checked: of "
+                f"`AutoModelForCausalLM` and, used with text alone, of `AutoModelForImageTextToText`.{rest} Each was built "
+                "in miniature from its default config, with all kinds of its layers and random weights. "
                 f"{count['works']} work with `KaraCache`, "
                 f"{count['refused']} are refused by name, {also}{count['unjudged']} could not be judged.",
                 "*Works*: while every token is kept (`retention=1.0`) the logits are those of `DynamicCache` within "

@@ -65,6 +65,7 @@ def read() -> dict[str, Any]:
 def write(rows: dict[str, Any]) -> None:
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows))
     versions = f'"transformers": "{transformers.__version__}",\n"torch": "{torch.__version__.partition("+")[0]}"'
+    versions += f',\n"left": {len(set(classes()) - set(rows))}'
     RESULT.write_text(f'{{\n{versions},\n"classes": {{\n{lines}\n}}\n}}\n')
 
 

@@ -107,7 +107,10 @@ def _compiled(name: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ what is put where
 class _Patch:
-    """An attribute of a class that is wrapped for as long as somebody needs it."""
+    """An attribute of a class that is wrapped for as long as somebody needs it.
+
+    Holders may be collected at any allocation, in the middle of these methods too: who counts, counts first.
+    """
 
     def __init__(self, owner: type, name: str, wrap: Callable[[Any], Any]):
         self.owner, self.name, self.wrap = owner, name, wrap
@@ -116,21 +119,23 @@ class _Patch:
         self._ours: Any = None
 
     def acquire(self) -> None:
-        if self.users == 0:
+        self.users += 1
+        if self._ours is None:
             self._own = vars(self.owner).get(self.name)
             self._ours = self.wrap(getattr(self.owner, self.name))
             setattr(self.owner, self.name, self._ours)
-        self.users += 1
 
     def release(self) -> None:
         self.users -= 1
-        if self.users or vars(self.owner).get(self.name) is not self._ours:
-            return  # still needed, or somebody else has wrapped it since: what is ours beneath changes nothing
-        if self._own is None:
+        if self.users:
+            return
+        own, ours, self._own, self._ours = self._own, self._ours, None, None
+        if vars(self.owner).get(self.name) is not ours:
+            return  # somebody else has wrapped it since: what is ours beneath changes nothing
+        if own is None:
             delattr(self.owner, self.name)
         else:
-            setattr(self.owner, self.name, self._own)
-        self._own = self._ours = None
+            setattr(self.owner, self.name, own)
 
 
 def _answers(look_up: Callable[..., Any]) -> Callable[..., Any]:
@@ -253,7 +258,7 @@ _attached: weakref.WeakKeyDictionary[PreTrainedModel, _Attached] = weakref.WeakK
 
 def _attach(model: PreTrainedModel) -> _Attached:
     found = _attached.get(model)
-    if found is None:
+    if found is None or not found.open:
         found = _attached[model] = _Attached(model)
     return found
 
@@ -271,11 +276,15 @@ class Hold:
     def __init__(self, model: PreTrainedModel):
         self._model = weakref.ref(model)
         with _lock:
-            self._attached = _attach(model)
-            self._attached.caches += 1
+            while True:
+                self._attached = attached = _attach(model)
+                attached.caches += 1
+                if attached.open:
+                    break
+                attached.caches -= 1  # the last other holder was collected in between, and took it along
 
     def __del__(self) -> None:
-        if _lock is None:  # the interpreter is going down
+        if _lock is None or not hasattr(self, "_attached"):  # the interpreter is going down, or it was never made
             return
         with _lock:
             self._attached.caches -= 1
@@ -313,7 +322,8 @@ class Attachment:
 
 def is_attached(model: PreTrainedModel) -> bool:
     """Whether kara_hf caches are answered for `model`."""
-    return model in _attached
+    attached = _attached.get(model)
+    return attached is not None and attached.open
 
 
 def attach(model: Any) -> Attachment:
@@ -331,6 +341,9 @@ def attach(model: Any) -> Attachment:
     with _lock:
         attached = _attach(model)
         was_explicit, attached.explicit = attached.explicit, True
+        if not attached.open:  # as in `Hold`
+            attached = _attach(model)
+            attached.explicit = True
     return Attachment(model, was_explicit)
 
 
