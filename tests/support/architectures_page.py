@@ -69,9 +69,9 @@ def _introduction(result: dict[str, Any], groups: dict[str, dict[str, Any]]) -> 
         map(
             _wrapped,
             (
-                f"{sum(count.values())} classes of Transformers {result['transformers']} that write text were checked: of "
-                f"`AutoModelForCausalLM` and, used with text alone, of `AutoModelForImageTextToText`.{rest} Each was built "
-                "in miniature from its default config, with all kinds of its layers and random weights. "
+                f"{sum(count.values())} classes of Transformers {result['transformers']} that write text were checked: "
+                f"of `AutoModelForCausalLM` and, used with text alone, of `AutoModelForImageTextToText`.{rest} Each "
+                "was built in miniature from its default config, with all kinds of its layers and random weights. "
                 f"{count['works']} work with `KaraCache`, "
                 f"{count['refused']} are refused by name, {also}{count['unjudged']} could not be judged.",
                 "*Works*: while every token is kept (`retention=1.0`) the logits are those of `DynamicCache` within "
