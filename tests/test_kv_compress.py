@@ -592,7 +592,8 @@ def test_a_cap_is_held_by_evicting_more(model, share, continual):
     batch = left_padded([prompt(n, seed=n)["input_ids"][0] for n in (70, 9)])
     settings = {**batch, "max_new_tokens": 120, "do_sample": False}
     model.generate(**settings, past_key_values=free)
-    need, least = free.report().resident_bytes, tightest(model, 2)
+    padding = batch["attention_mask"].numel()  # which columns hold tokens is held too, a byte each
+    need, least = free.report().resident_bytes, tightest(model, 2) + padding
     limit = int(least + share * (need - least))
     cache = make(max_cache_tokens=60, continual=continual, max_bytes=limit)(model)
     resident = []
