@@ -59,11 +59,12 @@ class CacheState:
         for layer in self.all_compressed_layers:
             layer.seen = columns
 
+    @torch.inference_mode(False)  # what is held is used again, perhaps outside inference mode
     def hold_padding(self, padding: torch.Tensor | None) -> None:
         """Holds another `padding`, which is counted as all that is held."""
         if self.padding is not None:
             self.meter.uncount(self.padding)
-        self.padding = None if padding is None else self.meter.count(padding)
+        self.padding = None if padding is None else self.meter.count(padding.clone())
 
     def arrange(self, index: list[int]) -> None:
         """Makes sequence i what sequence ``index[i]`` was, in all that does not lie in layers."""
