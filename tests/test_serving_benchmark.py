@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.common.rows import load_rows
-from kara_hf.serving.engine import LEAST_TRANSFORMERS
+from kara_hf.serving.seams import LEAST_TRANSFORMERS
 
 if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
     pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)
