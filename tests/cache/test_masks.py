@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.architectures import build
 from transformers import DynamicCache
 
 from kara_hf import KaraCache, KVCompressCache, PoDCache, PoDSharing

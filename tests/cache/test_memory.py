@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from architectures import build
+from support.architectures import build
 
 from kara_hf import KaraCache, KVCompressCache, PoDCache, PoDSharing
 

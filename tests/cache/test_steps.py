@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import build
+from support.architectures import build
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from kara_hf import KaraCache, KVCompressCache, PoDCache, PoDSharing

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from architectures import PAD_TOKEN_ID
+from support.architectures import PAD_TOKEN_ID
 from support.demo import TINY, finished, make
 from support.tokenizing import tokenizer
 from transformers import Phi3Config, Phi3ForCausalLM

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from architectures import build as build_model
+from support.architectures import build as build_model
 from support.demo import DEEP, finished, make
 from support.tokenizing import tokenizer
 

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from architectures import build
+from support.architectures import build
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -7,9 +7,9 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.architectures import ARCHITECTURES, build
 from support.batches import ids
 
 from kara_hf import PoDSharing

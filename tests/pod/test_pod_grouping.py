@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from architectures import build
+from support.architectures import build
 from support.batches import ids
 from support.similarities import drawn, leads, made, symmetric
 

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from support.architectures import build
 from support.batches import ids, left_padded
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner

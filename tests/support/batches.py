@@ -15,3 +15,8 @@ def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     for b, row in enumerate(rows):
         ids[b, width - len(row) :], mask[b, width - len(row) :] = row, 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def prompt(tokens: int = 20, batch: int = 1, seed: int = 1) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from architectures import _enliven
+from support.architectures import _enliven
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessor, PreTrainedModel
 from transformers.generation import utils as generation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

@@ -3,15 +3,14 @@
 import gc
 import json
 
-import numpy as np
 import pytest
 import torch
-from architectures import build
 from hypothesis import given
 from hypothesis import strategies as st
+from support.architectures import build
+from support.caches import live_tensors
 
-from kara_hf import CompressedCache, KaraCache
-from kara_hf.cache.layer import CompressedLayer
+from kara_hf import KaraCache
 from kara_hf.integration.attention import CarriedKey
 
 GREEDY = {"max_new_tokens": 50, "do_sample": False}
@@ -29,25 +28,6 @@ def run(model, batch: int = 2, prompt: int = 37, **settings) -> KaraCache:
     mask[0, :9] = 0
     model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
     return cache
-
-
-def live_tensors(cache: CompressedCache) -> list[torch.Tensor]:
-    """Every tensor that can be reached from the cache's compressed layers."""
-    found, todo, visited = [], [layer for layer in cache.layers if isinstance(layer, CompressedLayer)], set()
-    while todo:
-        thing = todo.pop()
-        if id(thing) in visited or isinstance(thing, CompressedCache | type | np.ndarray | str | int | float):
-            continue
-        visited.add(id(thing))
-        if isinstance(thing, torch.Tensor):
-            found.append(thing)
-        elif isinstance(thing, dict):
-            todo += thing.values()
-        elif isinstance(thing, list | tuple):
-            todo += thing
-        elif hasattr(thing, "__dict__"):
-            todo += vars(thing).values()
-    return found
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek-v3"])

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import build
 from hypothesis import given
 from hypothesis import strategies as st
+from support.architectures import build
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 from typer.testing import CliRunner
 

@@ -19,7 +19,7 @@ from kara_hf.evaluation.measure.evaluator import Request
 from kara_hf.evaluation.measure.results import load
 from kara_hf.methods.registry import METHODS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ORIGIN = {"command": "python -m benchmarks run kvpress", "device": "a CPU", "threads": 1, "date": "2026-01-02"}
 
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, fields
 import numpy as np
 import pytest
 import torch
-from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.architectures import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kara_hf import KVCompressCache

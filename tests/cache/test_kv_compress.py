@@ -5,24 +5,29 @@ something is, and within its budget, in blocks and in bytes, all the way.
 import copy
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_errors import state
-from test_generate import left_padded, prompt
-from test_oracle import check
-from test_report import live_tensors
+from support.architectures import ARCHITECTURES, build
+from support.batches import left_padded, prompt
+from support.caches import feed, kept, live_tensors, memory_of, rows_of, state
+from support.oracle import check
 from transformers import DynamicCache
 
 from kara_hf import KVCompressCache, PoolExhausted, detach
 from kara_hf.integration.attention import CarriedKey
 from kara_hf.storage import Blocks, PagedStore
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama")
+
 
 SMALL = {"block_size": 4, "protected": 6, "sinks": 2, "observation": 8, "pool": 3}  # no row has less than 2 blocks
 CUT = {"max_cache_tokens": 20, **SMALL}
@@ -31,25 +36,8 @@ KEEP_ALL = pytest.mark.parametrize("keep", [{"retention": 1.0}, {"max_cache_toke
 ROWS = 6  # of a sequence in the small llama: 3 layers with 2 heads
 
 
-@pytest.fixture(scope="module")
-def model():
-    return build("llama")
-
-
 def make(**chosen) -> Callable[..., KVCompressCache]:
     return lambda model: KVCompressCache(model, **SMALL | chosen)
-
-
-def rows_of(cache: KVCompressCache) -> Iterator[tuple[int, int, int]]:
-    """Layer, sequence and head of every row."""
-    for layer in cache.compressed_layers:
-        batch, heads = layer.stored().lengths.shape
-        yield from ((layer.index, b, h) for b in range(batch) for h in range(heads))
-
-
-def kept(cache: KVCompressCache, sequence: int = 0) -> dict[tuple[int, int], list[int]]:
-    """Positions that each (layer, head) stores of a sequence."""
-    return {(layer, h): cache.kept_positions(layer, b, h).tolist() for layer, b, h in rows_of(cache) if b == sequence}
 
 
 def metric_of(cache: KVCompressCache, layer: int, sequence: int, head: int) -> torch.Tensor:
@@ -63,30 +51,6 @@ def blocks_in_use(cache: KVCompressCache) -> np.ndarray:
     """Blocks that hold a token, over all rows of each sequence, ``[B]``."""
     size = cache.compression.block_size
     return (-(-cache.report().kept.numpy() // size)).sum((0, 2))
-
-
-def memory_of(cache: KVCompressCache) -> int:
-    """Bytes of the tensors that can be reached from the cache's compressed layers."""
-    storages = [
-        tensor.untyped_storage() for tensor in (*live_tensors(cache), cache.state.padding) if tensor is not None
-    ]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
-
-
-@torch.no_grad()
-def feed(model, cache, ids: torch.Tensor, steps: list[int], mask: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
-    """Logits of the next `ids` ``[B, S]`` in steps, each ``[B, s, V]``. `mask` ``[B, S]`` and `ids` begin at 0."""
-    mask = torch.ones_like(ids) if mask is None else mask
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    for new in steps:
-        part = slice(cache.get_seq_length(), cache.get_seq_length() + new)
-        yield model(
-            input_ids=ids[:, part],
-            attention_mask=mask[:, : part.stop],
-            position_ids=positions[:, part],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
 
 
 def run(model, cache, ids: torch.Tensor, steps: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:

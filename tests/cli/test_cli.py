@@ -23,7 +23,7 @@ from kara_hf.cli import generate as generating
 from kara_hf.cli.display import CacheRun, kept_table, show_runs, survival
 from kara_hf.tasks.reasoner import make_problem
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("triton", "peft", "gradio", "datasets", "accelerate", "plotly", "matplotlib")
 PROBLEM = {"task": "trace", "split": "test", "generated": 100, "seed": 1}
 SETTINGS = {"retention": 0.5, "window": 32, "recent": 16}

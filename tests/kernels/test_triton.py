@@ -6,9 +6,7 @@ below. bfloat16 is left to GPUs, because the interpreter computes it wrongly.
 """
 
 import math
-import os
 import re
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,8 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from architectures import build
-from test_kernels import (
+from support.architectures import build
+from support.interpreter import run
+from support.kernel_cases import (
     HIDES_ALL,
     NAN,
     AttendCase,
@@ -47,15 +46,7 @@ from kara_hf.kernels import (
     window_scores_reference,
 )
 
-HERE = Path(__file__).parent
 HALF_AND_SINGLE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
-
-
-def run(*arguments, **environment):
-    """A process with the given environment variables on top; those of the backend are unset otherwise."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("KARA_BACKEND", "TRITON_INTERPRET")}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, cwd=HERE.parent)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +71,8 @@ def run(*arguments, **environment):
 def test_interpreted(arguments):
     pytest.importorskip("triton", reason="triton is not installed")
     flags = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = run(*flags, str(HERE / arguments[0]), *arguments[1:], KARA_BACKEND="triton", TRITON_INTERPRET="1")
+    file = Path(__file__).with_name(arguments[0])
+    done = run(*flags, str(file), *arguments[1:], KARA_BACKEND="triton", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 

@@ -1,7 +1,7 @@
 """Every causal LM of Transformers: exact at retention 1 or refused with its reason, and attaching is invisible.
 
 Twenty classes, each there for a mechanism of its own, are checked here against the committed result of the sweep over
-all of them; ``pytest -m slow tests/test_every_causal_lm.py`` runs the whole sweep.
+all of them; ``pytest -m slow tests/integration/test_every_causal_lm.py`` runs the whole sweep.
 """
 
 import pytest

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from test_generate import left_padded, prompt
-from test_oracle import EVICTED, check
-from test_pod import HEADS, LAYERS, LONG, SHARED, close, deep
-from test_report import live_tensors
+from support.batches import left_padded, prompt
+from support.caches import live_tensors
+from support.oracle import EVICTED, check
+from support.sharing import HEADS, LAYERS, LONG, SHARED, close, deep
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 

@@ -1,39 +1,17 @@
-"""The end-to-end oracle: attention over what is stored equals dense attention with -inf at every evicted token.
-
-A second model runs on a DynamicCache that keeps everything; its attention masks, per layer, head and true position,
-what the compressed cache evicted. The logits of every step must agree.
-"""
+"""Dense attention with -inf at every evicted token: what a compressed cache's logits are compared with."""
 
 import copy
 import sys
 from collections.abc import Callable
 
-import pytest
 import torch
-from architectures import build
+from support.architectures import build
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from kara_hf import CompressedCache, KaraCache
-from kara_hf.policy import SCORES
+from kara_hf import CompressedCache
 
 EVICTED: dict[int, torch.Tensor] = {}  # layer -> [B, H, columns] bool
-
-
-def masked_attention(module, query, key, value, attention_mask, **kwargs):
-    """The model's own eager attention with -inf at evicted keys."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    evicted = EVICTED.get(module.layer_idx)
-    if evicted is not None and key.shape[2] >= evicted.shape[2]:
-        extra = torch.zeros(*evicted.shape[:2], 1, key.shape[2])
-        extra[..., : evicted.shape[2]].masked_fill_(evicted[:, :, None], torch.finfo(torch.float32).min)
-        extra = extra.repeat_interleave(query.shape[1] // evicted.shape[1], dim=1)
-        attention_mask = extra if attention_mask is None else attention_mask[..., : key.shape[2]] + extra
-    return eager(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register("oracle", masked_attention)
-AttentionMaskInterface.register("oracle", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
 def evicted_of(cache: CompressedCache, columns: int, padding: list[int]) -> dict[int, torch.Tensor]:
@@ -52,25 +30,20 @@ def evicted_of(cache: CompressedCache, columns: int, padding: list[int]) -> dict
     return masks
 
 
-@pytest.mark.parametrize("score", sorted(SCORES))
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt-oss", "qwen3-next", "deepseek-v3"])
-def test_scores(name, score):
-    if name != "llama" and score not in ("bidirectional", "random"):
-        pytest.skip("one model tries every score")
-    assert check(name, [3, 0], kara(score=score, retention=0.25)) > 0
+def masked_attention(module, query, key, value, attention_mask, **kwargs):
+    """The model's own eager attention with -inf at evicted keys."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    evicted = EVICTED.get(module.layer_idx)
+    if evicted is not None and key.shape[2] >= evicted.shape[2]:
+        extra = torch.zeros(*evicted.shape[:2], 1, key.shape[2])
+        extra[..., : evicted.shape[2]].masked_fill_(evicted[:, :, None], torch.finfo(torch.float32).min)
+        extra = extra.repeat_interleave(query.shape[1] // evicted.shape[1], dim=1)
+        attention_mask = extra if attention_mask is None else attention_mask[..., : key.shape[2]] + extra
+    return eager(module, query, key, value, attention_mask, **kwargs)
 
 
-@pytest.mark.parametrize("steps", [[24, 1, 1, 9, 1, 30, 1], [40] + [1] * 40], ids=["turns", "tokens"])
-@pytest.mark.parametrize("compress_prompt", [True, False])
-@pytest.mark.parametrize("padding", [[0, 0], [5, 0], [0, 17]], ids=str)
-def test_steps(padding, compress_prompt, steps):
-    make = kara(compress_prompt=compress_prompt, retention=0.5, anchor_share=0.6)
-    evictions = check("llama", padding, make, steps)
-    assert evictions > 0 or not (compress_prompt or len(steps) > 30)
-
-
-def kara(**settings) -> Callable[..., KaraCache]:
-    return lambda model: KaraCache(model, window=16, recent=4, block_size=4, **settings)
+AttentionInterface.register("oracle", masked_attention)
+AttentionMaskInterface.register("oracle", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
 @torch.no_grad()

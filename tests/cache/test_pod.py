@@ -5,33 +5,27 @@ import dataclasses
 import importlib
 import itertools
 
-import architectures
 import numpy as np
 import pytest
 import torch
-from architectures import _small, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_errors import state
-from test_generate import left_padded, prompt
-from test_report import live_tensors
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from support.architectures import build
+from support.batches import left_padded, prompt
+from support.caches import live_tensors, state
+from support.sharing import HEADS, LAYERS, LEAD, LONG, SHARED, close, deep
+from transformers import DynamicCache
 
 from kara_hf import PoDCache, PoDSharing, PoolExhausted
 from kara_hf.kernels import Proximal, shared_attention, shared_attention_reference
 from kara_hf.pod.forward import SharedForward
 
-LAYERS, HEADS = 6, 2
-LEAD = (
-    (0, 0),
-    (0, 1),
-    (0, 1),
-    (3, 1),
-    (3, 1),
-    (5, 1),
-)  # layer 3 leads one head, 5 leads itself in one and follows in one
-SHARED = PoDSharing(lead=LEAD, sinks=2, recent=5)
-LONG = {"max_new_tokens": 40, "do_sample": False}
+
+@pytest.fixture(scope="module")
+def model():
+    return deep()
+
+
 VARIANTS = pytest.mark.parametrize(
     "sharing",
     [
@@ -43,24 +37,6 @@ VARIANTS = pytest.mark.parametrize(
     ],
     ids=["lead", "own", "one-proximal", "skip", "one-group"],
 )
-
-
-def deep(model_type: str = "llama", **changes):
-    """A random model of six layers."""
-    config = AutoConfig.for_model(**_small(model_type, num_hidden_layers=LAYERS, **changes))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        architectures._enliven(model)
-    generation = model.generation_config
-    generation.bos_token_id = generation.eos_token_id = None
-    generation.pad_token_id = 0
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return deep()
 
 
 def pod(sharing: PoDSharing) -> PoDSharing:
@@ -79,10 +55,6 @@ def in_steps(model, cache, ids: torch.Tensor, steps: list[int]) -> torch.Tensor:
     """Logits of a sequence that comes in so many tokens at a time."""
     parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split(steps, 1)]
     return torch.cat(parts, 1)
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-4) -> None:
-    assert a.shape == b.shape and (a - b).abs().max() < tolerance, float((a - b).abs().max())
 
 
 # --------------------------------------------------------------------------------- equal to the base model

@@ -17,7 +17,7 @@ from kara_hf.tasks import reasoner_tasks as _tasks  # noqa: F401  registers the 
 from kara_hf.tasks.reasoner import VOCABULARY, make_problem, split_of
 from kara_hf.tasks.task import make_task
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(kara_hf.__file__).parent / "assets" / "tiny_reasoner"
 
 
@@ -181,7 +181,7 @@ def test_the_deep_model_is_small_and_solves_test_problems(tokenizer):
 
 def test_the_bundled_map_follows_from_how_alike_the_layers_attend():
     """The similarity was measured on training problems of 512 tokens."""
-    similarity = LayerSimilarity.load(Path(__file__).parent / "data" / "deep_reasoner")
+    similarity = LayerSimilarity.load(Path(__file__).parents[1] / "data" / "deep_reasoner")
     sharing = similarity.group_for(0.25, 512, sinks=4, recent=60)
     bundled = PoDSharing.from_pretrained(FOLDER.parent / "deep_reasoner")
     assert sharing.lead == bundled.lead and (bundled.sinks, bundled.recent) == (4, 60)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import build
-from test_triton import run
+from support.architectures import build
+from support.interpreter import run
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -27,7 +27,6 @@ from kara_hf.cache import layer as layer_module
 from kara_hf.cache import steps as steps_module
 from kara_hf.integration import attach as attach_module
 
-HERE = Path(__file__).parent
 KARA = dict(window=16, recent=4, block_size=4)
 SHARED = PoDSharing(lead=((0, 0), (0, 1), (0, 1)), sinks=1, recent=5)  # layer 1 follows in one head, layer 2 in both
 OWN = dataclasses.replace(SHARED, distant_query="own")

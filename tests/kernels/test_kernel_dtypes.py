@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels import (
+from support.kernel_cases import (
     AttendCase,
     assert_error_bounded,
     attend_inputs,

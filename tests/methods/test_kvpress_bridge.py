@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import build
-from test_generate import left_padded, prompt
-from test_kv_compress import feed, kept, memory_of, rows_of
+from support.architectures import build
+from support.batches import left_padded, prompt
+from support.caches import feed, kept, memory_of, rows_of
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from architectures import build
+from support.architectures import build
+from support.caches import state
 from transformers import AutoModelForSeq2SeqLM, DynamicCache, T5Config
 
 from kara_hf import KaraCache, PoolExhausted, attach, detach
@@ -25,17 +26,6 @@ def used(model, **settings) -> KaraCache:
     cache = KaraCache(model, **SMALL, **settings)
     model.generate(**prompt(batch=2), past_key_values=cache, **GREEDY)
     return cache
-
-
-def state(cache: KaraCache) -> list:
-    rows = [
-        (layer.index, b, h, [part.tolist() for part in layer.store.read(b, h)])
-        for layer in cache.compressed_layers
-        if layer.store is not None
-        for b in range(layer.store.lengths.shape[0])
-        for h in range(layer.store.lengths.shape[1])
-    ]
-    return [cache.get_seq_length(), cache.sequences, cache.report().kept.tolist(), rows]
 
 
 SETTINGS = [

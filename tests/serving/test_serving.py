@@ -53,7 +53,7 @@ from kara_hf.tasks.reasoner import make_problem
 if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
     pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,

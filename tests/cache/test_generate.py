@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from architectures import build
-from support.batches import left_padded
+from support.architectures import build
+from support.batches import left_padded, prompt
 from transformers import DynamicCache
 
 from kara_hf import KaraCache, KVCompressCache, attach
@@ -17,11 +17,6 @@ LONG = {"max_new_tokens": 60, "do_sample": False}
 @pytest.fixture(scope="module")
 def model():
     return build("llama")
-
-
-def prompt(tokens: int = 20, batch: int = 1, seed: int = 1) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 # Scores that hold queries, and moments of queries.

@@ -9,10 +9,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from dense_store import DenseStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.dense_store import DenseStore
 
 from kara_hf.kernels import Proximal
 from kara_hf.storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, QueryBuffer, QueryMoments, paged_store

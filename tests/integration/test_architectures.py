@@ -6,8 +6,8 @@ Each of the table's models either gives DynamicCache's tokens and the promised s
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, build
 from packaging.version import Version
+from support.architectures import ARCHITECTURES, build
 from transformers import DynamicCache
 
 from kara_hf import KaraCache, KVCompressCache, detach
