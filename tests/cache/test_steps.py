@@ -203,3 +203,36 @@ def test_generate_under_autocast(kind, how):
             )
     torch.testing.assert_close(outs[1].logits[1], outs[0].logits[1], atol=0.1, rtol=0.1)
     assert outs[1].sequences.shape == outs[0].sequences.shape
+
+
+@pytest.mark.parametrize("score", ["mean-square", "key-norm", "bidirectional"])
+def test_what_is_kept_is_chosen_outside_autocast(score):
+    """A score multiplies in the dtypes of what it is given, wherever the model runs."""
+    model, judged = llama(), []
+    cache = KaraCache(model, retention=0.5, score=score, compress_prompt=True, **SMALL)
+    cache.policy.watch = lambda window, scores: judged.append((window, scores))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(IDS.repeat(1, 2), past_key_values=cache)
+        for token in range(20):
+            model(IDS[:, token : token + 1], past_key_values=cache)
+    assert len(judged) > 2 * LAYERS
+    for window, scores in judged:
+        assert torch.equal(scores, cache.policy.score.rank(window))
+        if window.moments is not None:
+            assert not torch.equal(window.moments, window.moments.bfloat16().float())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["prompt", "step"])
+def test_a_forward_that_was_compiled_later_is_refused_while_it_is_traced(first):
+    model = llama()
+    cache = KaraCache(model, retention=0.5, **SMALL)
+    if not first:
+        model(IDS, past_key_values=cache)
+    seen, own = cache.get_seq_length(), model.forward
+    model.forward = torch.compile(own, backend="eager")
+    with pytest.raises(ValueError, match=r"is compiled \(torch.compile\).*cuda_graph=True"):
+        model(IDS if first else IDS[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == seen
+    del model.forward
+    model(IDS[:, :5], past_key_values=cache)
+    assert cache.get_seq_length() == seen + 5

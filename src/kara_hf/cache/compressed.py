@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from ..integration.attach import StepCache, check_not_compiled, route, unwrap
+from ..integration.attach import StepCache, check_not_compiled, refuse_tracing, route, unwrap
 from ..integration.attention import CarriedKey
 from ..policy import KaraPolicy, KVCompressPolicy
 from ..policy.sharing import PoDSharing
@@ -294,8 +294,10 @@ class CompressedCache(Cache, StepCache):
 
         Raises:
             RuntimeError: the model's attention function is not ours, so what is stored would be lost on it.
-            ValueError: the batch has another size than the cache, or there is no token.
+            ValueError: the batch has another size than the cache, there is no token, or the model is compiled.
         """
+        if torch.compiler.is_compiling():
+            refuse_tracing(self.binding.name)
         self.steps.begin(layer_idx, key_states)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]

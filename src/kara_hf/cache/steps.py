@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..integration.attention import AttentionFunction, real_tokens
+from ..kernels.precision import without_autocast
 from ..storage import MemoryMeter, upload
 from .compression import Compression, make_compression
 from .layer import CompressedLayer
@@ -54,8 +55,9 @@ class Turn:
             if layer.index in step.stored:
                 return layer.attend_again(step, own, module, query, key, value, attention_mask, **kwargs)
             result = layer.attend(step, own, module, query, key, value, attention_mask, **kwargs)
-            steps.compression.stored(layer, step, query.detach(), key.detach(), layer.present)
-            steps.compression.layer_done(layer, step)
+            with without_autocast(query.device):  # what is kept is chosen as exactly as it can be
+                steps.compression.stored(layer, step, query.detach(), key.detach(), layer.present)
+                steps.compression.layer_done(layer, step)
             return result
         except BaseException:
             steps.rollback()
@@ -193,7 +195,8 @@ class Steps:
         if step.first:
             state.compressed_layers = [layer for layer in state.compressed_layers if layer.index in step.stored]
         if step.prepared:
-            state.sequences = self.compression.done(step)
+            with without_autocast(step.positions.device):
+                state.sequences = self.compression.done(step)
             for layer in state.compressed_layers:
                 layer.discard_step()
                 layer.commit()

@@ -98,6 +98,12 @@ def check_not_compiled(model: PreTrainedModel) -> None:
             raise ValueError(_compiled(type(model).__name__))
 
 
+@torch.compiler.disable
+def refuse_tracing(name: str) -> None:
+    """Raises ValueError; called where `torch.compile` is tracing what cannot be compiled."""
+    raise ValueError(_compiled(name))
+
+
 def _compiled(name: str) -> str:
     return (
         f"{name} is compiled (torch.compile), and what a compressed cache does in a step cannot be compiled; make the "

@@ -8,6 +8,7 @@ Queries, keys and values may each have a dtype of their own. Logits, softmax and
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import reduce, wraps
 from inspect import signature
@@ -25,6 +26,13 @@ Operand = TypeVar("Operand")
 def common_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The smallest dtype that holds what all of `tensors` hold."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which products on `device` are those of their operands' dtypes."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def as_sdpa(operands: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
