@@ -18,7 +18,7 @@ from kara_hf.evaluation.measure.request import Request
 from kara_hf.evaluation.measure.results import load
 from kara_hf.integration.generation import check_used, end_tokens, for_forward, generate, greedy, ignored, only
 from kara_hf.integration.loading import LoadedModel
-from kara_hf.methods.caches import make_methods
+from kara_hf.methods.caches import configured_caches
 from kara_hf.methods.registry import SharedSettings, make_method
 from kara_hf.tasks import make_task
 
@@ -157,7 +157,7 @@ def measured(loaded, out, **changes):
 
 def shown(loaded):
     """What the command shows of a run, but for the speed."""
-    methods = make_methods(["kara"], {"window": 8, "recent": 4, "block_size": 4}, {})
+    methods = configured_caches(["kara"], {"window": 8, "recent": 4, "block_size": 4}, {})
     ids = loaded.encode(PROMPT, chat=False)
     (run,) = compare(loaded, list(methods.values()), ids, max_new_tokens=12, stream=False, problem=None)
     return replace(run, decode_rate=None, report=None)

@@ -146,12 +146,12 @@ def generate(
 
         from ..integration.generation import ignored
         from ..integration.loading import LoadedModel
-        from ..methods.caches import make_methods
+        from ..methods.caches import configured_caches
         from ..tasks.reasoner import make_problem
         from .runs import compare
 
         names = [name.strip() for names in cache or DEFAULT_CACHES for name in names.split(",")]
-        methods = list(make_methods(names, given, {} if model else BUNDLED_SETTINGS).values())
+        methods = list(configured_caches(names, given, {} if model else BUNDLED_SETTINGS).values())
         problem = None if prompt else make_problem(**BUNDLED_PROBLEM)
         place = model or str(BUNDLED_MODEL)
         loaded = LoadedModel(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

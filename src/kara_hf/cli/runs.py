@@ -12,14 +12,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..integration.generation import generate, greedy
 from ..integration.loading import LoadedModel
-from ..methods.caches import Method
+from ..methods.caches import ConfiguredCache
 from ..tasks.reasoner import Problem, final_answer
 from .display import CacheRun
 
 
 def compare(
     loaded: LoadedModel,
-    methods: Sequence[Method],
+    methods: Sequence[ConfiguredCache],
     ids: torch.Tensor,
     *,
     max_new_tokens: int,
@@ -66,7 +66,7 @@ def compare(
 
 def _run(
     loaded: LoadedModel,
-    method: Method,
+    method: ConfiguredCache,
     ids: torch.Tensor,
     config: GenerationConfig,
     watch: "Watch",
@@ -89,7 +89,7 @@ def _run(
     )
 
 
-def _warm_up(loaded: LoadedModel, method: Method, ids: torch.Tensor) -> None:
+def _warm_up(loaded: LoadedModel, method: ConfiguredCache, ids: torch.Tensor) -> None:
     """Pays the costs of first calls."""
     wanted = method.warm_up()
     new_tokens = min(wanted.new_tokens, loaded.limit // 2)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import require
-from ..methods.caches import Method, make_methods
+from ..methods.caches import ConfiguredCache, configured_caches
 from ..tasks import english as text  # noqa: F401
 from ..tasks import reasoner_tasks as bundled  # noqa: F401  they register their tasks
 from ..tasks.task import Example, make_task
@@ -136,7 +136,7 @@ DEFAULTS: dict[str, Any] = {
 SCORES = ["bidirectional", "mean-square", "key-norm", "causal", "recency", "random-chunks", "random"]
 
 
-def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int) -> Method:
+def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int) -> ConfiguredCache:
     """The method of that name in `METHOD_PRESETS`, with those of `settings` that it has.
 
     Raises:
@@ -157,7 +157,7 @@ def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int
                 "start the demo with --model and --sharing of a map that `kara-hf pod explore` made"
             )
         given["sharing"] = loaded.sharing
-    return make_methods([chosen.name], given, {})[chosen.name]
+    return configured_caches([chosen.name], given, {})[chosen.name]
 
 
 def _block_size(window: Any) -> int:

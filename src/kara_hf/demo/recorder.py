@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..cache.compressed import CompressedCache
 from ..cache.sequence import Segment
 from ..evaluation.measure.provenance import provenance
-from ..methods.caches import Method
+from ..methods.caches import ConfiguredCache
 from ..policy import KaraPolicy, Window
 from .recording import Recording, rounded, runs_of
 
@@ -28,7 +28,7 @@ class CacheRecorder:
         method: of the cache, which says what bytes one without a report holds.
     """
 
-    def __init__(self, cache: Cache, recording: Recording, method: Method):
+    def __init__(self, cache: Cache, recording: Recording, method: ConfiguredCache):
         self.recording, self.method, self.any_cache = recording, method, cache
         self.cache: CompressedCache | None = cache if isinstance(cache, CompressedCache) else None
         self._rows: list[tuple[int, int]] = []

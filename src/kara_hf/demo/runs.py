@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ..cache.compressed import CompressedCache
 from ..config import KaraConfig
 from ..integration.generation import end_tokens
-from ..methods.caches import Full, Method
+from ..methods.caches import ConfiguredCache, Full
 from ..tasks.reasoner import final_answer
 from .control import RunControl
 from .generation import Generation, check_in_use, generate
@@ -57,7 +57,9 @@ class RecordedRun(threading.Thread):
         ValueError: the model does not support the cache.
     """
 
-    def __init__(self, title: str, loaded: Loaded, method: Method, generation: Generation, control: RunControl):
+    def __init__(
+        self, title: str, loaded: Loaded, method: ConfiguredCache, generation: Generation, control: RunControl
+    ):
         super().__init__(daemon=True, name=title)
         self.loaded, self.generation, self.control = loaded, generation, control
         full = isinstance(method, Full)  # made here, since `Full.make` detaches, and others may be using the model
@@ -138,7 +140,7 @@ class StepGate(StoppingCriteria):
         return torch.full((len(input_ids),), stop, device=input_ids.device)  # type: ignore[return-value]
 
 
-def _empty(title: str, method: Method, cache: Cache, prompt: int) -> Recording:
+def _empty(title: str, method: ConfiguredCache, cache: Cache, prompt: int) -> Recording:
     """The recording of a run that has not begun."""
     settings = method.describe()
     if not isinstance(cache, CompressedCache):

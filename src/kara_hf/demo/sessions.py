@@ -4,7 +4,7 @@ import secrets
 import threading
 from typing import Any
 
-from ..methods.caches import Method
+from ..methods.caches import ConfiguredCache
 from .control import RunControl
 from .generation import Generation
 from .models import Loaded
@@ -32,7 +32,7 @@ class Session:
         self,
         task: str,
         loaded: Loaded,
-        methods: dict[str, Method],
+        methods: dict[str, ConfiguredCache],
         generation: Generation,
         *,
         paused: bool = False,

@@ -32,7 +32,7 @@ class WarmUp:
     changes: dict[str, Any]
 
 
-class Method(ABC):
+class ConfiguredCache(ABC):
     """A kind of cache with its settings.
 
     Args:
@@ -70,7 +70,7 @@ class Method(ABC):
         """The fields of `kara_hf.cli.display.CacheRun` that say what the first sequence of `cache` holds."""
 
 
-class Full(Method):
+class Full(ConfiguredCache):
     """Transformers' own cache, which keeps everything."""
 
     title = "full cache"
@@ -100,7 +100,7 @@ class Full(Method):
         }
 
 
-class Compressed(Method):
+class Compressed(ConfiguredCache):
     """What the caches of this package have in common. A subclass names its cache and the class of its settings."""
 
     cache_class: ClassVar[type[CompressedCache]]
@@ -203,10 +203,12 @@ class PoD(Compressed):
         return WarmUp(min(512, self.settings["sharing"].proximal + 8), 4, {"max_bytes": None})
 
 
-CACHES: dict[str, type[Method]] = {"full": Full, "kara": Kara, "kv-compress": KVCompress, "pod": PoD}
+CACHES: dict[str, type[ConfiguredCache]] = {"full": Full, "kara": Kara, "kv-compress": KVCompress, "pod": PoD}
 
 
-def make_methods(names: Sequence[str], given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Method]:
+def configured_caches(
+    names: Sequence[str], given: dict[str, Any], defaults: dict[str, Any]
+) -> dict[str, ConfiguredCache]:
     """The methods of these names, in their order.
 
     Args:
