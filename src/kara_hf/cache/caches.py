@@ -12,7 +12,7 @@ from .compressed import CompressedCache
 class KaraCache(CompressedCache):
     """Kara (arXiv 2607.01237): keeps the same share of every window of generated tokens and never returns to it.
 
-        out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.25))
+        out = model.generate(**inputs, cache=KaraCache(model, retention=0.25))
 
     Args:
         model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
@@ -71,7 +71,7 @@ class KaraCache(CompressedCache):
 class KVCompressCache(CompressedCache):
     """KV-Compress (arXiv 2410.00161): every KV head of every layer keeps as much as it is worth, within one budget.
 
-        out = model.generate(**inputs, past_key_values=KVCompressCache(model, max_cache_tokens=512))
+        out = model.generate(**inputs, cache=KVCompressCache(model, max_cache_tokens=512))
 
     A prompt is cut when decoding begins, and a turn when the answer to it begins; `compress()` does it at once.
     Exactly one of `max_cache_tokens` and `retention` is given.
@@ -146,7 +146,7 @@ class KVCompressCache(CompressedCache):
 class PoDCache(CompressedCache):
     """PoD (arXiv 2412.02252): keys of distant tokens are stored once for a group of layers. Every token is kept.
 
-        out = model.generate(**inputs, past_key_values=PoDCache(model, PoDSharing.from_pretrained("folder")))
+        out = model.generate(**inputs, cache=PoDCache(model, PoDSharing.from_pretrained("folder")))
 
     Args:
         model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
