@@ -502,3 +502,29 @@ def test_what_the_allocator_gives_out_is_noted_on_a_gpu(monkeypatch):
     with AllocatorPeak(torch.device("cuda", 0)) as peak:
         assert calls == [torch.device("cuda", 0)]
     assert peak.bytes == 750.0
+
+
+# ------------------------------------------------------------------------------------------- one reading for all methods
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_prompts_are_read_once_and_answers_are_as_if_each_method_had_read(evaluator, monkeypatch, rule):
+    task = make_task(TASK, evaluator.tokenizer)
+    prompts = [evaluator.prompt(task, number) for number in range(3)]
+    names = ["full", "kara", "random", "kv-compress", "quantized-4"]
+    plan = Plan(SKELETON, rule, 0.5, [len(prompt.ids) for prompt in prompts])
+    lengths = []
+    watching = evaluator.model.register_forward_pre_hook(
+        lambda model, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+
+    def answers():
+        lengths.clear()
+        found = [evaluator.answer(prompts, METHODS[name], plan, room=12, forced=True) for name in names]
+        return [replace(answer, seconds=0.0, allocated_bytes=0.0) for answer in found]
+
+    once = answers()
+    reads = [length for length in lengths if length > 12]
+    monkeypatch.setattr(evaluator._readings, "of", lambda inputs: None)
+    assert once == answers()
+    watching.remove()
+    longest = max(len(prompt.context if rule == "query-agnostic" else prompt.ids) for prompt in prompts)
+    assert reads == [longest] and lengths.count(longest) == len(names)

@@ -111,6 +111,11 @@ class CompressedCache(Cache, StepCache):
         """The compressed layers, in order."""
         return self.state.compressed_layers
 
+    @property
+    def takes_readings(self) -> bool:
+        """As `kara_hf.integration.attach.StepCache`; not where layers that share keys compute a prompt with them."""
+        return self.sharing is None or self.sharing.prefill != "pod"
+
     def layer(self, index: int) -> CompressedLayer:
         """The compressed layer that is layer `index` of the model. Raises IndexError if that is of another kind."""
         layer = self.layers[index]

@@ -27,6 +27,11 @@ _lock = threading.RLock()
 class StepCache:
     """A cache that is told by the model what happens to it."""
 
+    @property
+    def takes_readings(self) -> bool:
+        """Whether a first forward is the model's own attention, and its queries, keys and values all that is used."""
+        raise NotImplementedError
+
     def forward_done(self) -> None:
         """The model's forward is done, whichever layers ran."""
         raise NotImplementedError

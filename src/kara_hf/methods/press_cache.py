@@ -192,3 +192,8 @@ class PressCache(CompressedCache):
         if callable(getattr(press, "post_init_from_model", None)):
             press.post_init_from_model(inner)  # type: ignore[attr-defined]
         policy.listener = Listener(inner, self.binding)
+
+    @property
+    def takes_readings(self) -> bool:
+        """No: presses may look at hidden states."""
+        return False

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from ...cache.compressed import CompressedCache
 from ...config import KaraConfig
 from ...integration.generation import end_tokens, for_forward, generate, greedy, pad_token
+from ...integration.reading import Reading
 from ...methods.oracle import Future, future_attention
 from ...methods.registry import METHODS, Method, Plan, SharedSettings, window_settings
 from ...methods.rules import QUERY_AGNOSTIC
@@ -47,6 +48,7 @@ class Evaluator:
         self.model, self.tokenizer, self.name, self.weights, self.limit = model, tokenizer, name, weights, limit
         self.pad = pad_token(model, tokenizer)
         self.equal_bytes = EqualBytes(self._trial)
+        self._readings = _Readings(model)
         self._token_bytes: float | None = None
 
     @property
@@ -111,17 +113,21 @@ class Evaluator:
         """
         if method.oracle and not forced:
             plan = replace(plan, future=self._future(prompts, plan, room))
+        late = plan.rule == QUERY_AGNOSTIC
+        inputs = self.batch([prompt.context if late else prompt.ids for prompt in prompts])
+        reading = self._readings.of(inputs)
         start = time.perf_counter()
         with AllocatorPeak(self.model.device) as allocator:
             cache = method.make(self.model, plan)
-            late = plan.rule == QUERY_AGNOSTIC
-            inputs = self._read_contexts(prompts, cache) if late else self.batch([p.ids for p in prompts])
-            watch = MemoryWatch(cache)
-            least = {"min_new_tokens": room} if forced else {}
-            config = greedy(self.model, self.tokenizer, max_new_tokens=room, **least)
-            ids = generate(self.model, cache, config, **inputs, stopping_criteria=StoppingCriteriaList([watch]))
-            new = ids[:, inputs["input_ids"].shape[1] :]
-        seconds = time.perf_counter() - start
+            if reading is None or not reading.fits(cache):
+                reading = None
+            else:
+                reading.into(cache)
+            if late:
+                inputs = self._with_questions(prompts, cache, inputs, is_read=reading is not None)
+            first = self._first_tokens(reading, forced) if reading is not None and not late else None
+            new, watch = self._generate(cache, inputs, room, forced, first)
+        seconds = time.perf_counter() - start + (0.0 if reading is None else reading.seconds)
         most = watch.most or held_bytes(cache)
         return Answers(
             tokens=[self._until_end(row) for row in new.tolist()],
@@ -133,11 +139,39 @@ class Evaluator:
             seconds=seconds,
         )
 
-    def _read_contexts(self, prompts: Sequence[TokenizedExample], cache: Cache) -> dict[str, torch.Tensor]:
-        """Puts the contexts into `cache` and compresses them; the inputs with which their questions follow."""
-        inputs = self.batch([prompt.context for prompt in prompts])
-        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        self.model(**inputs, position_ids=positions, logits_to_keep=1, **for_forward(self.model, cache))
+    def _first_tokens(self, reading: Reading, forced: bool) -> torch.Tensor:
+        """What follows a prompt that was read, ``[B, 1]`` int64; no end if answers are `forced`."""
+        logits = reading.logits.float()
+        if forced:
+            logits[:, sorted(self.ends)] = -math.inf
+        return logits.argmax(-1, keepdim=True)
+
+    def _generate(
+        self, cache: Cache, inputs: dict[str, torch.Tensor], room: int, forced: bool, first: torch.Tensor | None
+    ) -> tuple[torch.Tensor, MemoryWatch]:
+        """New tokens ``[B, n]``, `first` among them where the prompt was read before, and what was held."""
+        watch = MemoryWatch(cache, reads=first is None)
+        begun = inputs["input_ids"].shape[1]
+        if first is not None:
+            if room == 1 or all(int(token) in self.ends for token in first):
+                return first, watch
+            inputs = {
+                "input_ids": torch.cat([inputs["input_ids"], first], 1),
+                "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(first)], 1),
+            }
+            room -= 1
+        least = {"min_new_tokens": room} if forced else {}
+        config = greedy(self.model, self.tokenizer, max_new_tokens=room, **least)
+        ids = generate(self.model, cache, config, **inputs, stopping_criteria=StoppingCriteriaList([watch]))
+        return ids[:, begun:], watch
+
+    def _with_questions(
+        self, prompts: Sequence[TokenizedExample], cache: Cache, inputs: dict[str, torch.Tensor], is_read: bool
+    ) -> dict[str, torch.Tensor]:
+        """Compresses the contexts in `cache`, which are read first if they are not; the inputs with their questions."""
+        if not is_read:
+            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            self.model(**inputs, position_ids=positions, logits_to_keep=1, **for_forward(self.model, cache))
         if isinstance(cache, CompressedCache):
             cache.compress()
         question = self.batch([prompt.question for prompt in prompts])
@@ -187,6 +221,8 @@ class Evaluator:
     ) -> None:
         """Runs every cell of a task that is not done yet, and appends each batch to its file in `out`.
 
+        A batch is read once and answered under one method after the other.
+
         Args:
             process, processes: which part of the examples this process does, of how many.
             barrier: waits until all processes come here.
@@ -207,26 +243,46 @@ class Evaluator:
             )
         trial = [examples[number] for number in numbers[:TRIAL_EXAMPLES]]
         of_model = model_identity(self.model, self.tokenizer)
-        of_task = task_identity(task, examples[0])
-        for rule, method, budget, seed in request.cells():
-            cell = Cell(self.name, self.weights, task.name, rule, method.name, budget, request.equal, seed)
-            plan = Plan(request.shared, rule, budget, [], seed, request.sharing, request.calibration)
-            share = self.equal_bytes.share(trial, method, plan, request) if method.budgeted else 1.0
-            plan = replace(plan, share=share)
-            settings = {"share": share, "batch": request.batch, "shared": asdict(request.shared)}
-            settings |= {"model": of_model, "task": of_task, **method_identity(method, plan)}
-            origin = provenance(str(self.model.device)) | {"dtype": of_model["dtype"]}
-            file = CellFile(out, cell, settings, origin, process)
-            mine = [number for number in numbers if number % processes == process]
-            missing = [number for number in mine if number not in file.done]
-            label = f"{task.name} {rule} {method.name}" + (f" {100 * budget:g} %" if method.budgeted else "")
-            progress(label, 1 - len(missing) / max(1, len(mine)))
-            missing.sort(key=lambda number: (examples[number].example.max_new_tokens, len(examples[number].ids)))
-            for first in range(0, len(missing), request.batch):
-                part = [examples[number] for number in missing[first : first + request.batch]]
-                file.append(self._measured(part, method, plan, request.keep_text))
-                progress(label, len(part) / len(mine))
-            barrier()
+        of_run = {"batch": request.batch, "shared": asdict(request.shared), "model": of_model}
+        of_run |= {"task": task_identity(task, examples[0])}
+        cells = [self._open(*cell, task.name, request, trial, of_run, out, process) for cell in request.cells()]
+        barrier()
+        mine = [number for number in numbers if number % processes == process]
+        for cell in cells:
+            progress(cell.label, sum(number in cell.file.done for number in mine) / max(1, len(mine)))
+        mine.sort(key=lambda number: (examples[number].example.max_new_tokens, len(examples[number].ids)))
+        for first in range(0, len(mine), request.batch):
+            for cell in cells:
+                missing = [number for number in mine[first : first + request.batch] if number not in cell.file.done]
+                if missing:
+                    part = [examples[number] for number in missing]
+                    cell.file.append(self._measured(part, cell.method, cell.plan, request.keep_text))
+                    progress(cell.label, len(missing) / len(mine))
+        self._readings.clear()
+        barrier()
+
+    def _open(
+        self,
+        rule: str,
+        method: Method,
+        budget: float,
+        seed: int,
+        task: str,
+        request: Request,
+        trial: Sequence[TokenizedExample],
+        of_run: dict[str, Any],
+        out: Path,
+        process: int,
+    ) -> "_OpenCell":
+        """A cell with the share that it is measured with, and its file."""
+        plan = Plan(request.shared, rule, budget, [], seed, request.sharing, request.calibration)
+        share = self.equal_bytes.share(trial, method, plan, request) if method.budgeted else 1.0
+        plan = replace(plan, share=share)
+        settings = {"share": share, **of_run, **method_identity(method, plan)}
+        origin = provenance(str(self.model.device)) | {"dtype": of_run["model"]["dtype"]}
+        cell = Cell(self.name, self.weights, task, rule, method.name, budget, request.equal, seed)
+        label = f"{task} {rule} {method.name}" + (f" {100 * budget:g} %" if method.budgeted else "")
+        return _OpenCell(label, method, plan, CellFile(out, cell, settings, origin, process))
 
     def _measured(
         self, part: Sequence[TokenizedExample], method: Method, plan: Plan, keep_text: bool
@@ -263,6 +319,41 @@ class Evaluator:
                 }
             )
         return lines
+
+
+@dataclass(frozen=True)
+class _OpenCell:
+    """A cell that is being measured."""
+
+    label: str
+    method: Method
+    plan: Plan
+    file: CellFile
+
+
+class _Readings:
+    """Prompts as they were read last, whole and without their questions, for all methods that answer them.
+
+    On a GPU nothing is shared: what its allocator gives out for a method, the reading included, is measured there.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._kept: dict[bytes, Reading] = {}
+
+    def of(self, inputs: dict[str, torch.Tensor]) -> Reading | None:
+        """The reading of ids and mask, each ``[B, S]``; None on a GPU."""
+        if self.model.device.type == "cuda":
+            return None
+        key = b"".join(inputs[name].cpu().numpy().tobytes() for name in ("input_ids", "attention_mask"))
+        if key not in self._kept:
+            while len(self._kept) > 1:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = Reading(self.model, **inputs)
+        return self._kept[key]
+
+    def clear(self) -> None:
+        self._kept.clear()
 
 
 class _Examples(dict[int, TokenizedExample]):

@@ -35,23 +35,25 @@ def peak_bytes(cache: Cache) -> int:
 class MemoryWatch(StoppingCriteria):
     """Notes what `cache` holds after every decode step. Stops nothing.
 
-    The first step is left out: a prompt that is to be cut is still there then, whole.
+    Args:
+        cache: what is watched.
+        reads: whether the first step reads the prompt. It is left out: what is to be cut is still there then, whole.
 
     Attributes:
         most: bytes held at most.
         mean: bytes held on average.
     """
 
-    def __init__(self, cache: Cache):
-        self.cache, self.steps, self.most, self._sum = cache, 0, 0, 0
+    def __init__(self, cache: Cache, reads: bool = True):
+        self.cache, self.steps, self.most, self._sum = cache, -1 if reads else 0, 0, 0
 
     @property
     def mean(self) -> float:
-        return self._sum / max(1, self.steps - 1)
+        return self._sum / max(1, self.steps)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.steps += 1
-        if self.steps > 1:
+        if self.steps > 0:
             held = held_bytes(self.cache)
             self.most, self._sum = max(self.most, held), self._sum + held
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
