@@ -16,6 +16,33 @@ settings.register_profile("kara_hf", deadline=None, max_examples=40, derandomize
 settings.load_profile("kara_hf")
 
 
+def _values(item):
+    """What the parameters of a test are in one of its combinations; those given together are one."""
+    given, together = item.callspec.params, []
+    for marker in item.iter_markers("parametrize"):
+        names = marker.args[0].split(",") if isinstance(marker.args[0], str) else marker.args[0]
+        together.append([name.strip() for name in names])
+    named = {name for names in together for name in names}
+    together += [[name] for name in given.keys() - named]
+    return {(*names, *(id(given[name]) for name in names)) for names in together}
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items):
+    """Of the combinations of a test's parameters, as many as show every value once; the others are slow."""
+    tests = {}
+    for item in items:
+        if hasattr(item, "callspec"):
+            tests.setdefault((item.parent.nodeid, item.originalname), {})[item] = _values(item)
+    for left in tests.values():
+        missing = set.union(*left.values())
+        while missing:
+            best = max(left, key=lambda item: len(missing & left[item]))
+            missing -= left.pop(best)
+        for item in left:
+            item.add_marker(pytest.mark.slow)
+
+
 def _poisoned(allocate):
     """`allocate`, with every floating-point element NaN, so that a place nobody wrote is found at once."""
 
