@@ -1,5 +1,6 @@
 """What every test runs under: one thread, fixed seeds, quiet libraries and uninitialised memory that shows."""
 
+import gc
 import os
 import shutil
 import sys
@@ -59,6 +60,15 @@ def poisoned_memory():
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_collect():
+    """What is loaded by now is never garbage: the collector need not look at it again, which engines call often."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

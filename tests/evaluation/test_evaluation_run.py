@@ -504,7 +504,7 @@ def test_what_the_allocator_gives_out_is_noted_on_a_gpu(monkeypatch):
     assert peak.bytes == 750.0
 
 
-# ------------------------------------------------------------------------------------------- one reading for all methods
+# ------------------------------------------------------------------------------------------ one reading for all methods
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_prompts_are_read_once_and_answers_are_as_if_each_method_had_read(evaluator, monkeypatch, rule):
     task = make_task(TASK, evaluator.tokenizer)

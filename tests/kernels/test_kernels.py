@@ -14,6 +14,7 @@ from support.kernel_cases import (
     ATTEND_CASES,
     DTYPES,
     HIDES_ALL,
+    INTERPRETED,
     LAYOUTS,
     NAN,
     UNUSED,
@@ -550,7 +551,7 @@ def test_gather_rows_and_slot_index(block_size, layout):
             assert torch.equal(rows.positions.flatten()[flat[0, 0]], positions)
 
 
-@settings(max_examples=15)
+@settings(max_examples=6 if INTERPRETED else 15)
 @given(rows=drawn_rows(room=6), new=st.integers(1, 6), group=st.integers(1, 5), padded=st.booleans(), data=st.data())
 def test_drawn_append_and_attend(rows, new, group, padded, data):
     """A step as a cache takes it: new tokens are stored, then seen by their own queries."""
@@ -586,7 +587,7 @@ def test_drawn_append_and_attend(rows, new, group, padded, data):
         assert_observed(rows, before, *metrics)
 
 
-@settings(max_examples=15)
+@settings(max_examples=6 if INTERPRETED else 15)
 @given(rows=drawn_rows(), entries=st.integers(0, 40), data=st.data())
 def test_drawn_compact(rows, entries, data):
     """Any moves in any order, over each other too, in any sequences, between entries that move nothing."""
@@ -606,7 +607,7 @@ def test_drawn_compact(rows, entries, data):
     assert_same_pools(rows, expected)
 
 
-@settings(max_examples=30)
+@settings(max_examples=6 if INTERPRETED else 30)
 @given(drawn=rows_with_followers(), group=st.integers(1, 5), loosely=st.booleans(), data=st.data())
 def test_drawn_attend_shared(drawn, group, loosely, data):
     """Against the specification: what is seen, what is handed on and to whom, and what is observed."""
@@ -693,7 +694,7 @@ def test_lead_scores(softcap, dtype):
         torch.testing.assert_close(got[b, h, :, 0, :length].double(), exact, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=20)
+@settings(max_examples=6 if INTERPRETED else 20)
 @given(drawn=rows_with_followers(room=6), new=st.integers(1, 6), padded=st.booleans(), data=st.data())
 def test_drawn_append_and_compact_leave_keys_of_followers_alone(drawn, new, padded, data):
     rows, _ = drawn

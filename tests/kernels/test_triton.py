@@ -52,21 +52,14 @@ HALF_AND_SINGLE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16
 @pytest.mark.parametrize(
     "arguments",
     [
-        [
-            "test_kernels.py",
-            "-k",
-            "test_attend and not observes and not bfloat16 and not contiguous and not one-by-one and not chunk",
-        ],
-        [
-            "test_kernels.py",
-            "-k",
-            "test_attend_observes and not bfloat16 and not contiguous and not one-by-one and not chunk",
-        ],
-        ["test_kernels.py", "-k", "not test_attend and not bfloat16 and not contiguous and not one-by-one"],
-        ["test_kernel_dtypes.py", "-k", "not bfloat16"],
-        ["test_triton.py", "-o", "python_functions=check_*"],
+        pytest.param([file, *more, "-m", chosen], id=f"{name}-{chosen}", marks=[pytest.mark.slow] * (chosen == "slow"))
+        for chosen in ("not slow", "slow")
+        for name, file, *more in (
+            ("ops", "test_kernels.py"),
+            ("dtypes", "test_kernel_dtypes.py"),
+            ("checks", "test_triton.py", "-o", "python_functions=check_*"),
+        )
     ],
-    ids=["attend", "observe", "other-ops", "dtypes", "checks"],
 )
 def test_interpreted(arguments):
     pytest.importorskip("triton", reason="triton is not installed")
@@ -207,10 +200,15 @@ def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 SIZES = [(64, 64, 16), (80, 80, 64), (96, 96, 32), (128, 128, 128), (192, 128, 16), (256, 256, 16), (40, 112, 128)]
+FEW = [(64, 64, 16), (40, 112, 128), (256, 256, 16)]
+
+
+def sizes_of(numbers):
+    return [pytest.param(SIZES[n], id=str(SIZES[n]), marks=[pytest.mark.slow] * (SIZES[n] not in FEW)) for n in numbers]
 
 
 @HALF_AND_SINGLE
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", sizes_of(range(7)))
 def check_attend(sizes, dtype):
     """Around the edges of blocks, in one range and in several; unused slots are NaN and would spread."""
     from kara_hf.kernels.triton_.attend import attend as attend_split
@@ -231,7 +229,7 @@ def check_attend(sizes, dtype):
 
 
 @HALF_AND_SINGLE
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", sizes_of(range(7)))
 def check_attend_observes(sizes, dtype):
     """As above; slots behind a row's tokens and slots of no row are NaN in the metric too, and stay what they are."""
     from kara_hf.kernels.triton_.attend import attend as attend_split
@@ -269,14 +267,14 @@ def check_attend_any_group(group):
     assert_observed(rows, before, *metrics)
 
 
-@pytest.mark.parametrize("number", [0, 1, 4, 5, 6], ids=lambda number: str(SIZES[number]))
-def check_attend_shared(number):
+@pytest.mark.parametrize("sizes", sizes_of([0, 1, 4, 5, 6]))
+def check_attend_shared(sizes):
     """Heads that lead and that follow, in one range and in several, and more query heads than a tile. All that nobody
     wrote is NaN: slots, logits, and places for keys of followers.
     """
     from kara_hf.kernels.triton_.attend_shared import attend_shared as shared_split
 
-    sizes, dtype = SIZES[number], torch.float16 if number % 4 else torch.float32
+    dtype = torch.float32 if sizes[2] == 16 and sizes[0] < 256 else torch.float16
     p = sizes[2]
     for group, ordered in ((3, False), (20, True)):
         now = [p + 1, 2 * p + 70]
@@ -313,7 +311,7 @@ def check_a_model_that_shares_keys(more):
     """Decode steps over a batch with padding are those of plain torch; one layer follows in one head, one in both."""
     model = build("llama")
     sharing = PoDSharing(lead=((0, 0), (0, 1), (0, 1)), sinks=1, recent=4, **more)
-    ids = torch.randint(3, 100, (2, 17))
+    ids = torch.randint(3, 100, (2, 15))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -321,7 +319,7 @@ def check_a_model_that_shares_keys(more):
     @torch.no_grad()
     def logits():
         cache, found = PoDCache(model, sharing, block_size=4), []
-        for start, stop in [(0, 12), *((t, t + 1) for t in range(12, 17))]:
+        for start, stop in [(0, 12), *((t, t + 1) for t in range(12, 15))]:
             part = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
             found.append(model(**part, attention_mask=mask[:, :stop], past_key_values=cache).logits[:, -1])
         return torch.stack(found)
