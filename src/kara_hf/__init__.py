@@ -1,6 +1,6 @@
 """KV-cache compression for Hugging Face Transformers: evicted tokens give their memory back.
 
-    out = model.generate(**inputs, cache=KaraCache(model, retention=0.2))
+    out = model.generate(**inputs, past_key_values=KaraCache(model, retention=0.2))
 
 From Transformers 5.24 on the argument is called ``cache``. `KVCompressCache(model, max_cache_tokens=512)` and
 `PoDCache(model, PoDSharing.from_pretrained("folder"))` are used in the same way. `cache.report()` says what is held.

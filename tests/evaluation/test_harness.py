@@ -147,6 +147,7 @@ def test_settings_that_come_with_a_model_change_nothing(folder):
         assert getattr(own.generation_config, field) == value
 
 
+@pytest.mark.slow
 def test_the_command_is_the_harness_with_the_model_in_it(folder):
     command = [sys.executable, "-m", "kara_hf.evaluation.harness", "run", "--model", "kara_hf", "--tasks", "solve"]
     command += ["--include_path", str(folder), "--device", "cpu", "--limit", "1", "--output_path", str(folder / "out")]
