@@ -57,6 +57,9 @@ class Compression(Protocol):
     def steps_to_compression(self) -> int:
         """Decode steps from here on in which nothing is compressed."""
 
+    def replayable_steps(self) -> int:
+        """Tokens, one or more, of which a forward that brings them together makes what decoding them one by one makes."""
+
     def capturable_steps(self) -> int:
         """Decode steps from here on that only append: nothing is compressed and no memory is arranged."""
 
