@@ -33,7 +33,8 @@ class Divergences:
             means; kl_median, kl_99, kl_max: over all tokens; same and loss, each with low and high: the share of equal
             likeliest tokens, and the loss beyond the full cache's; resident, most: shares of the full cache's bytes at
             the end, and of the most behind any step; apart: by how much of its budget of bytes it holds more;
-            difference with low, high, wins (documents at which it diverges less) and losses; tokens_per_second.
+            difference with low, high, wins (documents at which it diverges less) and losses; bytes_apart, by how much
+            it holds more than the reference; tokens_per_second.
         methods: in the order in which they are shown.
 
     Raises:
@@ -89,6 +90,9 @@ class Divergences:
             other = (*key[:4], self.reference, *key[5:])
             found = compare(means[key], means[other]) if other in means and other != key else None
             row |= named("difference", found)
+            row["bytes_apart"] = math.nan
+            if found:
+                row["bytes_apart"] = row["resident_bytes"] / float(cells[other]["resident_bytes"].mean()) - 1
             row |= {"wins": found.losses if found else math.nan, "losses": found.wins if found else math.nan}
             yield row
 
@@ -121,13 +125,14 @@ class Divergences:
 
     def verdict(self, mark: Mark) -> str:
         """How many comparisons came out which way."""
-        rows = [row for row in self.rows if is_known(row["difference"])]
+        rows = [row for row in self.rows if is_known(row["difference"]) and not is_unequal(row)]
+        unequal = sum(is_unequal(row) for row in self.rows)
         less, more = sum(row["difference_high"] < 0 for row in rows), sum(row["difference_low"] > 0 for row in rows)
         apart = sum(abs(row["apart"]) > EQUAL for row in self.rows if is_known(row["apart"]))
         return (
-            f"Of {len(rows)} comparisons with {mark(self.reference)}, {less} diverge less, {more} diverge more, and "
-            f"{len(rows) - less - more} are undecided at 95 %. {apart} cells hold over {100 * EQUAL:g} % more or less "
-            "than their budget."
+            f"Of {len(rows)} comparisons with {mark(self.reference)} at equal bytes, {less} diverge less, {more} "
+            f"diverge more, and {len(rows) - less - more} are undecided at 95 %. {unequal} more are at unequal bytes, "
+            f"and decide nothing. {apart} cells hold over {100 * EQUAL:g} % more or less than their budget."
         )
 
 
@@ -165,12 +170,19 @@ def loss_of(row: Row) -> str:
     return f"{row['loss']:+.3f}"
 
 
+def is_unequal(row: Row) -> bool:
+    """Whether a row and the reference hold so different bytes that comparing them decides nothing."""
+    return is_known(row["bytes_apart"]) and abs(row["bytes_apart"]) > EQUAL
+
+
 def against(row: Row) -> str:
-    """Bold where the interval leaves out 0."""
+    """Bold where the interval leaves out 0 and bytes are equal."""
     if not is_known(row["difference"]):
         return ""
-    mark = "**" if row["difference_low"] > 0 or row["difference_high"] < 0 else ""
-    return f"{mark}{row['difference']:+.3g}{mark}{_between(row, 'difference', '{:+.3g}'.format)}"
+    clear = row["difference_low"] > 0 or row["difference_high"] < 0
+    mark = "**" if clear and not is_unequal(row) else ""
+    held = f" at {row['bytes_apart']:+.0%} bytes" if is_unequal(row) else ""
+    return f"{mark}{row['difference']:+.3g}{mark}{_between(row, 'difference', '{:+.3g}'.format)}{held}"
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -199,8 +211,8 @@ def guide(divergences: Divergences, mark: Mark) -> list[str]:
         "**Same token**: how often both find the same token likeliest. **Loss**: of the text's own next token, beyond "
         "the full cache's.",
         f"**Against {reference}**: the difference in KL on the same documents at the same budget, with its 95 % "
-        "interval by paired bootstrap; bold where that leaves out 0; behind it, the documents at which the method "
-        "diverges less and more. Few documents make intervals too narrow.",
+        "interval by paired bootstrap; bold where that leaves out 0 and both hold equal bytes; beside it, the "
+        "documents at which the method diverges less and more. Few documents make intervals too narrow.",
         "**Budget**: of the full cache's bytes at the end of a document. **Holds**: resident bytes there, measured; "
         f"behind it, how far that is from the budget, where it is over {100 * EQUAL:g} %: such a method cannot hold "
         "exactly so much. **Most**: behind any forward but the prompt's.",
