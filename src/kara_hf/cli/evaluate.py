@@ -190,16 +190,25 @@ def report(
         Path | None, typer.Option(help="Also write results without answers to this file, small enough to keep.")
     ] = None,
 ) -> None:
-    """Make one self-contained HTML page, which needs no network, and a Markdown file of results."""
+    """Make one self-contained HTML page, which needs no network, and a Markdown file of results.
+
+    Results of `kara-hf divergence` get a page of their own.
+    """
     with readable_errors():
         check_needs({"": REPORT})
+        from ..evaluation.measure import divergence
         from ..evaluation.measure.results import load, save_packed
-        from ..evaluation.report.write import write
+        from ..evaluation.report.write import write, write_divergence
 
+        folder = out or (results if results.is_dir() else results.parent)
+        if diverged := results.is_dir() and any(results.rglob(f"*{divergence.LINES.suffix}")):
+            known = None if reference == "random" else reference
+            for path in write_divergence(divergence.load_divergence(results), folder, reference=known):
+                typer.echo(path)
+        if diverged and pack is None and not any(results.rglob("*.jsonl")):
+            return
         frame = load(results)
-        for path in write(
-            frame, out or (results if results.is_dir() else results.parent), reference=reference, title=title
-        ):
+        for path in write(frame, folder, reference=reference, title=title):
             typer.echo(path)
         if pack is not None:
             save_packed(frame, pack)
