@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # What runs without a model and data: the bundled model has a language of its own and short windows.
 BUNDLED: dict[str, Any] = {"data": "problems:trace=1", "tokens": 768, "prompt": 64}
 REAL: dict[str, Any] = {"data": None, "tokens": 2048, "prompt": 256}
+PROBLEM = 256  # tokens of a problem of the bundled model
 METHODS = "random,streaming-llm,kv-compress-random,kara,kara-top-k,kv-compress"
 
 
@@ -222,11 +223,12 @@ def _asked(
     """Prompts: the first `most` tokens of each text, in the model's chat template if it has one."""
     from ..probing.data import PROBLEMS, token_samples, whole_documents
 
-    settings: dict[str, Any] = {"length": most, "count": count, "split": split, "text_column": text_column}
-    if data.startswith(PROBLEMS):
-        found = list(token_samples(data, loaded.tokenizer, seed=None, **settings))
+    settings: dict[str, Any] = {"count": count, "split": split, "text_column": text_column}
+    if data.startswith(PROBLEMS):  # which are longer than a prompt
+        samples = token_samples(data, loaded.tokenizer, length=max(most, PROBLEM), seed=None, **settings)
+        found = [sample[:most] for sample in samples]
     else:
-        found = whole_documents(data, loaded.tokenizer, least=1, **settings)
+        found = whole_documents(data, loaded.tokenizer, length=most, least=1, **settings)
     if not (chat and loaded.tokenizer.chat_template):
         return [ids.tolist() for ids in found]
     texts = [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]

@@ -110,7 +110,7 @@ def divergence(
         batch: documents that are read together where they have one length.
         together: caches that are read together, beside the full one.
         name, weights: of the model in results; None: from its `name_or_path`.
-        progress: called with the name of a cell and how many of its documents were read since.
+        progress: called with what is read and how many further documents of all cells were read, in parts.
         settings: of `Request`: rules ("prompt-kept", "query-aware"), seeds, equal, shared, sharing, calibration.
 
     Returns:
@@ -183,6 +183,10 @@ def _check_documents(model: Any, documents: Sequence[Document]) -> None:
             )
 
 
+def _told(works: Sequence[Work]) -> str:
+    return works[0].label if len(works) == 1 else f"{works[0].label} and {len(works) - 1} more"
+
+
 def _parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[first : first + size] for first in range(0, len(items), size)]
 
@@ -230,7 +234,7 @@ class _Run:
         for numbers in self._batches(lengths):
             missing = [work for work in self.works if work.file and not work.file.done.issuperset(numbers)]
             for part in _parts(missing, self.together):
-                readings = self._read(part, [work.plan for work in part], numbers)
+                readings = self._read(part, [work.plan for work in part], numbers, counted=True)
                 for work, found in zip(part, readings, strict=True):
                     for number, reading in zip(numbers, found, strict=True):
                         self._keep(work, number, reading)
@@ -268,10 +272,14 @@ class _Run:
                     continue
                 self._open(work, curve.best(work.cell.budget, work.tried))
                 self._keep(work, trial, work.tried[work.plan.share])
+                self.progress(work.label, 1)
             open_works = still
 
     # --------------------------------------------------------------------------------------------------------- reading
-    def _read(self, works: Sequence[Work], plans: Sequence[Plan], numbers: Sequence[int]) -> list[list[Reading]]:
+    def _read(
+        self, works: Sequence[Work], plans: Sequence[Plan], numbers: Sequence[int], counted: bool = False
+    ) -> list[list[Reading]]:
+        """Readings of each of `works` under its plan; `counted`: as far as progress goes."""
         documents = [self.documents[number] for number in numbers]
         prompts = [document.prompt for document in documents]
         futures: dict[str, Future] = {}
@@ -283,7 +291,13 @@ class _Run:
                     futures[plan.rule] = self._future(plan, documents)
                 plan = replace(plan, future=futures[plan.rule])
             makers.append(lambda work=work, plan=plan: work.method.make(self.model, plan))
-        return read_together(self.model, documents, makers, step=self.step)
+        told = _told(works) if counted else f"equal bytes, {_told(works)}"
+        each = sum(not (work.file and number in work.file.done) for work in works for number in numbers)
+        of_a_token = each / (documents[0].prompt + documents[0].forced) if counted else 0.0
+        self.progress(told, 0)
+        return read_together(
+            self.model, documents, makers, step=self.step, progress=lambda read: self.progress(told, read * of_a_token)
+        )
 
     def _future(self, plan: Plan, documents: Sequence[Document]) -> Future:
         """What the oracle knows: attention in the full cache over the same documents."""
@@ -339,4 +353,3 @@ class _Run:
             "seconds": reading.seconds,
         }
         work.file.append([line])
-        self.progress(work.label, 1)
