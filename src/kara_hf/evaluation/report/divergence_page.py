@@ -100,9 +100,12 @@ def _positive(value: float) -> float | None:
     return finite(value) if value > 0 else None
 
 
-def _log_axis(title: str) -> dict[str, Any]:
-    ticks = {"tickvals": TICKS, "ticktext": [f"{tick:g}" for tick in TICKS]}
-    return {"type": "log", "title": {"text": title, "standoff": 4}, **ticks}
+def _log_axis(title: str, values: Iterable[float]) -> dict[str, Any]:
+    known = [value for value in values if value > 0]
+    near = known and max(known) < 100 * min(known)
+    ticks = [digit * tick for tick in TICKS for digit in ((1, 2, 5) if near else (1,))]
+    shown = {"tickvals": ticks, "ticktext": [f"{tick:.3g}" for tick in ticks]}
+    return {"type": "log", "title": {"text": title, "standoff": 4}, **shown}
 
 
 def _bars(rows: list[Row], name: str = "kl") -> dict[str, Any]:
@@ -149,7 +152,7 @@ def draw_pareto(rows: list[Row], found: Divergences) -> Figure:
         "layout": {
             "front": [{"x": [finite(x) for x, _ in ends], "y": [finite(y) for _, y in ends]}],
             "xaxis": _shares(rows),
-            "yaxis": _log_axis("KL from the full cache, nats"),
+            "yaxis": _log_axis("KL from the full cache, nats", [row["kl"] for row in rows]),
         },
     }
 
@@ -205,5 +208,6 @@ def draw_curves(rows: list[Row], found: Divergences) -> Iterator[tuple[str, Figu
                     ],
                 }
             )
+        seen = [value for trace in traces for value in trace["y"] if value]
         caption = f"budget {100 * budget:.4g}%" if any(row["rule"] != "none" for row in rows) else "nothing evicted"
-        yield caption, {"data": traces, "layout": {"xaxis": axis, "yaxis": _log_axis("")}}
+        yield caption, {"data": traces, "layout": {"xaxis": axis, "yaxis": _log_axis("", seen)}}
