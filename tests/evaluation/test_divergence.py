@@ -165,11 +165,11 @@ def test_lines_are_statistics_of_the_tokens(model, documents, tmp_path):
 
 def test_methods_hold_the_budget_of_bytes(tmp_path):
     model, shared = build("llama"), SharedSettings(window=64, recent=16, block_size=8, sinks=2, observation=4)
-    text = [Document(torch.randint(1, 50, (250,)).tolist(), PROMPT) for _ in range(2)]
+    text = [Document(torch.randint(1, 50, (250,)).tolist(), PROMPT)]
     names, done = ("random", "kara", "kv-compress-random"), []
     settings = {"step": 64, "shared": shared, "progress": lambda label, part: done.append(part)}
     frame = run(model, text, tmp_path, names, (0.8, 0.02), **settings)
-    assert sum(done) == pytest.approx(3 * 2 * 2)
+    assert sum(done) == pytest.approx(3 * 2)
     frame["held"] = frame.resident_bytes / frame.full_bytes
     frame["share"] = [settings["share"] for settings in frame.settings]
     for (name, budget), cell in frame.groupby(["method", "budget"]):

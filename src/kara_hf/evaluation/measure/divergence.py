@@ -24,7 +24,7 @@ from ...methods.registry import Method, Plan, make_method, window_settings
 from ...methods.rules import SINGLE_TEXT_RULES
 from ...needs import check_needs
 from .equal_bytes import ShareCurve
-from .forced import Document, Reading, read_together
+from .forced import Document, Outcome, read_together
 from .identity import forward_identity, method_identity, short_digest, weights_of
 from .provenance import provenance
 from .request import Request
@@ -69,7 +69,7 @@ class Work:
     plan: Plan
     settings: dict[str, Any]
     file: CellFile | None = None
-    tried: dict[float, Reading] = field(default_factory=dict)
+    tried: dict[float, Outcome] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -234,10 +234,10 @@ class _Run:
         for numbers in self._batches(lengths):
             missing = [work for work in self.works if work.file and not work.file.done.issuperset(numbers)]
             for part in _parts(missing, self.together):
-                readings = self._read(part, [work.plan for work in part], numbers, counted=True)
-                for work, found in zip(part, readings, strict=True):
-                    for number, reading in zip(numbers, found, strict=True):
-                        self._keep(work, number, reading)
+                outcomes = self._read(part, [work.plan for work in part], numbers, counted=True)
+                for work, found in zip(part, outcomes, strict=True):
+                    for number, outcome in zip(numbers, found, strict=True):
+                        self._keep(work, number, outcome)
 
     def _batches(self, numbers: Iterable[int]) -> Iterable[Sequence[int]]:
         """Numbers of documents that are not done by all, in batches of one shape."""
@@ -251,17 +251,17 @@ class _Run:
 
     # ----------------------------------------------------------------------------------------------------- equal bytes
     def _make_equal(self, trial: int) -> None:
-        """Finds the share of every cell that has none yet, by reading the document `trial`, whose readings count."""
+        """Finds the share of every cell that has none yet, by reading the document `trial`, whose outcomes count."""
         curves: dict[tuple[str, str], ShareCurve] = {}
         open_works = [work for work in self.works if work.file is None]
         next_share = {id(work): work.cell.budget for work in open_works}
         for last in (False,) * (ROUNDS - 1) + (True,):
             for part in _parts(open_works, self.together):
                 plans = [replace(work.plan, share=next_share[id(work)]) for work in part]
-                for work, plan, (reading,) in zip(part, plans, self._read(part, plans, [trial]), strict=True):
-                    work.tried[plan.share] = reading
+                for work, plan, (outcome,) in zip(part, plans, self._read(part, plans, [trial]), strict=True):
+                    work.tried[plan.share] = outcome
                     curve = curves.setdefault((work.cell.rule, work.method.name), ShareCurve(plan.shared.window))
-                    curve.add(plan.share, reading.resident_bytes / reading.full_bytes)
+                    curve.add(plan.share, outcome.resident_bytes / outcome.full_bytes)
             still = []
             for work in open_works:
                 curve = curves[work.cell.rule, work.method.name]
@@ -278,8 +278,8 @@ class _Run:
     # --------------------------------------------------------------------------------------------------------- reading
     def _read(
         self, works: Sequence[Work], plans: Sequence[Plan], numbers: Sequence[int], counted: bool = False
-    ) -> list[list[Reading]]:
-        """Readings of each of `works` under its plan; `counted`: as far as progress goes."""
+    ) -> list[list[Outcome]]:
+        """Outcomes of each of `works` under its plan; `counted`: as far as progress goes."""
         documents = [self.documents[number] for number in numbers]
         prompts = [document.prompt for document in documents]
         futures: dict[str, Future] = {}
@@ -323,33 +323,33 @@ class _Run:
 
         self.progress(work.label, len(work.file.done.intersection(range(len(self.documents)))))
 
-    def _keep(self, work: Work, number: int, reading: Reading) -> None:
+    def _keep(self, work: Work, number: int, outcome: Outcome) -> None:
         assert work.file is not None
         if number in work.file.done:
             return
         path = _arrays(self.out, work.cell, number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: getattr(reading, name) for name in ("kl", "same", "loss", "full_loss")}
+        arrays = {name: getattr(outcome, name) for name in ("kl", "same", "loss", "full_loss")}
         fresh = path.with_name(f"{path.name}.new")
         with fresh.open("wb") as file:
             np.savez(file, **arrays)
         os.replace(fresh, path)
-        middle, high = np.quantile(reading.kl, [0.5, 0.99])
+        middle, high = np.quantile(outcome.kl, [0.5, 0.99])
         line = {
             "number": number,
             "document": self.digests[number],
             "prompt": self.documents[number].prompt,
-            "tokens": len(reading.kl),
-            "kl_mean": float(reading.kl.mean(dtype=np.float64)),
+            "tokens": len(outcome.kl),
+            "kl_mean": float(outcome.kl.mean(dtype=np.float64)),
             "kl_median": float(middle),
             "kl_99": float(high),
-            "kl_max": float(reading.kl.max()),
-            "same": float(reading.same.mean()),
-            "loss": float(reading.loss.mean(dtype=np.float64)),
-            "full_loss": float(reading.full_loss.mean(dtype=np.float64)),
-            "resident_bytes": reading.resident_bytes,
-            "most_bytes": reading.most_bytes,
-            "full_bytes": reading.full_bytes,
-            "seconds": reading.seconds,
+            "kl_max": float(outcome.kl.max()),
+            "same": float(outcome.same.mean()),
+            "loss": float(outcome.loss.mean(dtype=np.float64)),
+            "full_loss": float(outcome.full_loss.mean(dtype=np.float64)),
+            "resident_bytes": outcome.resident_bytes,
+            "most_bytes": outcome.most_bytes,
+            "full_bytes": outcome.full_bytes,
+            "seconds": outcome.seconds,
         }
         work.file.append([line])

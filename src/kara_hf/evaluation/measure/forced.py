@@ -1,8 +1,8 @@
 """Documents that are forced through a model: what every cache makes of each token, beside the full cache.
 
-All caches read a document in lockstep, a step of tokens after the other. So the full cache is read once for all of
-them, and logits of one step are all that ever lies in memory. Documents of one shape are read as a batch: a cache that
-can be replayed only a few tokens at a time costs little more than others then.
+All caches read a document in lockstep, a step of tokens after the other. So its prompt and the full cache are read
+once for all of them, and logits of one step are all that ever lies in memory. Documents of one shape are read as a
+batch: a cache that can be replayed only a few tokens at a time costs little more than others then.
 """
 
 import time
@@ -20,6 +20,7 @@ from ...cache.compressed import CompressedCache
 from ...config import is_int, require
 from ...integration.attach import attach
 from ...integration.generation import for_forward
+from ...integration.reading import Reading
 from .memory import held_bytes
 
 
@@ -50,7 +51,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Outcome:
     """What came of reading a document with one cache. Arrays have an entry for each forced token.
 
     Attributes:
@@ -61,7 +62,7 @@ class Reading:
         resident_bytes: held at the end, of a batch a document's share.
         most_bytes: held at most behind a forward; the prompt's, in which it is whole, is left out.
         full_bytes: what the full cache holds at the end.
-        seconds: that its forwards took; this and the bytes are a document's share of its batch.
+        seconds: that reading took, the prompt included; this and the bytes are a document's share of its batch.
     """
 
     kl: np.ndarray
@@ -85,9 +86,14 @@ class Forced:
     def __init__(self, model: Any, cache: Cache):
         self.model, self.cache, self.most, self.seconds = model, cache, 0, 0.0
 
-    def begin(self, prompts: torch.Tensor) -> None:
-        """Reads the prompts ``[B, P]`` in one forward."""
-        self._forward(prompts, logits_to_keep=1)
+    def begin(self, prompts: torch.Tensor, reading: Reading) -> None:
+        """Takes up the prompts ``[B, P]`` from their `reading`, or reads them in one forward."""
+        if reading.fits(self.cache):
+            start = time.perf_counter()
+            reading.into(self.cache)
+            self.seconds += time.perf_counter() - start + reading.seconds
+        else:
+            self._forward(prompts, logits_to_keep=1)
 
     def logits(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         """Logits behind each of the `tokens` ``[B, S]``, as decoding one by one gives them, in parts ``[B, s, V]``.
@@ -121,7 +127,7 @@ def read_together(
     *,
     step: int,
     progress: Callable[[int], object] = lambda tokens: None,
-) -> list[list[Reading]]:
+) -> list[list[Outcome]]:
     """Reads documents of one shape with the full cache and, beside it, with a cache from each of `makers`.
 
     Args:
@@ -131,7 +137,7 @@ def read_together(
         progress: called with the tokens of a document that all caches read since the last call.
 
     Returns:
-        For each maker a reading of each document.
+        For each maker an outcome for each document.
 
     Raises:
         ValueError: the model does not support a cache.
@@ -145,8 +151,11 @@ def read_together(
     with held:
         full = Forced(model, DynamicCache(config=model.config))
         others = [Forced(model, cache) for cache in caches]
+        prompts = ids[:, :prompt]
+        reading = Reading(model, prompts, torch.ones_like(prompts))
         for reader in (full, *others):
-            reader.begin(ids[:, :prompt])
+            reader.begin(prompts, reading)
+        del reading  # which holds queries, keys and values of all layers
         progress(prompt)
         for first in range(0, count, step):
             here = slice(first, min(first + step, count))
@@ -168,7 +177,7 @@ def read_together(
     full_bytes = held_bytes(full.cache)
     return [
         [
-            Reading(
+            Outcome(
                 kl=kl[number, b].numpy(),
                 same=same[number, b].bool().numpy(),
                 loss=loss[number, b].numpy(),
