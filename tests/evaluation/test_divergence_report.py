@@ -4,6 +4,8 @@ import base64
 import gzip
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -239,6 +241,12 @@ def test_the_command_says_what_is_wrong(args, message, tmp_path):
     done = invoke("--documents", 1, *args, "--out", tmp_path)
     assert done.exit_code in (1, 2) and message in " ".join(done.stderr.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_with_the_extra():
+    code = "import sys; sys.modules['pandas'] = None; from kara_hf.cli.app import app; app(['divergence'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "pandas is not installed; run: pip install 'kara_hf[evaluate]'" in done.stderr
 
 
 def test_short_texts_are_named(tmp_path):
