@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from kara_hf import KaraCache, KVCompressCache
 from kara_hf.evaluation import Document, divergence, load_divergence
 from kara_hf.evaluation.measure import divergence as module
-from kara_hf.evaluation.measure.equal_bytes import EQUAL, ShareCurve
+from kara_hf.evaluation.measure.diverged import EQUAL
+from kara_hf.evaluation.measure.equal_bytes import ShareCurve
 from kara_hf.evaluation.measure.forced import read_together
 from kara_hf.evaluation.measure.memory import held_bytes
 from kara_hf.integration.attach import is_attached

@@ -237,7 +237,7 @@ def _asked(
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     """What fits 80 columns; the page has the rest."""
-    from ..evaluation.measure.equal_bytes import EQUAL
+    from ..evaluation.measure.diverged import EQUAL
     from ..evaluation.report.divergence_summary import loss_of, nats
     from ..evaluation.report.summary import budget_of, is_known, percent
 

@@ -196,14 +196,14 @@ def report(
     """
     with readable_errors():
         check_needs({"": REPORT})
-        from ..evaluation.measure import divergence
+        from ..evaluation.measure.diverged import LINES, load_divergence
         from ..evaluation.measure.results import load, save_packed
         from ..evaluation.report.write import write, write_divergence
 
         folder = out or (results if results.is_dir() else results.parent)
-        if diverged := results.is_dir() and any(results.rglob(f"*{divergence.LINES.suffix}")):
+        if diverged := results.is_dir() and any(results.rglob(f"*{LINES.suffix}")):
             known = None if reference == "random" else reference
-            for path in write_divergence(divergence.load_divergence(results), folder, reference=known):
+            for path in write_divergence(load_divergence(results), folder, reference=known):
                 typer.echo(path)
         if diverged and pack is None and not any(results.rglob("*.jsonl")):
             return

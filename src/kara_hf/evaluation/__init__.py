@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..methods.registry import METHODS, SharedSettings, make_method
-    from .measure.divergence import divergence, load_divergence
+    from .measure.diverged import load_divergence
+    from .measure.divergence import divergence
     from .measure.evaluator import Evaluator
     from .measure.forced import Document
     from .measure.request import Request
@@ -26,7 +27,7 @@ _HOMES = {
     "SharedSettings": "..methods.registry",
     "divergence": ".measure.divergence",
     "load": ".measure.results",
-    "load_divergence": ".measure.divergence",
+    "load_divergence": ".measure.diverged",
     "make_method": "..methods.registry",
     "pack": ".measure.results",
     "save_packed": ".measure.results",

@@ -23,34 +23,14 @@ from ...methods.oracle import Future, future_attention
 from ...methods.registry import Method, Plan, make_method, window_settings
 from ...methods.rules import SINGLE_TEXT_RULES
 from ...needs import check_needs
+from .diverged import LINES, TASK, arrays_of, load_divergence
 from .equal_bytes import ShareCurve
 from .forced import Document, Outcome, read_together
 from .identity import forward_identity, method_identity, short_digest, weights_of
 from .provenance import provenance
 from .request import Request
-from .results import Cell, CellFile, Lines, load, stored_settings
+from .results import Cell, CellFile, stored_settings
 
-LINES = Lines(
-    {
-        "number": int,
-        "document": str,  # a digest of its ids
-        "prompt": int,
-        "tokens": int,  # that were forced
-        "kl_mean": float,
-        "kl_median": float,
-        "kl_99": float,
-        "kl_max": float,
-        "same": float,  # share of tokens at which both caches find the same one likeliest
-        "loss": float,
-        "full_loss": float,
-        "resident_bytes": int,
-        "most_bytes": int,
-        "full_bytes": int,
-        "seconds": float,
-    },
-    suffix=".divergence",
-)
-TASK = "divergence:"  # what comes before the name of the data in a cell's task
 T = TypeVar("T")
 ROUNDS = 4  # readings of the document on which bytes are made equal, at most
 
@@ -143,26 +123,6 @@ def divergence(
     )
     run.measure()
     return load_divergence(out)
-
-
-def load_divergence(folder: str | Path) -> pd.DataFrame:
-    """All lines of a folder: a row for each cell and document, with the fields of `Cell` and of a line, settings and
-    provenance, and in ``arrays`` the file of its tokens, from which `numpy.load` reads kl, same, loss and full_loss.
-
-    Raises:
-        ValueError: there are none, or a line is damaged.
-    """
-    frame = load(folder, LINES)
-    cells = frame[list(Cell.__dataclass_fields__)].to_dict("records")
-    frame["arrays"] = [
-        str(_arrays(Path(folder), Cell(**cell), number)) for cell, number in zip(cells, frame["number"], strict=True)
-    ]
-    return frame
-
-
-def _arrays(folder: Path, cell: Cell, number: int) -> Path:
-    stem = folder / cell.stem
-    return stem.with_name(f"{stem.name}.tokens") / f"{number}.npz"
 
 
 def _check_documents(model: Any, documents: Sequence[Document]) -> None:
@@ -327,7 +287,7 @@ class _Run:
         assert work.file is not None
         if number in work.file.done:
             return
-        path = _arrays(self.out, work.cell, number)
+        path = arrays_of(self.out, work.cell, number)
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: getattr(outcome, name) for name in ("kl", "same", "loss", "full_loss")}
         fresh = path.with_name(f"{path.name}.new")

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from ...methods.registry import Method, Plan
+from .diverged import EQUAL
 from .request import Request, TokenizedExample
 
 TRIAL_EXAMPLES = 8  # on which bytes are made equal
 TOLERANCE = 0.005  # by how much of the reference's bytes a method may hold more, where it can help it
 HALVINGS = 7
 CLOSE = 0.01  # of a budget of bytes: what is not worth another trial
-EQUAL = 0.03  # of a budget of bytes: what counts as equal
 
 # From examples, method, plan and a number of tokens: bytes held at most while exactly so many are generated.
 Trial = Callable[[Sequence[TokenizedExample], Method, Plan, int], int]

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
-from ..measure.divergence import TASK
-from ..measure.equal_bytes import EQUAL
+from ..measure.diverged import EQUAL, TASK
 from .statistics import GROUP, Estimate, compare, mean_interval
 from .summary import FULL, RULE_LABELS, Mark, Row, budget_of, is_known, percent, rounded
 
