@@ -9,7 +9,7 @@ import torch
 from support.texts import documents, write_texts
 
 from kara_hf.bundled import BUNDLED_MODEL
-from kara_hf.probing.data import token_samples
+from kara_hf.probing.data import token_samples, whole_documents
 from kara_hf.tasks.reasoner import final_answer, split_of
 
 PROBLEMS = "problems:trace=0.5,fact=0.2,recall=0.3"
@@ -40,6 +40,20 @@ def test_files_of_every_type_are_joined_with_eos_and_packed(name, folder, tokeni
         list(token_samples(folder / name, tokenizer, length=7, count=count + 1, seed=None))
     shuffled = list(token_samples(folder / name, tokenizer, length=7, count=count, seed=3))
     assert len(shuffled) == count
+
+
+def test_whole_documents_are_cut_and_short_ones_left_out(folder, tokenizer):
+    sizes = [len(text.split()) for text in documents(folder / "c.jsonl")]
+    least = sorted(sizes)[1]
+    expected = [tokenizer(text)["input_ids"] for text in documents(folder / "c.jsonl") if len(text.split()) >= least]
+    found = whole_documents(folder / "c.jsonl", tokenizer, length=least, count=4)
+    assert [ids.tolist() for ids in found] == [ids[:least] for ids in expected]
+    every = whole_documents(folder / "c.jsonl", tokenizer, length=1000, count=5, least=1)
+    assert [len(ids) for ids in every] == sizes
+    with pytest.raises(ValueError, match=f"its 5 documents 4 have {least} tokens, and 5 are asked for; the longest"):
+        whole_documents(folder / "c.jsonl", tokenizer, length=least, count=5)
+    with pytest.raises(ValueError, match="text_column='no' is not possible"):
+        whole_documents(folder / "c.jsonl", tokenizer, length=least, count=1, text_column="no")
 
 
 def test_a_folder_is_all_its_files(folder, tokenizer):

@@ -124,7 +124,7 @@ class BudgetCompression(Compression):
     def begin(self, step: Step) -> None:
         state = self.state
         drafts = step.drafts and 1 < step.new <= self.config.protected + 1
-        self.decoding = not step.first and (step.new == 1 or drafts)
+        self.decoding = not step.first and (step.new == 1 or drafts or step.replayed)
         # Drafts do not vote: those that are refused could not take their votes back.
         self.voting = self.decoding and not drafts and self.config.accumulate and self.policy.votes
         if self.decoding and self.steps_to_compression() < step.new:
@@ -396,6 +396,10 @@ class BudgetCompression(Compression):
         steps = self.until - self.state.columns if self.config.continual else sys.maxsize
         # Under a cap, making room may take a pass.
         return steps if self.state.meter.max_bytes is None else min(steps, self.state.room)
+
+    def replayable_steps(self) -> int:
+        steps = self.steps_to_compression()
+        return steps if steps > 0 else self.block_size  # a pass comes before its tokens, and is for so many
 
     def capturable_steps(self) -> int:
         return 0 if self.undecided else min(self.steps_to_compression(), self.state.room)

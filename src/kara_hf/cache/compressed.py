@@ -4,6 +4,8 @@ What a forward does to it is in `steps`; here is what callers do: read it, rearr
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -183,6 +185,26 @@ class CompressedCache(Cache, StepCache):
         if self.steps.step is not None and layer_idx <= self.steps.step.last_layer:
             self.steps.settle()  # asked before a forward, when nobody has said that the last one is done
         return self.state.columns
+
+    # --------------------------------------------------------------------------------------------- replaying into it
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Within it, tokens behind the prompt that come in one forward are taken for decoded ones, not for a turn.
+
+        As long as a forward brings no more than `replayable` of them, what is kept is what decoding them one by one
+        keeps: nothing would be compressed in between.
+        """
+        before, self.steps.replaying = self.steps.replaying, True
+        try:
+            yield
+        finally:
+            self.steps.replaying = before
+
+    @property
+    def replayable(self) -> int:
+        """Tokens that the next forward within `replaying` may bring, from 1 on. The prompt itself comes before."""
+        self.steps.sync()
+        return self.compression.replayable_steps() if self.columns else 1
 
     # -------------------------------------------------------------------------------------------------- rearranging it
     def compress(self) -> None:

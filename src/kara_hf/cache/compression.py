@@ -57,6 +57,9 @@ class Compression(Protocol):
     def steps_to_compression(self) -> int:
         """Decode steps from here on in which nothing is compressed."""
 
+    def replayable_steps(self) -> int:
+        """Tokens, from 1 on, of which one forward over all of them makes what decoding them one by one makes."""
+
     def capturable_steps(self) -> int:
         """Decode steps from here on that only append: nothing is compressed and no memory is arranged."""
 

@@ -34,6 +34,7 @@ class Step:
         positions: true positions, ``[B, S]`` int32; those of padding are anything.
         recording: whether its tokens may be taken back by `crop`, at any length.
         drafts: whether they are drafts: neither part of a prompt nor of a turn.
+        replayed: whether they were decoded before, and are to be treated as if they came one by one.
         after: the sequences once the step is done.
         stored: indices of the layers that have stored its tokens.
         before: what Transformers' own layers held before it, by index.
@@ -57,6 +58,7 @@ class Step:
     positions: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     recording: bool = False
     drafts: bool = False
+    replayed: bool = False
     after: list[Sequence] = field(default_factory=list)
     stored: set[int] = field(default_factory=set)
     before: dict[int, dict[str, Any]] = field(default_factory=dict)

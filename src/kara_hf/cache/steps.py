@@ -71,6 +71,7 @@ class Steps:
         self.state, self.policy = state, policy
         self.compression: Compression = make_compression(policy, state)
         self.given_real: torch.Tensor | None = None  # what stands in for the mask while a step is captured, [B, 1]
+        self.replaying = False  # whether tokens that come together are taken for decoded ones
         self.turn = False  # whether the tokens of the next step are a prompt or turn, whatever is recorded
         self._forget()
 
@@ -139,7 +140,8 @@ class Steps:
         if step.first:
             state.sequences = [Sequence()] * batch
         step.recording = any(layer.record_past for layer in state.compressed_layers)
-        step.drafts = step.recording and not self.turn
+        step.replayed = self.replaying and not step.first
+        step.drafts = step.recording and not self.turn and not step.replayed
         step.syncs = (
             step.first
             or step.new > 1

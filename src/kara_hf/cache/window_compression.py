@@ -81,7 +81,8 @@ class WindowCompression(Compression):
         state, config = self.state, self.config
         drafts = step.drafts and step.new <= config.recent + 1
         self.drafts = drafts and step.new > 1
-        self.pinned = (step.first or (step.new > 1 and not drafts)) and not config.compress_prompt
+        turn = step.new > 1 and not drafts and not step.replayed
+        self.pinned = (step.first or turn) and not config.compress_prompt
         self.open = np.array([sequence.open for sequence in state.sequences])
         step.after = [
             sequence.extended(int(n), self.pinned) for sequence, n in zip(state.sequences, step.counts, strict=True)
@@ -304,6 +305,9 @@ class WindowCompression(Compression):
         if not self.policy.compresses:
             return sys.maxsize
         return self.policy.open_limit - max(sequence.open for sequence in self.state.sequences)
+
+    def replayable_steps(self) -> int:
+        return min(self.steps_to_compression(), sys.maxsize - 1) + 1  # the last of them seals the window behind itself
 
     def capturable_steps(self) -> int:
         steps = min(self.steps_to_compression(), self.state.room)

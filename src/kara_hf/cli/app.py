@@ -1,5 +1,5 @@
-"""The `kara-hf` command: generate with one cache or several, compared; evaluate methods and report; calibrate a
-score; serve; show; and `pod`.
+"""The `kara-hf` command: generate with one cache or several, compared; evaluate methods, measure how far they
+move a model, and report; calibrate a score; serve; show; and `pod`.
 
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
@@ -11,6 +11,7 @@ import typer
 from .. import __version__
 from .calibrate import calibrate
 from .demo import demo
+from .divergence import divergence
 from .evaluate import evaluate, report
 from .generate import generate
 from .pod import app as pod
@@ -27,6 +28,7 @@ app.add_typer(pod, name="pod")
 app.command()(generate)
 app.command()(calibrate)
 app.command()(evaluate)
+app.command()(divergence)
 app.command()(report)
 app.command()(serve)
 app.command()(demo)

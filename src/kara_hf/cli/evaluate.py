@@ -156,21 +156,27 @@ def _look_up(tasks: list[str], methods: list[str], sharing: str | None, calibrat
     """Everything that the run will need, before a model is loaded. Raises ImportError and ValueError."""
     check_needs({"": RESULTS})  # without which the kit cannot be imported
     from ..evaluation.measure import processes
+    from ..tasks.task import needs_of
+
+    needs = needs_of_methods(methods, sharing, calibration)
+    needs[""] = [*processes.needed(), *needs[""]]
+    check_needs(needs | {name: needs_of(name) for name in tasks})
+
+
+def needs_of_methods(methods: list[str], sharing: str | None, calibration: str | None) -> dict[str, Sequence[Need]]:
+    """What methods need, by name, and under "" the files that are given for them."""
     from ..methods import registry
     from ..policy import KeyCalibration
     from ..policy.sharing import PoDSharing
-    from ..tasks.task import needs_of
 
-    needs: dict[str, Sequence[Need]] = {"": processes.needed()}
-    needs |= {name: registry.needs_of(name) for name in methods}
-    needs |= {name: needs_of(name) for name in tasks}
+    needs: dict[str, Sequence[Need]] = {name: registry.needs_of(name) for name in methods}
     files = [(sharing, PoDSharing), (calibration, KeyCalibration)]
-    needs[""] = [*needs[""], *(Check(partial(kind.from_pretrained, place)) for place, kind in files if place)]  # type: ignore[attr-defined]
+    needs[""] = [Check(partial(kind.from_pretrained, place)) for place, kind in files if place]  # type: ignore[attr-defined]
     for name in methods:
         if name in registry.METHODS:
             given = {"sharing": sharing is not None, "calibration": calibration is not None}
             needs[name] = [*needs[name], Check(partial(registry.METHODS[name].check_given, **given))]
-    check_needs(needs)
+    return needs
 
 
 def report(
@@ -184,16 +190,25 @@ def report(
         Path | None, typer.Option(help="Also write results without answers to this file, small enough to keep.")
     ] = None,
 ) -> None:
-    """Make one self-contained HTML page, which needs no network, and a Markdown file of results."""
+    """Make one self-contained HTML page, which needs no network, and a Markdown file of results.
+
+    Results of `kara-hf divergence` get a page of their own.
+    """
     with readable_errors():
         check_needs({"": REPORT})
+        from ..evaluation.measure.diverged import LINES, load_divergence
         from ..evaluation.measure.results import load, save_packed
-        from ..evaluation.report.write import write
+        from ..evaluation.report.write import write, write_divergence
 
+        folder = out or (results if results.is_dir() else results.parent)
+        if diverged := results.is_dir() and any(results.rglob(f"*{LINES.suffix}")):
+            known = None if reference == "random" else reference
+            for path in write_divergence(load_divergence(results), folder, reference=known):
+                typer.echo(path)
+        if diverged and pack is None and not any(results.rglob("*.jsonl")):
+            return
         frame = load(results)
-        for path in write(
-            frame, out or (results if results.is_dir() else results.parent), reference=reference, title=title
-        ):
+        for path in write(frame, folder, reference=reference, title=title):
             typer.echo(path)
         if pack is not None:
             save_packed(frame, pack)

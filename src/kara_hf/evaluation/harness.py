@@ -23,12 +23,11 @@ except ImportError as error:
 from ..config import is_number, require
 from ..integration.generation import check_used, for_generate, greedy, only
 from ..methods.registry import METHODS, Method, Plan, SharedSettings, make_method, needs_of
-from ..methods.rules import PROMPT_KEPT, QUERY_AWARE, rule_named
+from ..methods.rules import SINGLE_TEXT_RULES, rule_named
 from ..needs import check_needs
 from ..policy.sharing import PoDSharing
 from .measure.memory import held_bytes
 
-SINGLE_TEXT_RULES = (PROMPT_KEPT, QUERY_AWARE)  # a request is one text, of which nobody says where its question begins
 SHARED = {field.name for field in fields(SharedSettings)}
 
 

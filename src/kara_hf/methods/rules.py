@@ -13,6 +13,7 @@ RULES: dict[str, str] = {
     QUERY_AWARE: "the prompt is compressed, the question in it",
     QUERY_AGNOSTIC: "the context is compressed, then the question is asked",
 }
+SINGLE_TEXT_RULES = (PROMPT_KEPT, QUERY_AWARE)  # of a text of which nobody says where its question begins
 OLD_SPELLINGS: dict[str, str] = {"pinned": PROMPT_KEPT, "before": QUERY_AWARE, "after": QUERY_AGNOSTIC}
 
 

@@ -79,6 +79,47 @@ def token_samples(
     return islice(samples, skip, None if count is None else skip + count)
 
 
+def whole_documents(
+    data: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    count: int,
+    least: int | None = None,
+    split: str = "train",
+    text_column: str = "text",
+) -> list[torch.Tensor]:
+    """The first `count` documents with so many tokens, each cut to its first `length` ``[N]`` int64, in the order of
+    the data. A tokenizer that puts a BOS first gets one.
+
+    Args:
+        data, split, text_column: as in `token_samples`; no problems.
+        least: tokens from which on a document is taken; None: `length`.
+
+    Raises:
+        ValueError: there are not so many documents that long, or the data has no such column.
+        FileNotFoundError: there are no such files.
+        ImportError: `datasets` is not installed.
+    """
+    require(is_int(length) and length >= 2, "length", length, "a whole number of tokens from 2 on")
+    require(is_int(count) and count >= 1, "count", count, "a whole number from 1 on")
+    check_needs({"data": needs_of(str(data))[:1]})
+    first, least = _beginning(tokenizer), length if least is None else least
+    found: list[torch.Tensor] = []
+    sizes: list[int] = []
+    for row in _open(str(data), split, text_column):
+        ids = first + _encode(tokenizer, _text(row, text_column, str(data)))
+        sizes.append(len(ids))
+        if len(ids) >= least:
+            found.append(torch.tensor(ids[:length]))
+            if len(found) == count:
+                return found
+    raise ValueError(
+        f"data={str(data)!r} is too short: of its {len(sizes):,} documents {len(found):,} have {least:,} tokens, and "
+        f"{count:,} are asked for; the longest has {max(sizes, default=0):,}"
+    )
+
+
 def parse_mix(data: str, length: int) -> dict[str, float]:
     """Reads "problems:task=weight,task=weight". Raises ValueError, also for a task that needs more than `length`."""
     mix = {}

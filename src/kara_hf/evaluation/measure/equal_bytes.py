@@ -1,15 +1,19 @@
-"""Equal bytes: the share with which a method holds what another holds with the budget for its share."""
+"""Equal bytes: the share with which a method holds what another holds with the budget for its share, or the budget
+itself of what the full cache holds.
+"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ...methods.registry import Method, Plan
+from .diverged import EQUAL
 from .request import Request, TokenizedExample
 
 TRIAL_EXAMPLES = 8  # on which bytes are made equal
 TOLERANCE = 0.005  # by how much of the reference's bytes a method may hold more, where it can help it
 HALVINGS = 7
+CLOSE = 0.01  # of a budget of bytes: what is not worth another trial
 
 # From examples, method, plan and a number of tokens: bytes held at most while exactly so many are generated.
 Trial = Callable[[Sequence[TokenizedExample], Method, Plan, int], int]
@@ -62,3 +66,48 @@ class EqualBytes:
         if key not in self._held:
             self._held[key] = self._trial(examples, method, replace(plan, prompts=lengths, seed=0), room)
         return self._held[key]
+
+
+class ShareCurve:
+    """What a method holds of the full cache's bytes, by share: nearly a line, so that few trials find any budget.
+
+    Args:
+        window: tokens in a window, of which one is the least that is kept.
+    """
+
+    def __init__(self, window: int):
+        self.least = 1 / window
+        self._held: dict[float, float] = {}
+
+    def add(self, share: float, held: float) -> None:
+        """With `share` the method held `held` of the full cache's bytes."""
+        self._held[share] = held
+
+    def next_share(self, budget: float, tried: Collection[float]) -> float | None:
+        """The share to try next so that `budget` is held; None where what was `tried` will do, or no other helps."""
+        if any(abs(self._held[share] / budget - 1) <= CLOSE for share in tried):
+            return None
+        points = sorted(self._held.items())
+        below = [point for point in points if point[1] <= budget]
+        above = [point for point in points if point[1] > budget]
+        if below and above:
+            ends = below[-1], above[0]
+        else:
+            outer = points if above else points[::-1]
+            ends = outer[0], outer[min(1, len(outer) - 1)]
+        (share, held), (other, more) = ends
+        slope = (more - held) / (other - share) if other != share else 1.0
+        if slope <= 0:
+            return None
+        found = min(1.0, share + (budget - held) / slope)
+        if found < self.least:
+            if held - (share - self.least) * slope > (1 + EQUAL) * budget:
+                return None  # it cannot hold so little
+            found = self.least
+        return None if any(abs(found / share - 1) < CLOSE / 2 for share in tried) else found
+
+    def best(self, budget: float, tried: Collection[float]) -> float:
+        """Of the shares that were `tried` the one that comes closest, or the budget itself where all hold more."""
+        if all(self._held[share] > (1 + EQUAL) * budget for share in tried):
+            return budget
+        return min(tried, key=lambda share: abs(self._held[share] - budget))

@@ -23,18 +23,22 @@ def short_digest(content: Any) -> str:
 
 
 def model_identity(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Of a model and its tokenizer, the weights apart: what an answer depends on.
+    """Of a model and its tokenizer, the weights apart: what an answer depends on; see `forward_identity`.
 
     `generation` is what the kit generates by; of the model's own `generation_config` it holds the ends, and no other
     field of it changes an answer.
     """
-    config = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NOT_OF_THE_MODEL}
     return {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "config": short_digest(config),
+        **forward_identity(model),
         "tokenizer": _tokenizer_digest(tokenizer),
         "generation": {**GREEDY, "eos_token_id": end_tokens(model)},
     }
+
+
+def forward_identity(model: Any) -> dict[str, Any]:
+    """Of a model, the weights apart: what a forward depends on."""
+    config = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NOT_OF_THE_MODEL}
+    return {"dtype": str(model.dtype).removeprefix("torch."), "config": short_digest(config)}
 
 
 def task_identity(task: Task, first: TokenizedExample) -> dict[str, Any]:

@@ -65,8 +65,44 @@ EXAMPLE: dict[str, type] = {
     "full_bytes": int,
     "seconds": float,
 }
-UNKNOWN = ("distance", "allocated_bytes")  # of which there may be none
 TEXT = "text"  # kept in the files of a run, not in packed ones
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What the lines of a file hold behind its header.
+
+    Attributes:
+        kinds: their fields, with what they are; one of them is ``number``.
+        unknown: of these, numbers that may be null.
+        text: a further field, or "".
+        suffix: of the files.
+    """
+
+    kinds: dict[str, type]
+    unknown: tuple[str, ...] = ()
+    text: str = ""
+    suffix: str = ".jsonl"
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.kinds, *([self.text] if self.text else [])]
+
+    def check(self, line: Any) -> dict[str, Any]:
+        """Raises ValueError if a line has other fields, or a value of the wrong kind."""
+        if isinstance(line, dict) and "allocated_bytes" in self.unknown:
+            line = {"allocated_bytes": None} | line
+        if not isinstance(line, dict) or line.keys() != set(self.names):
+            raise ValueError(f"its fields are not those of an example, {', '.join(self.names)}")
+        for name, kind in self.kinds.items():
+            value = line[name]
+            known = {int, float} if kind is float else {kind}
+            if type(value) not in known and not (name in self.unknown and value is None):
+                raise ValueError(f"{name}={value!r} is of the wrong kind: it must be {kind.__name__}")
+        return line
+
+
+ANSWERS = Lines(EXAMPLE, unknown=("distance", "allocated_bytes"), text=TEXT)
 SOURCE = ["settings", "provenance"]
 
 
@@ -81,6 +117,7 @@ class CellFile:
             numbers. A file with others is not added to.
         provenance: where this part comes from.
         process: rank of the process that writes; each has a file of its own.
+        lines: what its lines hold.
 
     Attributes:
         path: the file.
@@ -97,23 +134,25 @@ class CellFile:
         settings: dict[str, Any],
         provenance: dict[str, Any],
         process: int = 0,
+        lines: Lines = ANSWERS,
     ):
+        self.lines = lines
         header = {"cell": asdict(cell), "settings": settings, "provenance": provenance}
         text = json.dumps(header, allow_nan=False)
         stem = Path(folder) / cell.stem
-        self.path = stem.with_name(f"{stem.name}.{process}.jsonl")
+        self.path = stem.with_name(f"{stem.name}.{process}{lines.suffix}")
         self.done: set[int] = set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rules = [cell.rule, *(old for old, new in OLD_SPELLINGS.items() if new == cell.rule)]
-        found = [path for rule in rules for path in (stem.parent.with_name(_safe(rule))).glob("*.jsonl")]
-        parts = [path for path in found if re.fullmatch(re.escape(stem.name) + r"\.\d+", path.stem)]
+        near = [path for rule in rules for path in (stem.parent.with_name(_safe(rule))).glob(f"*{lines.suffix}")]
+        parts = [path for path in near if re.fullmatch(re.escape(stem.name) + r"\.\d+", path.stem)]
         for path in sorted(parts):
-            lines, size = _read(path)
+            found, size = read_lines(path, self.lines)
             if path == self.path:
                 os.truncate(path, size)
-            if lines:
-                _require_same(path, lines[0], json.loads(text))
-                self.done.update(line["number"] for line in lines[1:])
+            if found:
+                _require_same(path, found[0], json.loads(text))
+                self.done.update(line["number"] for line in found[1:])
         if not self.path.exists() or not self.path.stat().st_size:
             self._write(text + "\n")
 
@@ -121,12 +160,16 @@ class CellFile:
         """Writes one line per example; they are on the disk when this returns.
 
         Raises:
-            ValueError: a line has other fields than those of `EXAMPLE` and the text, or a value of the wrong kind.
+            ValueError: a line has other fields than it should, or a value of the wrong kind.
         """
         for line in lines:
-            _check_example(line)
+            self.lines.check(line)
         self._write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
         self.done.update(line["number"] for line in lines)
+
+    def held(self) -> list[dict[str, Any]]:
+        """The lines of this file, without its header."""
+        return read_lines(self.path, self.lines)[0][1:]
 
     def _write(self, text: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -135,23 +178,24 @@ class CellFile:
             os.fsync(file.fileno())
 
 
-def load(path: str | Path) -> pd.DataFrame:
+def load(path: str | Path, lines: Lines = ANSWERS) -> pd.DataFrame:
     """All examples of a folder of result files, of one such file, or of a packed file, one per row.
 
     Columns are the fields of `Cell` and of `EXAMPLE`, the text unless the file is packed, and settings and provenance
-    as dictionaries. An example that several files of a cell hold counts once.
+    as dictionaries. An example that several files of a cell hold counts once. `lines` says what files hold that are of
+    another kind; these are not packed.
 
     Raises:
         ValueError: there are no examples, a line is damaged, or files of one cell have different settings.
         OSError: there is no such file.
     """
     path = Path(path)
-    packed = path.is_file() and path.suffix != ".jsonl"
+    packed = path.is_file() and path.suffix != lines.suffix
     if packed:
         tables = [_unpack(row, f"{path}, row {i}") for i, row in enumerate(_parse(_text(path), str(path)))]
     else:
-        files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-        tables = [_table(file, lines) for file in files if len(lines := _read(file)[0]) > 1]
+        files = sorted(path.rglob(f"*{lines.suffix}")) if path.is_dir() else [path]
+        tables = [_table(file, found, lines) for file in files if len(found := read_lines(file, lines)[0]) > 1]
     if not tables:
         raise ValueError(f"there are no results in {path}; `kara-hf evaluate` writes them")
     frame = pd.concat(tables, ignore_index=True)
@@ -161,6 +205,18 @@ def load(path: str | Path) -> pd.DataFrame:
             raise ValueError(f"files in {path} have different settings for {dict(zip(CELL, key, strict=True))}")
     frame = frame.drop_duplicates([*CELL, "number"])
     return frame.sort_values([*CELL, "number"], kind="stable", ignore_index=True)
+
+
+def stored_settings(folder: str | Path, cell: Cell, lines: Lines = ANSWERS) -> dict[str, Any] | None:
+    """The settings that the file of a cell has, written by the first process; None where there is no such file.
+
+    Raises:
+        ValueError: a line of it is damaged.
+    """
+    stem = Path(folder) / cell.stem
+    path = stem.with_name(f"{stem.name}.0{lines.suffix}")
+    found = read_lines(path, lines)[0] if path.exists() else []
+    return found[0]["settings"] if found else None
 
 
 def pack(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -200,8 +256,12 @@ def _safe(name: str) -> str:
     return safe if len(safe) <= 100 else f"{safe[:90]}-{zlib.crc32(name.encode()):08x}"
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a file, and their size in bytes; a last line that was torn is left out."""
+def read_lines(path: Path, kind: Lines = ANSWERS) -> tuple[list[dict[str, Any]], int]:
+    """The header and the whole lines of a file, and their size in bytes; a last line that was torn is left out.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
     lines: list[dict[str, Any]] = []
     size, raw = 0, path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(raw, 1):
@@ -210,7 +270,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
             break
         try:
             found = json.loads(line)
-            lines.append(_check_example(found) if number > 1 else _check_header(found))
+            lines.append(kind.check(found) if number > 1 else _check_header(found))
         except ValueError as error:
             if last and isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                 break
@@ -223,19 +283,6 @@ def _check_header(line: Any) -> dict[str, Any]:
     if not isinstance(line, dict) or line.keys() != {"cell", *SOURCE}:
         raise ValueError(f"its fields are not those of a header, {', '.join(['cell', *SOURCE])}")
     return line | {"cell": asdict(_cell(line["cell"]))}
-
-
-def _check_example(line: Any) -> dict[str, Any]:
-    if isinstance(line, dict):
-        line = {"allocated_bytes": None} | line
-    if not isinstance(line, dict) or line.keys() != {*EXAMPLE, TEXT}:
-        raise ValueError(f"its fields are not those of an example, {', '.join([*EXAMPLE, TEXT])}")
-    for name, kind in EXAMPLE.items():
-        value = line[name]
-        known = {int, float} if kind is float else {kind}
-        if type(value) not in known and not (name in UNKNOWN and value is None):
-            raise ValueError(f"{name}={value!r} is of the wrong kind: it must be {kind.__name__}")
-    return line
 
 
 def _cell(entries: dict[str, Any]) -> Cell:
@@ -263,10 +310,10 @@ def _require_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
         )
 
 
-def _table(path: Path, lines: list[dict[str, Any]]) -> pd.DataFrame:
-    header, *examples = lines
-    table = pd.DataFrame.from_records(examples, columns=[*EXAMPLE, TEXT])
-    return _complete(table, header, str(path))
+def _table(path: Path, found: list[dict[str, Any]], lines: Lines) -> pd.DataFrame:
+    header, *examples = found
+    table = pd.DataFrame.from_records(examples, columns=lines.names)
+    return _complete(table, header, str(path), lines)
 
 
 def _unpack(row: Any, place: str) -> pd.DataFrame:
@@ -282,10 +329,10 @@ def _unpack(row: Any, place: str) -> pd.DataFrame:
     return _complete(pd.DataFrame(examples), row, place)
 
 
-def _complete(table: pd.DataFrame, header: dict[str, Any], place: str) -> pd.DataFrame:
+def _complete(table: pd.DataFrame, header: dict[str, Any], place: str, lines: Lines = ANSWERS) -> pd.DataFrame:
     """Examples with their types, behind the fields of their cell; settings and provenance are shared, not copied."""
     try:
-        table = table.astype(EXAMPLE)
+        table = table.astype(lines.kinds)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place} has a value that cannot be read: {error}") from error
     for i, (name, value) in enumerate(asdict(_cell(header["cell"])).items()):

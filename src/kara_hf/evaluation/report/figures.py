@@ -71,7 +71,7 @@ def span_of(panels: list[Panel]) -> dict[str, list[float]]:
     return {"x": x, "y": [min(scores) - pad, max(scores) + pad]}
 
 
-def _shares_axis(span: list[float]) -> dict[str, Any]:
+def shares_axis(span: list[float]) -> dict[str, Any]:
     shares = SHARES if span[1] - span[0] > 0.8 else CLOSE_SHARES
     return {
         "type": "log",
@@ -98,8 +98,8 @@ def draw_accuracy(panel: Panel, results: Results, span: dict[str, list[float]]) 
         traces.append(
             {
                 "name": method,
-                "x": [_finite(row["resident"] * moved[method]) for row in found],
-                "y": [_finite(row["score"]) for row in found],
+                "x": [finite(row["resident"] * moved[method]) for row in found],
+                "y": [finite(row["score"]) for row in found],
                 "error_y": _bars(found),
                 "hovertext": [_hover(row, panel, results) for row in found],
             }
@@ -116,7 +116,7 @@ def draw_accuracy(panel: Panel, results: Results, span: dict[str, list[float]]) 
         "data": traces,
         "layout": {
             "front": [{"x": [x for x, _ in front], "y": [y for _, y in front]}],
-            "xaxis": _shares_axis(span["x"]),
+            "xaxis": shares_axis(span["x"]),
             "yaxis": {"range": span["y"], "tickformat": ".0%", "title": {"text": "score", "standoff": 4}},
         },
     }
@@ -132,16 +132,16 @@ def _front(rows: Iterable[Row], ceiling: str) -> list[Row]:
 
 
 def _bars(rows: list[Row]) -> dict[str, Any]:
-    up = [_finite(row["high"] - row["score"]) for row in rows]
+    up = [finite(row["high"] - row["score"]) for row in rows]
     return {
         "array": up,
-        "arrayminus": [_finite(row["score"] - row["low"]) for row in rows],
+        "arrayminus": [finite(row["score"] - row["low"]) for row in rows],
         "width": 0,
         "thickness": 1.2,
     }
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
@@ -170,8 +170,8 @@ def draw_measure(panel: Panel, results: Results, name: str) -> Figure:
     traces = [
         {
             "name": method,
-            "x": [_finite(row["resident"]) for row in found],
-            "y": [_finite(row[name]) for row in found],
+            "x": [finite(row["resident"]) for row in found],
+            "y": [finite(row[name]) for row in found],
             "hovertext": [
                 f"<b>{escape(method)}</b> {budget_of(row)}<br>{percent(row[name]) if share else rounded(row[name])}"
                 for row in found
@@ -184,7 +184,7 @@ def draw_measure(panel: Panel, results: Results, name: str) -> Figure:
     axis = {"range": [0, max(1.08 * most, 0.05)], "tickformat": ".0%" if share else ""}
     if name == "generated":
         del axis["range"]
-    return {"data": traces, "layout": {"xaxis": _shares_axis(span), "yaxis": axis}}
+    return {"data": traces, "layout": {"xaxis": shares_axis(span), "yaxis": axis}}
 
 
 def bin_distances(panel: Panel, results: Results) -> tuple[pd.DataFrame, pd.Series, list[str]] | None:
@@ -234,7 +234,7 @@ def draw_curves(
                 {
                     "name": method,
                     "x": [round(b + aside, 3) for b, *_ in found],
-                    "y": [_finite(row["score"]) for row in rows],
+                    "y": [finite(row["score"]) for row in rows],
                     "error_y": _bars(rows),
                     "hovertext": told,
                 }

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+import pandas as pd  # type: ignore[import-untyped]
+
 from .figures import SYMBOLS, Figure, bin_distances, draw_accuracy, draw_curves, draw_measure, span_of, styles_of
 from .summary import (
     COSTS,
@@ -141,27 +143,48 @@ DRAWN = (
 )
 
 
-def make_page(results: Results, title: str) -> tuple[str, dict[str, Any]]:
-    """The body of the page, and what its figures show."""
-    figures: dict[str, Figure] = {}
-    styles = styles_of(results.methods)
+class Figures(dict[str, Figure]):
+    """The figures of a page, each by the name of its place."""
 
-    def figure(caption: str, drawn: Figure) -> str:
-        name = f"figure{len(figures)}"
-        figures[name] = drawn
+    def place(self, caption: str, drawn: Figure) -> str:
+        """HTML of a place in which `drawn` will be shown."""
+        name = f"figure{len(self)}"
+        self[name] = drawn
         return f"<figure><figcaption>{escape(caption)}</figcaption><div class='plot' id='{name}'></div></figure>"
 
-    def grid(drawn: Iterable[tuple[str, Figure]], kind: str = "grid") -> str:
-        return f"<div class='{kind}'>{''.join(figure(*each) for each in drawn)}</div>"
+    def grid(self, drawn: Iterable[tuple[str, Figure]], kind: str = "grid") -> str:
+        return f"<div class='{kind}'>{''.join(self.place(*each) for each in drawn)}</div>"
 
-    def folded(title: str, content: str, *, open: bool) -> str:
-        return f"<details{' open' * open}><summary>{escape(title)}</summary>{content}</details>"
+
+def folded(title: str, content: str, *, open: bool) -> str:
+    return f"<details{' open' * open}><summary>{escape(title)}</summary>{content}</details>"
+
+
+def make_body(title: str, verdict: str, sections: dict[str, list[str]], styles: dict[str, tuple[str, str, str]]) -> str:
+    """A body of `sections`, those left out that are empty, under a legend of methods. All parts are HTML."""
+    legend = "".join(
+        f"<button type='button' value='{escape(method)}' aria-pressed='true'>"
+        f"<span style='color:{colour}' aria-hidden='true'>{SYMBOLS[symbol]}</span> {escape(method)}</button>"
+        for method, (colour, symbol, _) in styles.items()
+    )
+    filled = {head: "".join(parts) for head, parts in sections.items() if parts}
+    links = "".join(f"<a href='#part{i}'>{head}</a>" for i, head in enumerate(filled))
+    body = "".join(f"<h2 id='part{i}'>{head}</h2>{parts}" for i, (head, parts) in enumerate(filled.items()))
+    script = "<noscript><p>The figures need JavaScript; the tables do not.</p></noscript>"
+    head = f"<h1>{escape(title)}</h1><p>{verdict}</p><nav>{links}</nav>"
+    return f"{head}{script}<div class='legend'>{legend}</div>{body}"
+
+
+def make_page(results: Results, title: str) -> tuple[str, dict[str, Any]]:
+    """The body of the page, and what its figures show."""
+    figures, styles = Figures(), styles_of(results.methods)
+    grid = figures.grid
 
     def by_rule(drawn: Iterable[tuple[Panel, Iterable[tuple[str, Figure]]]]) -> str:
         return "".join(f"<h4>{escape(panel.title)}</h4>{grid(each, 'grid small')}" for panel, each in drawn)
 
     sections: dict[str, list[str]] = {name: [] for name in SECTIONS}
-    sections[GUIDE] = [_list(_inline(line) for line in [*guide_lines(results, escape), *DRAWN])]
+    sections[GUIDE] = [listed(inline(line) for line in [*guide_lines(results, escape), *DRAWN])]
     tasks = list(results.tasks())
     for task, panels in tasks:
         span, distances = span_of(panels), bin_distances(panels[0], results)
@@ -183,31 +206,24 @@ def make_page(results: Results, title: str) -> tuple[str, dict[str, Any]]:
             )
             sections[section].append(folded(task, content, open=not sections[section]))
     sections[LOST] = [
-        f"<h3>{_inline(told)}</h3>{_list(map(_inline, lines))}" for told, lines in losses_of(results, escape)
+        f"<h3>{inline(told)}</h3>{listed(map(inline, lines))}" for told, lines in losses_of(results, escape)
     ]
     if not sections[LOST]:
         sections[LOST] = [f"<p>No method scores below {escape(results.reference)} by a whole interval.</p>"]
-    sections[ORIGIN] = [
-        f"<p>{escape(words)}</p>{_list(f'<code>{escape(command)}</code>' for command in commands)}"
-        for words, commands in origins_of(results.frame)
+    sections[ORIGIN] = origin_parts(results.frame)
+    body = make_body(title, results.verdict(escape), sections, styles)
+    return body, {"figures": figures, "styles": styles}
+
+
+def origin_parts(frame: pd.DataFrame) -> list[str]:
+    """Where rows come from."""
+    return [
+        f"<p>{escape(words)}</p>{listed(f'<code>{escape(command)}</code>' for command in commands)}"
+        for words, commands in origins_of(frame)
     ]
-    legend = "".join(
-        f"<button type='button' value='{escape(method)}' aria-pressed='true'>"
-        f"<span style='color:{colour}' aria-hidden='true'>{SYMBOLS[symbol]}</span> {escape(method)}</button>"
-        for method, (colour, symbol, _) in styles.items()
-    )
-    filled = {head: "".join(parts) for head, parts in sections.items() if parts}
-    links = "".join(f"<a href='#part{i}'>{head}</a>" for i, head in enumerate(filled))
-    body = "".join(f"<h2 id='part{i}'>{head}</h2>{parts}" for i, (head, parts) in enumerate(filled.items()))
-    verdict = f"<p>{results.verdict(escape)}</p><nav>{links}</nav>"
-    script = "<noscript><p>The figures need JavaScript; the tables do not.</p></noscript>"
-    return f"<h1>{escape(title)}</h1>{verdict}{script}<div class='legend'>{legend}</div>{body}", {
-        "figures": figures,
-        "styles": styles,
-    }
 
 
-def _list(items: Iterable[str]) -> str:
+def listed(items: Iterable[str]) -> str:
     return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
 
 
@@ -217,7 +233,7 @@ def packed_script(name: str, text: str) -> str:
     return f"<script type='application/octet-stream' id='{name}'>{data}</script>"
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """Bold as HTML, in text that is escaped already."""
     return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
 

@@ -54,6 +54,11 @@ def interval_of(scores: pd.Series) -> Estimate:
     return _bootstrap(_mean, values)
 
 
+def mean_interval(values: pd.Series) -> Estimate:
+    """Mean with its interval by bootstrap, for values of any kind."""
+    return _bootstrap(_mean, values.to_numpy(dtype=float))
+
+
 def compare(mine: pd.Series, other: pd.Series) -> Comparison | None:
     """Mean of mine - other over the problems that both have, by paired bootstrap; None if there are none.
 
