@@ -85,6 +85,14 @@ def precision_forgotten():
         state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture
+def compiler():
+    """`torch.compile` that knows nothing of what others compiled, and is forgotten afterwards."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="module")  # while it is open, its thread has an event loop
 def browser():
     """A headless Chromium, driven by playwright."""

@@ -222,6 +222,7 @@ def test_what_is_kept_is_chosen_outside_autocast(score):
             assert not torch.equal(window.moments, window.moments.bfloat16().float())
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("first", [True, False], ids=["prompt", "step"])
 def test_a_forward_that_was_compiled_later_is_refused_while_it_is_traced(first):
     model = llama()

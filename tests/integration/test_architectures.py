@@ -8,6 +8,7 @@ import torch
 import transformers
 from packaging.version import Version
 from support.architectures import ARCHITECTURES, build
+from support.marks import slow
 from transformers import DynamicCache
 
 from kara_hf import KaraCache, KVCompressCache, detach
@@ -38,7 +39,12 @@ def load(name: str):
     return model
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in REFUSED])
+SUPPORTED = [
+    slow(name) if model.group == "extra" else name for name, model in ARCHITECTURES.items() if name not in REFUSED
+]
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
 def test_supported(name):
     model = load(name)
     ids = torch.randint(3, 100, (2, PROMPT))

@@ -185,6 +185,7 @@ def test_somebody_else_wraps_the_same_place():
             AttentionInterface.__getitem__ = own
 
 
+@pytest.mark.usefixtures("compiler")
 def test_another_model_is_compiled_meanwhile():
     model, other = build("llama"), build("llama", seed=1)
     expected = other(IDS, use_cache=False).logits
@@ -211,6 +212,7 @@ def test_a_compiled_model_is_refused(how):
             make(given)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_model_that_is_compiled_later_is_refused_when_it_generates():
     model = build("llama")
     cache = KaraCache(model, retention=0.5, **SMALL)

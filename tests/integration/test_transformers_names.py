@@ -17,6 +17,7 @@ IMPORTED = {
     "cache_utils.CacheLayerMixin": "the base class of a cache's layers",
     "cache_utils.DynamicLayer": "the layer of the full cache; the base of the one in 8 bits",
     "cache_utils.LinearAttentionAndFullAttentionLayer": "told apart where layers are chosen for compression",
+    "cache_utils.LinearAttentionCacheLayerMixin": "told apart: what it holds is no reading of keys and values",
     "cache_utils.LinearAttentionLayer": "the base of layers that hold attention and recurrent states",
     "cli.serve.Serve": "the server that `kara-hf serve` starts",
     "cli.serving.server": "its module, for the routes that it adds",
