@@ -41,6 +41,9 @@ class KaraConfig(Settings):
         retention: share of a window's tokens that each KV head keeps, in (0, 1].
         window: tokens in a window; a multiple of `block_size`.
         recent: newest tokens that are always kept whole.
+        sinks: first tokens of a sequence that are kept whatever their score: language models lay the attention that
+            they need nowhere on these, and fall apart without (arXiv 2309.17453). They are among the tokens that their
+            window keeps; where they are more than that, the window keeps them and no others.
         score: what ranks a window's tokens: the name of a score, or the folder or hub id of a `KeyCalibration`;
             `KaraPolicy` refuses one that is neither.
         anchor_share: share of the kept tokens that are picked singly, by score, before Token2Chunk fills gaps between
@@ -56,6 +59,7 @@ class KaraConfig(Settings):
     retention: float = 0.25
     window: int = 256
     recent: int = 32
+    sinks: int = 4
     score: str = "bidirectional"
     anchor_share: float = 0.5
     compress_prompt: bool = False
@@ -78,6 +82,7 @@ class KaraConfig(Settings):
             "block_size",
         )
         require(is_int(self.recent) and self.recent >= 0, "recent", self.recent, "a whole number of tokens from 0 on")
+        require(is_int(self.sinks) and self.sinks >= 0, "sinks", self.sinks, "a whole number of tokens from 0 on")
         require(
             is_number(self.anchor_share) and 0 < self.anchor_share <= 1,
             "anchor_share",
@@ -89,13 +94,21 @@ class KaraConfig(Settings):
 
     @property
     def kept_per_window(self) -> int:
-        """k = max(1, round(retention * window)), the tokens a KV head keeps of each window."""
+        """k = max(1, round(retention * window)), the tokens a KV head keeps of each window that holds not more sinks."""
         return max(1, round(self.retention * self.window))
 
     @property
     def anchors(self) -> int:
-        """m = max(1, round(anchor_share * k)), the tokens picked singly."""
-        return max(1, round(self.anchor_share * self.kept_per_window))
+        """The tokens of a window picked singly, of k that are kept."""
+        return self.anchors_of(self.kept_per_window)
+
+    def anchors_of(self, kept: int) -> int:
+        """m = max(1, round(anchor_share * kept)), the tokens picked singly of so many that are chosen."""
+        return max(1, round(self.anchor_share * kept))
+
+    def sinks_from(self, position: int) -> int:
+        """Sinks in the window that starts at a true position."""
+        return max(0, min(self.window, self.sinks - position))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 
 import pytest
@@ -35,6 +35,8 @@ BAD_SETTINGS = [
     ("recent", -1, "a whole number of tokens from 0 on"),
     ("recent", 1.5, "a whole number of tokens from 0 on"),
     ("recent", False, "a whole number of tokens from 0 on"),
+    ("sinks", -1, "a whole number of tokens from 0 on"),
+    ("sinks", 0.5, "a whole number of tokens from 0 on"),
     ("score", "bidirectonal", "one of bidirectional, causal, "),
     ("score", None, "one of bidirectional, causal, "),
     ("anchor_share", 0.0, "a number in (0, 1]"),
@@ -391,17 +393,64 @@ def test_nan_is_refused(name):
         KaraPolicy(KaraConfig(score=name)).select(window)
 
 
+@dataclass
+class Counted:
+    """What the policy asks of a sequence."""
+
+    tokens: int
+    open: int
+    settled: int = 0
+
+
 @pytest.mark.parametrize(("window", "recent"), [(16, 0), (16, 5), (32, 32), (16, 40)], ids=lambda number: str(number))
 def test_windows_due(window, recent):
     """One from W + R open tokens on, a second from 2 W + R on; never one that would reach into the recent tokens."""
     policy = KaraPolicy(KaraConfig(window=window, recent=recent))
     for open_tokens in range(4 * window + recent):
-        due, left = 0, open_tokens
+        starts, left = [], open_tokens
         while left >= window + recent:
-            due, left = due + 1, left - window
-        assert policy.windows_due(open_tokens) == due, f"{open_tokens} open tokens"
-        assert left <= policy.open_limit
-    assert policy.windows_due(policy.open_limit) == 0 and policy.windows_due(policy.open_limit + 1) == 1
+            starts, left = [*starts, 100 + open_tokens - left], left - window
+        sequence = Counted(100 + open_tokens, open_tokens, 70)
+        assert [seal.start for seal in policy.due(sequence)] == starts, f"{open_tokens} open tokens"
+        assert left <= policy.open_limit(sequence)
+        limit = policy.open_limit(sequence)
+        assert (
+            not policy.due(Counted(100 + limit, limit, 70))
+            and len(policy.due(Counted(101 + limit, limit + 1, 70))) == 1
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- sinks
+def test_a_window_keeps_its_sinks_among_its_tokens_or_alone():
+    policy = KaraPolicy(KaraConfig(window=16, retention=0.25, sinks=6, block_size=1))
+    assert [policy.kept_of(start) for start in (0, 1, 2, 3, 5, 6, 16)] == [6, 5, 4, 4, 4, 4, 4]
+    assert [seal.keep for seal in policy.due(Counted(100, 100))] == [6, 4, 4, 4]
+    wide = KaraPolicy(KaraConfig(window=16, retention=0.25, sinks=40, block_size=1, recent=0))
+    assert [seal.keep for seal in wide.due(Counted(80, 80))] == [16, 16, 8, 4, 4]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_sinks_stay_and_the_rest_is_chosen_as_if_they_were_not_there(name):
+    """Sequence by sequence: in one batch are windows with 5, 2 and no sinks."""
+    window = make_window(batch=3, starts=[0, 3, 24])
+    policy = KaraPolicy(KaraConfig(score=name, sinks=5))
+    scores, got = rank(name, window), policy.select(window)
+    for b, count in enumerate((5, 2, 0)):
+        for h in range(2):
+            row = scores[b, h, count:]
+            if SCORES[name].chunks:
+                rest = token2chunk(row, 9 - count, 4 if not count else round(0.5 * (9 - count)))
+            else:
+                rest = top_tokens(row, 9 - count)
+            assert got[b, h].tolist() == [*range(count), *(rest + count).tolist()]
+    without = KaraPolicy(KaraConfig(score=name, sinks=0)).select(window)
+    assert torch.equal(got[2], without[2])
+
+
+def test_a_window_of_sinks_alone():
+    window = make_window(starts=[0, 0], keep=9)
+    kept = KaraPolicy(KaraConfig(sinks=9)).select(window)
+    assert (kept == torch.arange(9)).all()
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -46,6 +46,7 @@ from kara_hf.integration.attach import decoder_config
 from kara_hf.policy import register_score
 from kara_hf.policy.scores import SCORES
 from kara_hf.serving import ServingConfig, kara_continuous_batching, query_recorder
+from kara_hf.serving.compressor import Compressor, ServedRequest
 from kara_hf.serving.engine import Engine
 from kara_hf.serving.seams import LEAST_TRANSFORMERS, REQUIRED_INTERNALS, check_internals, check_version
 from kara_hf.tasks.reasoner import make_problem
@@ -208,6 +209,30 @@ def test_equals_kara_cache(model, score, audited):
         assert found == [single(model, prompt, **kara) for prompt in inputs]
     assert serving.metrics.windows == sum((40 - 1 - 3) // 8 for _ in inputs)
     ended(audited[-1])
+
+
+@pytest.mark.parametrize(("score", "sinks"), [("bidirectional", 6), ("recency", 4), ("recency", 0)])
+def test_sinks_behind_short_prompts(model, score, sinks, audited):
+    kara = KARA | {"score": score, "sinks": sinks}
+    inputs = prompts(4, shortest=1, longest=3)
+    with kara_continuous_batching(model, **kara, period=1):
+        found = batch(model, inputs)
+        assert found == [single(model, prompt, **kara) for prompt in inputs]
+    ended(audited[-1])
+
+
+def test_traces_keep_sinks_again_and_again():
+    """Kept tokens of a trace are numbered without gaps; its first ones are sinks every time."""
+    config = ServingConfig.of(**KARA | {"score": "recency", "sinks": 5}, unit="trace")
+    compressor, request = Compressor(config), ServedRequest("a", settled=2, stored=2 + 8 + 3)
+    for _ in range(3):
+        plan = compressor.plan(request)
+        keys = torch.zeros(1, 2, plan.width, 8)
+        places = compressor.select(0, [plan], keys, 1.0, None)
+        assert (places == torch.tensor([0, 1, 2, plan.width - 1])).all()
+        compressor.done(plan)
+        assert request.open == 4 + 3
+        request.stored += 8
 
 
 @pytest.mark.parametrize("name", ["admission", "chunked prefill", "no sharing"])

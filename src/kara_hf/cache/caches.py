@@ -19,6 +19,8 @@ class KaraCache(CompressedCache):
         retention: share of each window's tokens that every KV head keeps, in (0, 1].
         window: tokens in a window; a multiple of `block_size`. Sealed once `recent` more tokens stand behind it.
         recent: newest tokens that are always kept whole.
+        sinks: first tokens of a sequence that are kept wherever the window that holds them seals, whatever the score:
+            without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
         score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens; "mean-square", which
             holds their second moments instead, or "key-norm", which holds nothing (both ours); or a control: "causal",
             "random", "random-chunks", "recency"; see `kara_hf.policy.register_score`. Or the folder or hub id of a
@@ -46,6 +48,7 @@ class KaraCache(CompressedCache):
         retention: float = KaraConfig.retention,
         window: int = KaraConfig.window,
         recent: int = KaraConfig.recent,
+        sinks: int = KaraConfig.sinks,
         score: str | Path = KaraConfig.score,
         anchor_share: float = KaraConfig.anchor_share,
         compress_prompt: bool = KaraConfig.compress_prompt,
@@ -59,6 +62,7 @@ class KaraCache(CompressedCache):
             retention=retention,
             window=window,
             recent=recent,
+            sinks=sinks,
             score=str(score) if isinstance(score, Path) else score,
             anchor_share=anchor_share,
             compress_prompt=compress_prompt,

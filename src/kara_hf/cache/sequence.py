@@ -61,13 +61,9 @@ class Sequence:
 
     def sealed(self, policy: KaraPolicy) -> "Sequence":
         """With every window that is due turned into a sealed segment."""
-        config, due = policy.config, policy.windows_due(self.open)
-        start = self.tokens - self.open
-        width = config.window
-        new = (
-            Segment("sealed", start + i * width, start + (i + 1) * width, config.kept_per_window) for i in range(due)
-        )
-        return replace(self, open=self.open - due * width, segments=(*self.segments, *new))
+        due, width = policy.due(self), policy.config.window
+        new = (Segment("sealed", seal.start, seal.start + width, seal.keep) for seal in due)
+        return replace(self, open=self.open - len(due) * width, segments=(*self.segments, *new))
 
     def cropped(self, count: int) -> "Sequence | None":
         """Without its newest `count` tokens, or None if some of them are sealed."""

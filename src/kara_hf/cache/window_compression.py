@@ -13,6 +13,10 @@ from .sequence import Kind, Sequence
 from .state import CacheState
 from .step import Step
 
+# What sequences whose windows are sealed together have in common: open tokens, and for each window that is due how many
+# of its tokens stay and how many behind it are recent.
+Alike = tuple[int, tuple[tuple[int, int], ...]]
+
 
 class WindowState:
     """What windows of one layer are scored with: queries of open tokens or moments of all queries, and keys that were
@@ -69,7 +73,7 @@ class WindowCompression(Compression):
         self.due = 0  # windows due in this step, in the sequence that has most
         self.pinned = False
         self.drafts = False
-        self._chosen: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer and group: what leads chose in this step
+        self._chosen: dict[tuple[int, Alike], torch.Tensor] = {}  # by layer and group: what leads chose in this step
         self._settled: torch.Tensor | None = None  # slots in front of the open ones, [B, 1] int64, on the device
         self._places: torch.Tensor | None = None  # place of the new query in the buffers, [B, 1] int64
 
@@ -87,12 +91,12 @@ class WindowCompression(Compression):
         step.after = [
             sequence.extended(int(n), self.pinned) for sequence, n in zip(state.sequences, step.counts, strict=True)
         ]
-        self.due = max(self.policy.windows_due(sequence.open) for sequence in step.after)
+        self.due = max(len(self.policy.due(sequence)) for sequence in step.after)
         if step.first:
             return
         ahead = step.new
         if state.steady and self.policy.compresses:
-            ahead = max(ahead, self.policy.open_limit + 1 - int(self.open.max()))
+            ahead = max(ahead, self.steps_to_compression() + 1)
         elif state.steady and state.room < ahead:
             ahead = max(ahead, config.window)
         state.reserve(ahead)
@@ -150,7 +154,7 @@ class WindowCompression(Compression):
             batch, heads, _, size = query.shape
             state.queries = QueryBuffer(batch, heads, size, query.dtype, query.device, self.state.meter)
             if self.state.steady:
-                state.queries.reserve(self.policy.open_limit + 1)
+                state.queries.reserve(self._limit(step.after) + 1)
         if step.first:  # a whole prompt's queries are at hand; only those of its open end are held
             state.fresh = query
         elif self._places is not None:
@@ -184,20 +188,21 @@ class WindowCompression(Compression):
         """Seals the windows that are due. Everything is chosen before anything is changed."""
         if not self.due or not self.policy.compresses:
             return
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[Alike, list[int]] = {}
         for number, sequence in enumerate(step.after):
-            due = self.policy.windows_due(sequence.open)
+            due = self.policy.due(sequence)
             if due:
-                groups.setdefault((due, sequence.open), []).append(number)
+                alike = sequence.open, tuple((seal.keep, seal.recent) for seal in due)
+                groups.setdefault(alike, []).append(number)
         plan = []
-        for (due, open_tokens), members in groups.items():
+        for alike, members in groups.items():
             index = np.array(members)
             settled = np.array([step.after[b].settled for b in members], np.int32)
             ordinals = [step.after[b].windows for b in members]
             for layer in layers:
-                slots = self._select(layer, step, index, settled, due, open_tokens, ordinals)
-                slots = self._with_leads(layer, slots, (due, open_tokens))
-                plan.append((layer, index, settled, due, slots))
+                slots = self._select(layer, step, index, settled, alike, ordinals)
+                slots = self._with_leads(layer, slots, alike)
+                plan.append((layer, index, settled, len(alike[1]), slots))
         for layer, index, settled, _, slots in plan:
             layer.paged().unshare(index, settled, slots.shape[2])
         for layer, index, settled, due, slots in plan:
@@ -206,10 +211,11 @@ class WindowCompression(Compression):
             if state.queries is not None and state.fresh is None:
                 state.queries.forget(torch.from_numpy(index).to(slots.device), due * self.config.window)
         if not step.first:
-            filled = np.array([sequence.sealed(self.policy).open for sequence in step.after])
+            after = [sequence.sealed(self.policy) for sequence in step.after]
+            filled = np.array([sequence.open for sequence in after])
             for layer in layers:
                 if layer.state.queries is not None:
-                    layer.state.queries.shrink(filled, self.policy.open_limit + 1)
+                    layer.state.queries.shrink(filled, self._limit(after) + 1)
 
     def _select(
         self,
@@ -217,13 +223,13 @@ class WindowCompression(Compression):
         step: Step,
         sequences: np.ndarray,
         settled: np.ndarray,
-        windows: int,
-        open_tokens: int,
+        alike: Alike,
         ordinals: list[int],
     ) -> torch.Tensor:
-        """Slots that survive when the next `windows` windows of the named sequences seal, in the K heads that decide
-        for themselves: ``[b, K, n]`` int32.
+        """Slots that survive when the windows that are due in the named sequences seal, in the K heads that decide for
+        themselves: ``[b, K, n]`` int32.
         """
+        open_tokens, windows = alike
         config, store, state = self.config, layer.paged(), layer.state
         heads = store.lengths.shape[1] if layer.deciding is None else len(layer.deciding)
         if not heads:
@@ -231,7 +237,7 @@ class WindowCompression(Compression):
         width = config.window
         index = torch.from_numpy(sequences).to(store.device)
         survivors = []
-        for number in range(windows):
+        for number, (keep, recent) in enumerate(windows):
             start = settled + number * width
             first, last = number * width, (number + 1) * width
             window = Window(
@@ -240,7 +246,7 @@ class WindowCompression(Compression):
                 if state.expanded is None
                 else state.expanded[index, :, first:last],
                 queries=self._queries(state, step, index, first, last),
-                later=self._queries(state, step, index, last, last + config.recent),
+                later=self._queries(state, step, index, last, last + recent),
                 moments=None if state.moments is None else state.moments.sums[index],
                 scaling=layer.scaling,
                 softcap=layer.softcap,
@@ -248,28 +254,28 @@ class WindowCompression(Compression):
                 sequences=sequences.tolist(),
                 starts=[step.after[b].tokens - open_tokens + first for b in sequences],
                 ordinals=[ordinal + number for ordinal in ordinals],
-                keep=config.kept_per_window,
-                anchors=config.anchors,
+                keep=keep,
+                anchors=config.anchors_of(keep),
                 seed=config.seed,
             )
             survivors.append(self.policy.select(window).to(torch.int32) + store.slots(start, 1)[:, :heads])
-        survivors.append(store.slots(settled + windows * width, open_tokens - windows * width)[:, :heads])
+        survivors.append(store.slots(settled + len(windows) * width, open_tokens - len(windows) * width)[:, :heads])
         return torch.cat(survivors, dim=2)
 
-    def _with_leads(self, layer: CompressedLayer, slots: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
+    def _with_leads(self, layer: CompressedLayer, slots: torch.Tensor, alike: Alike) -> torch.Tensor:
         """`slots` ``[b, K, n]`` of the heads that decide, with what their leads chose for the others: ``[b, H, n]``."""
         if layer.followers:
             deciding = iter(slots.unbind(1))
             leads = self.state.sharing.lead[layer.index] if self.state.sharing is not None else ()
             slots = torch.stack(
                 [
-                    self._chosen[lead, *group][:, head] if lead != layer.index else next(deciding)
+                    self._chosen[lead, alike][:, head] if lead != layer.index else next(deciding)
                     for head, lead in enumerate(leads)
                 ],
                 dim=1,
             )
         if layer.leading:
-            self._chosen[layer.index, *group] = slots
+            self._chosen[layer.index, alike] = slots
         return slots
 
     def _queries(
@@ -288,7 +294,7 @@ class WindowCompression(Compression):
         query, state.fresh = state.fresh, None
         if query is None or state.queries is None:
             return
-        sealed = [self.policy.windows_due(sequence.open) * self.config.window for sequence in step.after]
+        sealed = [len(self.policy.due(sequence)) * self.config.window for sequence in step.after]
         filled = np.zeros(len(sealed), np.int64)
         if step.real is None:
             state.queries.append(query[:, :, sealed[0] :], filled)
@@ -304,7 +310,11 @@ class WindowCompression(Compression):
     def steps_to_compression(self) -> int:
         if not self.policy.compresses:
             return sys.maxsize
-        return self.policy.open_limit - max(sequence.open for sequence in self.state.sequences)
+        return min(self.policy.open_limit(sequence) - sequence.open for sequence in self.state.sequences)
+
+    def _limit(self, sequences: list[Sequence]) -> int:
+        """Most open tokens that any of the sequences has before its next window is due."""
+        return max(self.policy.open_limit(sequence) for sequence in sequences)
 
     def replayable_steps(self) -> int:
         return min(self.steps_to_compression(), sys.maxsize - 1) + 1  # the last of them seals the window behind itself

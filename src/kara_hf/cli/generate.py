@@ -74,7 +74,9 @@ def generate(
     protected: Annotated[
         int | None, typer.Option(help="kv-compress: newest tokens, never evicted [default: 32].")
     ] = None,
-    sinks: Annotated[int | None, typer.Option(help="kv-compress: first tokens, never evicted [default: 4].")] = None,
+    sinks: Annotated[
+        int | None, typer.Option(help="kara, kv-compress: first tokens, never evicted [default: 4].")
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(

@@ -142,7 +142,7 @@ class Kara(Compressed):
         config = self.config
         return (
             f"window {config.window}, retention {config.retention}, recent {config.recent}, {config.score}, "
-            f"anchor share {config.anchor_share:g}"
+            f"anchor share {config.anchor_share:g}, sinks {config.sinks}"
         )
 
     def warm_up(self) -> WarmUp:

@@ -35,7 +35,7 @@ class SharedSettings:
     Attributes:
         window, recent: of the window methods; `recent` tokens are protected by the eviction methods too.
         block_size: slots per block.
-        sinks: first tokens that eviction methods always keep where prompts are compressed.
+        sinks: first tokens that window and eviction methods always keep where prompts are compressed.
         observation: last prompt queries that vote in eviction methods.
     """
 
@@ -113,6 +113,7 @@ def window_settings(plan: Plan) -> dict[str, Any]:
         "retention": plan.share,
         "window": plan.shared.window,
         "recent": plan.shared.recent,
+        "sinks": plan.shared.sinks,
         "block_size": plan.shared.block_size,
         "compress_prompt": plan.rule != PROMPT_KEPT,
         "seed": plan.seed,

@@ -34,6 +34,11 @@ class ServedRequest:
     def open(self) -> int:
         return self.stored - self.settled
 
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return self.stored + self.evicted
+
 
 @dataclass(frozen=True)
 class EvictionPlan:
@@ -74,12 +79,15 @@ class Compressor:
 
     def plan(self, request: ServedRequest) -> EvictionPlan | None:
         """What is due in a request, or None."""
-        kara, count = self.config.kara, self.policy.windows_due(request.open)
-        if not count:
+        kara, due = self.config.kara, self.policy.due(request)
+        if not due:
             return None
         if self.config.unit == "trace":
-            return EvictionPlan(request, 1, request.open - kara.recent, kara.kept_per_window)
-        return EvictionPlan(request, count, kara.window, kara.kept_per_window)
+            return EvictionPlan(request, 1, request.open - kara.recent, self.policy.kept_of(request.settled))
+        alike = [
+            seal for seal in due if seal.keep == due[0].keep
+        ]  # where sinks are more, their window has its own plan
+        return EvictionPlan(request, len(alike), kara.window, due[0].keep)
 
     def due(self, requests: Sequence[ServedRequest], page: int) -> list[EvictionPlan]:
         """The plans of the K requests that give most blocks of `page` tokens back, earlier ones first among equals."""
@@ -94,7 +102,7 @@ class Compressor:
 
         Args:
             layer: its index.
-            plans: of equal width.
+            plans: of equal width, of which equally many tokens stay.
             keys: of all their windows, ``[b, H, width, D]``.
             scaling, softcap: of the layer's logits.
 
@@ -106,6 +114,7 @@ class Compressor:
         """
         kara, width = self.config.kara, plans[0].width
         queries = later = None
+        trace = self.config.unit == "trace"  # its window begins at the prompt again, and sinks are there still
         windows = [(plan.request, number) for plan in plans for number in range(plan.count)]
         if self.policy.needs_queries:
             pool = self.queries.layers[layer]
@@ -122,10 +131,10 @@ class Compressor:
             softcap=softcap,
             layer=layer,
             sequences=list(range(len(windows))),
-            starts=[request.settled + request.evicted + n * width for request, n in windows],
+            starts=[request.settled + n * width + (0 if trace else request.evicted) for request, n in windows],
             ordinals=[request.windows + n for request, n in windows],
             keep=plans[0].keep,
-            anchors=kara.anchors,
+            anchors=kara.anchors_of(plans[0].keep),
             seed=kara.seed,
         )
         return self.policy.select(window)
