@@ -46,6 +46,9 @@ class KaraConfig(Settings):
             window keeps; where they are more than that, the window keeps them and no others.
         score: what ranks a window's tokens: the name of a score, or the folder or hub id of a `KeyCalibration`;
             `KaraPolicy` refuses one that is neither.
+        queries: of how many of a window's tokens the queries are held for a score that needs them, spread evenly over
+            the window, from 1 to `window`; None: all, as published. Means over queries are estimated by a sample, at a
+            fraction of the bytes. The recent tokens behind the window are sampled as densely.
         anchor_share: share of the kept tokens that are picked singly, by score, before Token2Chunk fills gaps between
             them, in (0, 1]; 1 is plain top-k.
         compress_prompt: whether the prompt is walked in windows too; otherwise it is kept whole.
@@ -61,6 +64,7 @@ class KaraConfig(Settings):
     recent: int = 32
     sinks: int = 4
     score: str = "bidirectional"
+    queries: int | None = None
     anchor_share: float = 0.5
     compress_prompt: bool = False
     block_size: int = 16
@@ -84,6 +88,12 @@ class KaraConfig(Settings):
         require(is_int(self.recent) and self.recent >= 0, "recent", self.recent, "a whole number of tokens from 0 on")
         require(is_int(self.sinks) and self.sinks >= 0, "sinks", self.sinks, "a whole number of tokens from 0 on")
         require(
+            self.queries is None or (is_int(self.queries) and 1 <= self.queries <= self.window),
+            "queries",
+            self.queries,
+            f"a whole number from 1 to window={self.window}, or None for all",
+        )
+        require(
             is_number(self.anchor_share) and 0 < self.anchor_share <= 1,
             "anchor_share",
             self.anchor_share,
@@ -94,7 +104,7 @@ class KaraConfig(Settings):
 
     @property
     def kept_per_window(self) -> int:
-        """k = max(1, round(retention * window)), the tokens a KV head keeps of each window that holds not more sinks."""
+        """k = max(1, round(retention * window)), the tokens a KV head keeps of each window with no more sinks."""
         return max(1, round(self.retention * self.window))
 
     @property

@@ -39,6 +39,9 @@ BAD_SETTINGS = [
     ("sinks", 0.5, "a whole number of tokens from 0 on"),
     ("score", "bidirectonal", "one of bidirectional, causal, "),
     ("score", None, "one of bidirectional, causal, "),
+    ("queries", 0, "a whole number from 1 to window=256, or None for all"),
+    ("queries", 257, "a whole number from 1 to window=256, or None for all"),
+    ("queries", 8.0, "a whole number from 1 to window=256, or None for all"),
     ("anchor_share", 0.0, "a number in (0, 1]"),
     ("anchor_share", 2, "a number in (0, 1]"),
     ("anchor_share", "half", "a number in (0, 1]"),
@@ -260,16 +263,18 @@ def test_a_watcher_is_told_what_windows_are_judged_by():
 
 def attention_as_written(window, causal):
     """s[j]: mean over query heads of a row and queries i of softmax_j(q_i . k_j * scaling), in float64."""
-    batch, query_heads, width, _ = window.queries.shape
+    batch, query_heads, count, _ = window.queries.shape
+    width = window.keys.shape[2]
+    places = [max(j for j in range(width) if j * count // width == i) for i in range(count)]
     keys = window.keys.repeat_interleave(query_heads // window.keys.shape[1], dim=1).double()
     scores = torch.zeros(batch, window.rows, width, dtype=torch.float64)
-    for b, hq, i in itertools.product(range(batch), range(query_heads), range(width)):
-        visible = i + 1 if causal else width
+    for b, hq, i in itertools.product(range(batch), range(query_heads), range(count)):
+        visible = places[i] + 1 if causal else width
         logits = keys[b, hq, :visible] @ window.queries[b, hq, i].double() * window.scaling
         if window.softcap is not None:
             logits = window.softcap * torch.tanh(logits / window.softcap)
         group = query_heads // window.rows
-        scores[b, hq // group, :visible] += logits.softmax(0) / (group * width)
+        scores[b, hq // group, :visible] += logits.softmax(0) / (group * count)
     return scores
 
 
@@ -282,6 +287,14 @@ def test_attention_scores(name, group, softcap):
     assert got.dtype == torch.float32
     expected = attention_as_written(window, causal=name == "causal")
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "causal"])
+def test_attention_scores_of_a_sample(name):
+    window = make_window()
+    window = replace(window, queries=window.queries[:, :, [4, 10, 15, 23]])
+    expected = attention_as_written(window, causal=name == "causal")
+    torch.testing.assert_close(rank(name, window).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "causal"])

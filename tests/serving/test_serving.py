@@ -158,7 +158,7 @@ def audit(engine: Engine) -> None:
             assert request.stored == state.position_offset
             assert len(full.block_table[request.key]) >= -(-request.stored // engine.pool.page)
             if engine.compressor.policy.needs_queries:
-                assert len(request.slots) == request.open
+                assert len(request.slots) == engine.compressor.sampling.place(request.open)
 
 
 def ended(engine: Engine) -> None:
@@ -208,6 +208,16 @@ def test_equals_kara_cache(model, score, audited):
         found = batch(model, inputs)
         assert found == [single(model, prompt, **kara) for prompt in inputs]
     assert serving.metrics.windows == sum((40 - 1 - 3) // 8 for _ in inputs)
+    ended(audited[-1])
+
+
+@pytest.mark.parametrize("score", ["bidirectional", "causal"])
+def test_a_sample_of_queries(model, score, audited):
+    kara, inputs = KARA | {"score": score, "queries": 3}, prompts(5)
+    with kara_continuous_batching(model, **kara, period=1) as serving:
+        found = batch(model, inputs)
+        assert found == [single(model, prompt, **kara) for prompt in inputs]
+    assert 0 < serving.metrics.peak_query_bytes
     ended(audited[-1])
 
 

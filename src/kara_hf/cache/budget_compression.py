@@ -37,6 +37,10 @@ class PendingQueries:
         self.valid: torch.Tensor | None = None  # [B, w] bool
         self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def query_bytes(self) -> int:
+        return sum(held.nbytes for held in (self.queries, self.valid) if held is not None)
+
     @torch.inference_mode(False)
     def add(self, queries: torch.Tensor, real: torch.Tensor | None, window: int) -> None:
         """The newest `window` of those held and ``[B, Hq, S, D]`` new ones are held once `commit` follows."""

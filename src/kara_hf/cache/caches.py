@@ -26,6 +26,8 @@ class KaraCache(CompressedCache):
             "random", "random-chunks", "recency"; see `kara_hf.policy.register_score`. Or the folder or hub id of a
             `KeyCalibration`, which holds nothing either (ours; `kara-hf calibrate` makes one). Drafts of assisted
             decoding do not count in moments, so that windows may be judged otherwise than without drafts.
+        queries: of how many of a window's tokens queries are held for a score that needs them, spread evenly over the
+            window; None: all, as published. `report().query_bytes` says what they weigh. Ours.
         anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.
         compress_prompt: walk the prompt in windows too. Otherwise the prompt and every later turn (a step of several
             tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.
@@ -50,6 +52,7 @@ class KaraCache(CompressedCache):
         recent: int = KaraConfig.recent,
         sinks: int = KaraConfig.sinks,
         score: str | Path = KaraConfig.score,
+        queries: int | None = KaraConfig.queries,
         anchor_share: float = KaraConfig.anchor_share,
         compress_prompt: bool = KaraConfig.compress_prompt,
         block_size: int = KaraConfig.block_size,
@@ -64,6 +67,7 @@ class KaraCache(CompressedCache):
             recent=recent,
             sinks=sinks,
             score=str(score) if isinstance(score, Path) else score,
+            queries=queries,
             anchor_share=anchor_share,
             compress_prompt=compress_prompt,
             block_size=block_size,

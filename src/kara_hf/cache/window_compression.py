@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..policy import KaraPolicy, Window
-from ..storage import PagedStore, QueryBuffer, QueryMoments, paged_store, upload
+from ..storage import PagedStore, QueryBuffer, QueryMoments, Sampling, paged_store, upload
 from .compression import Compression
 from .layer import CompressedLayer
 from .sequence import Kind, Sequence
@@ -32,6 +32,10 @@ class WindowState:
     @property
     def _held(self) -> list[QueryBuffer | QueryMoments]:
         return [held for held in (self.queries, self.moments) if held is not None]
+
+    @property
+    def query_bytes(self) -> int:
+        return sum(held.nbytes for held in self._held)
 
     def crop(self, tokens: np.ndarray) -> None:
         pass  # places in the buffer are counted by the open tokens of a sequence; drafts are in no moment
@@ -69,6 +73,7 @@ class WindowCompression(Compression):
             state.binding.check_calibration(policy.calibration)
         self.state, self.policy, self.config = state, policy, policy.config
         self.block_size = policy.config.block_size
+        self.sampling = Sampling(self.config.queries or self.config.window, self.config.window)
         self.open = np.zeros(0, np.int64)  # open tokens of each sequence before the step
         self.due = 0  # windows due in this step, in the sequence that has most
         self.pinned = False
@@ -107,7 +112,7 @@ class WindowCompression(Compression):
             if self._settled is None:
                 settled = np.array([[sequence.settled] for sequence in state.sequences])
                 self._settled = upload(settled, lengths.device)
-            self._places = lengths - self._settled
+            self._places = self.sampling.place(lengths - self._settled)
 
     def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore:
         return paged_store(
@@ -152,16 +157,18 @@ class WindowCompression(Compression):
             return
         if state.queries is None:
             batch, heads, _, size = query.shape
-            state.queries = QueryBuffer(batch, heads, size, query.dtype, query.device, self.state.meter)
+            state.queries = QueryBuffer(
+                batch, heads, size, query.dtype, query.device, self.state.meter, self.sampling.growth
+            )
             if self.state.steady:
-                state.queries.reserve(self._limit(step.after) + 1)
+                state.queries.reserve(self.sampling.places(self._limit(step.after) + 1))
         if step.first:  # a whole prompt's queries are at hand; only those of its open end are held
             state.fresh = query
         elif self._places is not None:
-            state.queries.reserve(int(self.open.max()) + 1)
+            state.queries.reserve(self.sampling.places(int(self.open.max()) + 1))
             state.queries.put(query, self._places.to(query.device))
         else:
-            state.queries.append(query, self.open, real)
+            state.queries.append(*self.sampling.of(query, self.open, real))
 
     def layer_done(self, layer: CompressedLayer, step: Step) -> None:
         if step.first:
@@ -209,13 +216,14 @@ class WindowCompression(Compression):
             layer.paged().keep(index, settled, slots)
             state: WindowState = layer.state
             if state.queries is not None and state.fresh is None:
-                state.queries.forget(torch.from_numpy(index).to(slots.device), due * self.config.window)
+                sealed = self.sampling.place(due * self.config.window)
+                state.queries.forget(torch.from_numpy(index).to(slots.device), sealed)
         if not step.first:
             after = [sequence.sealed(self.policy) for sequence in step.after]
-            filled = np.array([sequence.open for sequence in after])
+            filled = np.array([self.sampling.places(sequence.open) for sequence in after])
             for layer in layers:
                 if layer.state.queries is not None:
-                    layer.state.queries.shrink(filled, self._limit(after) + 1)
+                    layer.state.queries.shrink(filled, self.sampling.places(self._limit(after) + 1))
 
     def _select(
         self,
@@ -281,12 +289,14 @@ class WindowCompression(Compression):
     def _queries(
         self, state: WindowState, step: Step, sequences: torch.Tensor, first: int, last: int
     ) -> torch.Tensor | None:
-        """Queries of the open tokens `first` to `last` of the named sequences, ``[b, Hq, last - first, D]``."""
+        """Those queries of the open tokens `first` to `last` of the named sequences that are held, ``[b, Hq, n, D]``."""
+        place = self.sampling.place
         if state.fresh is None:
-            return None if state.queries is None else state.queries.window(sequences, first, last)
+            return None if state.queries is None else state.queries.window(sequences, place(first), place(last))
+        sampled = torch.tensor(self.sampling.tokens_of(first, last), dtype=torch.int64, device=state.fresh.device)
         if step.real is None:
-            return state.fresh[sequences, :, first:last]
-        columns = _in_order(step.real.to(state.fresh.device))[sequences, first:last]
+            return state.fresh.index_select(2, sampled)[sequences]
+        columns = _in_order(step.real.to(state.fresh.device))[sequences[:, None], sampled]
         return state.fresh[sequences[:, None], :, columns].transpose(1, 2)
 
     def _hold_open(self, state: WindowState, step: Step) -> None:
@@ -297,11 +307,11 @@ class WindowCompression(Compression):
         sealed = [len(self.policy.due(sequence)) * self.config.window for sequence in step.after]
         filled = np.zeros(len(sealed), np.int64)
         if step.real is None:
-            state.queries.append(query[:, :, sealed[0] :], filled)
+            state.queries.append(*self.sampling.of(query[:, :, sealed[0] :], filled, None))
         else:
             real = step.real.to(query.device)
             rest = real & (real.cumsum(1) > torch.tensor(sealed, device=query.device)[:, None])
-            state.queries.append(query, filled, rest)
+            state.queries.append(*self.sampling.of(query, filled, rest))
 
     def compress(self) -> None:
         pass  # a window is sealed by the step that completes it
@@ -324,7 +334,7 @@ class WindowCompression(Compression):
         if self.policy.needs_queries:
             buffers = [layer.state.queries for layer in self.state.compressed_layers if layer.deciding != ()]
             places = min(0 if queries is None else queries.places for queries in buffers)
-            steps = min(steps, places - max(sequence.open for sequence in self.state.sequences))
+            steps = min(steps, self.sampling.tokens(places) - max(sequence.open for sequence in self.state.sequences))
         return steps
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:

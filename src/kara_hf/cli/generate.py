@@ -53,6 +53,9 @@ def generate(
             "hub id of a key calibration [default: bidirectional]."
         ),
     ] = None,
+    queries: Annotated[
+        int | None, typer.Option(help="kara: tokens of a window whose queries are held for the score [default: all].")
+    ] = None,
     anchor_share: Annotated[
         float | None,
         typer.Option(
@@ -130,6 +133,7 @@ def generate(
             "window": window,
             "recent": recent,
             "score": score,
+            "queries": queries,
             "anchor_share": anchor_share,
             "compress_prompt": compress_prompt or None,
             "seed": seed,

@@ -25,6 +25,9 @@ def serve(
     recent: Annotated[int, typer.Option(help="Newest tokens, always kept whole.")] = 32,
     sinks: Annotated[int, typer.Option(help="First tokens of a request, always kept.")] = 4,
     score: Annotated[str, typer.Option(help="What ranks the tokens of a window.")] = "bidirectional",
+    queries: Annotated[
+        int | None, typer.Option(help="Tokens of a window whose queries are held for the score [default: all].")
+    ] = None,
     anchor_share: Annotated[float, typer.Option(help="Share of kept tokens picked singly; 1 is plain top-k.")] = 0.5,
     period: Annotated[int, typer.Option(help="Engine steps from one compression to the next.")] = 64,
     requests: Annotated[
@@ -57,6 +60,7 @@ def serve(
             recent=recent,
             sinks=sinks,
             score=score,
+            queries=queries,
             anchor_share=anchor_share,
             period=period,
             max_requests=requests,

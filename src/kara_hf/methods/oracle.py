@@ -102,7 +102,7 @@ def _received(
 
 
 class OraclePolicy(KaraPolicy):
-    """Keeps of every window its sinks and what will be attended to most. A future that is empty keeps the first tokens instead."""
+    """Keeps of every window its sinks and what will be attended to most; of an empty future the first tokens."""
 
     def __init__(self, config: KaraConfig, future: Future):
         super().__init__(config)

@@ -16,8 +16,10 @@ class Window:
     Attributes:
         rows: H, rows that a sequence has in the store: its KV heads, or 1 where all heads share one latent row.
         keys: ``[b, H, W, D]``, as attention saw them; of every query head where a latent row is expanded.
-        queries: ``[b, Hq, W, D]`` of the same tokens, or None for a score registered with ``queries=False``.
-        later: ``[b, Hq, R, D]`` of the R tokens behind the window, which are kept whole, or None as `queries`.
+        queries: ``[b, Hq, n, D]`` of the same tokens or of a sample of n, those of `kara_hf.kernels.sampled_places`, or
+            None for a score registered with ``queries=False``.
+        later: ``[b, Hq, R, D]`` of the R recent tokens behind the window, which are kept whole, or of as many as the
+            same sampling hits, perhaps none; or None as `queries`.
         moments: sums of q q^T over all queries of the sequence so far and the heads that share a key, ``[b, H, D, D]``
             float32, or None for a score registered with ``moments=False``.
         scaling: the layer's factor on q.k.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..policy import KaraPolicy, Window
+from ..storage import Sampling
 from .config import ServingConfig
 from .queries import QueryPool
 
@@ -20,7 +21,7 @@ class ServedRequest:
         stored: tokens in the pool.
         evicted: tokens dropped: a stored token behind them is at position number + evicted.
         windows: windows sealed so far.
-        slots: where the queries of the open tokens are, oldest first; empty for a score without queries.
+        slots: where those queries of open tokens that are held are, oldest first; empty for a score without queries.
     """
 
     key: str
@@ -66,11 +67,13 @@ class Compressor:
 
     Attributes:
         queries: of open tokens, for scores that need them.
+        sampling: of which open tokens.
     """
 
     def __init__(self, config: ServingConfig):
         self.config, self.policy = config, KaraPolicy(config.kara)
         self.queries = QueryPool()
+        self.sampling = Sampling(config.kara.queries or config.kara.window, config.kara.window)
 
     @property
     def least(self) -> int:
@@ -118,9 +121,11 @@ class Compressor:
         windows = [(plan.request, number) for plan in plans for number in range(plan.count)]
         if self.policy.needs_queries:
             pool = self.queries.layers[layer]
-            places = [request.slots[n * width : (n + 1) * width + kara.recent] for request, n in windows]
-            found = pool[torch.tensor(places, device=pool.device)].transpose(1, 2)  # [b, Hq, width + recent, D]
-            queries, later = found[:, :, :width], found[:, :, width:]
+            place = self.sampling.place
+            ends = [(place(n * width), place((n + 1) * width + kara.recent)) for _, n in windows]
+            places = [request.slots[start:stop] for (request, _), (start, stop) in zip(windows, ends, strict=True)]
+            found = pool[torch.tensor(places, device=pool.device)].transpose(1, 2)
+            queries, later = found.tensor_split([place(width)], dim=2)
         window = Window(
             rows=keys.shape[1],
             keys=keys,
@@ -147,8 +152,9 @@ class Compressor:
         request.windows += plan.count
         if self.config.unit == "window":
             request.settled += plan.count * plan.keep
-        self.queries.give(request.slots[:seen])
-        del request.slots[:seen]
+        sampled = self.sampling.place(seen)
+        self.queries.give(request.slots[:sampled])
+        del request.slots[:sampled]
 
     def drop(self, request: ServedRequest) -> None:
         """Forgets a request that is gone."""

@@ -187,10 +187,12 @@ class Engine:
                 continue
             request.stored = future.state.position_offset
             if self.compressor.policy.needs_queries:
-                new = request.open - len(request.slots)
-                request.slots += self.compressor.queries.take(new)
-                columns += range(start + length - new, start + length)
-                slots += request.slots[-new:] if new else []
+                sampling, first = self.compressor.sampling, start + length - request.open
+                held = sampling.tokens_of(0, request.open)[len(request.slots) :]
+                taken = self.compressor.queries.take(len(held))
+                request.slots += taken
+                columns += [first + token for token in held]
+                slots += taken
         if any(shifts):
             ids = self.batch.position_ids
             ids[: len(shifts)] += torch.tensor(shifts, dtype=ids.dtype, device=ids.device)

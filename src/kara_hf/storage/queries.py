@@ -1,26 +1,92 @@
 """What windows are scored with when their turn comes: the queries of tokens that are not sealed yet, or moments of all
 queries that there were."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 
 from ..kernels import as_sdpa
 from .meter import MemoryMeter
 
-GROWTH = 32  # places added at once
+GROWTH = 32  # places added at once where every token has one
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which of a sequence's open tokens have their queries held: n of every window of W, and where these lie.
+
+    Token j of them, counted from 0, has place j * n // W, which it shares with its neighbours. The last of these is the
+    one whose query is read, so that a step which cannot look may write every token's query to its place.
+    """
+
+    count: int
+    window: int
+
+    @property
+    def every(self) -> bool:
+        """Whether all queries are held."""
+        return self.count == self.window
+
+    @property
+    def growth(self) -> int:
+        """Places that a buffer adds at once."""
+        return max(1, GROWTH * self.count // self.window)
+
+    def place(self, token: Any) -> Any:
+        """Of token j; also how many queries of the first j tokens are held. Numbers, or tensors or arrays of them."""
+        return token * self.count // self.window
+
+    def places(self, tokens: int) -> int:
+        """Places that `tokens` tokens are written to."""
+        return self.place(tokens - 1) + 1 if tokens else 0
+
+    def tokens(self, places: int) -> int:
+        """The most tokens that can be written to so many places."""
+        return -(-places * self.window // self.count)
+
+    def tokens_of(self, first: int, last: int) -> list[int]:
+        """The tokens from `first` on, and before `last`, whose queries are held."""
+        return [((i + 1) * self.window - 1) // self.count for i in range(self.place(first), self.place(last))]
+
+    def of(
+        self, queries: torch.Tensor, tokens: np.ndarray, real: torch.Tensor | None
+    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
+        """What to `append` of the `queries` ``[B, Hq, S, D]`` behind `tokens` ``[B]`` open ones."""
+        if self.every:
+            return queries, tokens, real
+        before, new = int(tokens[0]), queries.shape[2]
+        if real is None and (tokens == before).all():
+            columns = [token - before for token in self.tokens_of(before, before + new)]
+            return queries[:, :, columns], self.place(tokens), None
+        counted = torch.ones(len(queries), new, dtype=torch.bool, device=queries.device) if real is None else real
+        behind = counted.cumsum(1) + torch.from_numpy(tokens).to(queries.device)[:, None]
+        return queries, self.place(tokens), counted & (self.place(behind) > self.place(behind - 1))
 
 
 class QueryBuffer:
-    """Queries of every sequence's open tokens, oldest first, ``[B, Hq, C, D]``; all bytes go through the meter.
+    """Queries of every sequence's open tokens, or of a sample of them, oldest first, ``[B, Hq, C, D]``; all bytes go
+    through the meter.
 
     Queries of another dtype are rounded to that of the buffer: they rank tokens, and attend to none.
-    How many of a sequence's C places are in use is the caller's knowledge: it is the number of its open tokens.
+    How many of a sequence's C places are in use is the caller's knowledge.
+
+    Args:
+        growth: places added at once.
     """
 
     def __init__(
-        self, sequences: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, meter: MemoryMeter
+        self,
+        sequences: int,
+        heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        meter: MemoryMeter,
+        growth: int = GROWTH,
     ):
-        self.meter = meter
+        self.meter, self.growth = meter, growth
         self.buffer = meter.zeros((sequences, heads, 0, dim), dtype, device)
 
     @property
@@ -31,7 +97,7 @@ class QueryBuffer:
     def reserve(self, places: int) -> None:
         """Makes room for `places` queries of every sequence. Raises `PoolExhausted`; nothing is lost then."""
         if places > self.places:
-            self._resize(-(-places // GROWTH) * GROWTH)
+            self._resize(-(-places // self.growth) * self.growth)
 
     def put(self, queries: torch.Tensor, places: torch.Tensor) -> None:
         """Writes one query ``[B, Hq, 1, D]`` of every sequence to its place ``[B, 1]`` int64, which must be there."""
@@ -59,9 +125,13 @@ class QueryBuffer:
 
     def shrink(self, filled: np.ndarray, room: int) -> None:
         """Gives memory back down to `room` places, or as many as are in use, rounded up."""
-        needed = -(-max(room, int(filled.max(initial=0))) // GROWTH) * GROWTH
+        needed = -(-max(room, int(filled.max(initial=0))) // self.growth) * self.growth
         if self.places > needed:
             self._resize(needed)
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.nbytes
 
     @torch.inference_mode(False)
     def fork(self, index: torch.Tensor) -> None:
@@ -122,6 +192,10 @@ class QueryMoments:
     def discard_step(self) -> None:
         """Forgets what was not committed."""
         self._pending = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.sums.nbytes
 
     @torch.inference_mode(False)
     def fork(self, index: torch.Tensor) -> None:
