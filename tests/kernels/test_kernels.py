@@ -50,8 +50,8 @@ from kara_hf.kernels import (
     compact_reference,
     gather_rows,
     lead_scores,
-    slot_index,
     sampled_places,
+    slot_index,
     window_scores,
     window_scores_reference,
 )

@@ -16,7 +16,18 @@ from kara_hf.config import KaraConfig
 from kara_hf.policy import SCORES, KaraPolicy, Window, register_score, token2chunk, top_tokens
 from kara_hf.policy.scores import shuffle_runs
 
-BUILT_IN = ["bidirectional", "causal", "key-norm", "mean-square", "random", "random-chunks", "recency"]
+BUILT_IN = [
+    "bidirectional",
+    "causal",
+    "key-difference",
+    "key-distance",
+    "key-norm",
+    "mean-square",
+    "random",
+    "random-chunks",
+    "recency",
+    "value-norm",
+]
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -243,6 +254,7 @@ def make_window(batch=2, heads=2, group=2, width=24, dim=8, **changes):
         keep=9,
         anchors=4,
         seed=11,
+        values=torch.randn(batch, changes.get("rows", heads), width, dim + 2, generator=generator),
     )
     return replace(window, **changes)
 
@@ -319,6 +331,29 @@ def test_mean_square_is_that_of_logits():
     torch.testing.assert_close(rank("mean-square", one_row)[:, 0], got.mean(1))
 
 
+def test_scores_of_keys_and_values_as_written():
+    window = make_window(heads=4, group=1, rows=2)
+    cosine = torch.nn.functional.cosine_similarity
+    for b, h in itertools.product(range(2), range(4)):
+        keys = window.keys[b, h].double()
+        mean = sum(keys) / 24
+        for j in range(24):
+            of_row = slice(h // 2 * 2, h // 2 * 2 + 2)
+            other = [window.keys[b, i].double() for i in range(4)[of_row]]
+            difference = [1 - cosine(part[j], part.mean(0), dim=0) for part in other]
+            distance = [(part[j] - part.mean(0)).norm() for part in other]
+            assert torch.allclose(mean, keys.mean(0))
+            assert rank("key-difference", window)[b, h // 2, j].item() == pytest.approx(
+                float(sum(difference) / 2), abs=1e-5
+            )
+            assert rank("key-distance", window)[b, h // 2, j].item() == pytest.approx(
+                float(sum(distance) / 2), rel=1e-5
+            )
+    assert torch.allclose(rank("value-norm", window), window.values.square().sum(-1).sqrt())
+    with pytest.raises(AssertionError, match="registered with values=False"):
+        rank("value-norm", replace(window, values=None))
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_scores_of_a_batch_are_those_of_each_sequence(name):
     """Rows in the store, whoever else is in the batch; also one row for all heads."""
@@ -332,6 +367,7 @@ def test_scores_of_a_batch_are_those_of_each_sequence(name):
                 queries=window.queries[b : b + 1] if SCORES[name].queries else None,
                 moments=window.moments[b : b + 1] if SCORES[name].moments else None,
                 ordinals=window.ordinals[b : b + 1],
+                values=window.values[b : b + 1] if SCORES[name].values else None,
             )
             torch.testing.assert_close(together[b : b + 1], rank(name, alone), rtol=1e-5, atol=1e-7)
 

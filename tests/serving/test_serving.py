@@ -201,7 +201,9 @@ def test_prefixes_and_children_are_shared_when_off(model):
 
 
 # ------------------------------------------------------------------------------------------------- KaraCache's answers
-@pytest.mark.parametrize("score", ["bidirectional", "causal", "key-norm", "recency", "random", "random-chunks"])
+@pytest.mark.parametrize(
+    "score", ["bidirectional", "causal", "key-norm", "recency", "random", "random-chunks", "value-norm"]
+)
 def test_equals_kara_cache(model, score, audited):
     kara, inputs = KARA | {"score": score}, prompts(6)
     with kara_continuous_batching(model, **kara, period=1) as serving:

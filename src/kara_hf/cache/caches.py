@@ -21,9 +21,10 @@ class KaraCache(CompressedCache):
         recent: newest tokens that are always kept whole.
         sinks: first tokens of a sequence that are kept wherever the window that holds them seals, whatever the score:
             without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
-        score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens; "mean-square", which
-            holds their second moments instead, or "key-norm", which holds nothing (both ours); or a control: "causal",
-            "random", "random-chunks", "recency"; see `kara_hf.policy.register_score`. Or the folder or hub id of a
+        score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens or of `queries` of
+            them; "key-difference" (KeyDiff, arXiv 2504.15364) or "key-distance" (ours), which hold nothing; or a
+            control: "causal", "random", "random-chunks", "recency", "value-norm", "key-norm" and "mean-square", which
+            holds second moments of queries (all but the first ours); see `kara_hf.policy.register_score`. Or the folder or hub id of a
             `KeyCalibration`, which holds nothing either (ours; `kara-hf calibrate` makes one). Drafts of assisted
             decoding do not count in moments, so that windows may be judged otherwise than without drafts.
         queries: of how many of a window's tokens queries are held for a score that needs them, spread evenly over the

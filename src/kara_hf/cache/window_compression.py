@@ -265,10 +265,16 @@ class WindowCompression(Compression):
                 keep=keep,
                 anchors=config.anchors_of(keep),
                 seed=config.seed,
+                values=self._values(layer, sequences, start) if self.policy.score.values else None,
             )
             survivors.append(self.policy.select(window).to(torch.int32) + store.slots(start, 1)[:, :heads])
         survivors.append(store.slots(settled + len(windows) * width, open_tokens - len(windows) * width)[:, :heads])
         return torch.cat(survivors, dim=2)
+
+    def _values(self, layer: CompressedLayer, sequences: np.ndarray, start: np.ndarray) -> torch.Tensor:
+        """Values of a window in the heads that decide for themselves, ``[b, K, W, Dv]``."""
+        values = layer.paged().window_values(sequences, start, self.config.window)
+        return values if layer.deciding is None else values[:, list(layer.deciding)]
 
     def _with_leads(self, layer: CompressedLayer, slots: torch.Tensor, alike: Alike) -> torch.Tensor:
         """`slots` ``[b, K, n]`` of the heads that decide, with what their leads chose for the others: ``[b, H, n]``."""
@@ -289,7 +295,7 @@ class WindowCompression(Compression):
     def _queries(
         self, state: WindowState, step: Step, sequences: torch.Tensor, first: int, last: int
     ) -> torch.Tensor | None:
-        """Those queries of the open tokens `first` to `last` of the named sequences that are held, ``[b, Hq, n, D]``."""
+        """Queries of the open tokens `first` to `last` of the named sequences, those that are held: ``[b, Hq, n, D]``."""
         place = self.sampling.place
         if state.fresh is None:
             return None if state.queries is None else state.queries.window(sequences, place(first), place(last))

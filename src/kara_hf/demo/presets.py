@@ -133,7 +133,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-SCORES = ["bidirectional", "mean-square", "key-norm", "causal", "recency", "random-chunks", "random"]
+SCORES = ["bidirectional", "key-difference", "mean-square", "key-norm", "causal", "recency", "random-chunks", "random"]
 
 
 def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int) -> ConfiguredCache:

@@ -29,11 +29,11 @@ __all__ = [
     "lead_scores",
     "merge",
     "merge_reference",
+    "sampled_places",
     "shared_attention",
     "shared_attention_reference",
     "slot_index",
     "softcapped",
-    "sampled_places",
     "window_scores",
     "window_scores_reference",
 ]

@@ -200,6 +200,9 @@ METHODS: dict[str, Method] = {
         Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),
         Method("causal", windows("causal"), "causal attention within the window"),
         Method("key-norm", windows("key-norm"), "largest norms of keys; holds nothing but keys and values"),
+        Method("key-difference", windows("key-difference"), "keys least like the window's mean key (KeyDiff)"),
+        Method("key-distance", windows("key-distance"), "keys farthest from the window's mean key"),
+        Method("value-norm", windows("value-norm"), "largest norms of values"),
         Method(
             "calibrated",
             _calibrated,

@@ -99,7 +99,13 @@ class Compressor:
         return plans[: self.config.max_requests]
 
     def select(
-        self, layer: int, plans: Sequence[EvictionPlan], keys: torch.Tensor, scaling: float, softcap: float | None
+        self,
+        layer: int,
+        plans: Sequence[EvictionPlan],
+        keys: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
+        values: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Survivors in one layer.
 
@@ -108,6 +114,7 @@ class Compressor:
             plans: of equal width, of which equally many tokens stay.
             keys: of all their windows, ``[b, H, width, D]``.
             scaling, softcap: of the layer's logits.
+            values: of all their windows, ``[b, H, width, Dv]``, for a score that needs them.
 
         Returns:
             ``[b, H, keep]`` int64 places in the windows, ascending.
@@ -141,6 +148,7 @@ class Compressor:
             keep=plans[0].keep,
             anchors=kara.anchors_of(plans[0].keep),
             seed=kara.seed,
+            values=values,
         )
         return self.policy.select(window)
 

@@ -86,6 +86,11 @@ class Pool:
         keys: torch.Tensor = self.allocator._kv_token_views[layer][0][rows]
         return keys
 
+    def values(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """As `keys` the values, ``[T, H, Dv]``."""
+        values: torch.Tensor = self.allocator._kv_token_views[layer][1][rows]
+        return values
+
     def unshare(self, plan: EvictionPlan) -> bool:
         """Makes the blocks that a plan writes to the request's own, by copying those it shares. False without room."""
         request, full, pool = plan.request, self.allocator, self.cache.pool

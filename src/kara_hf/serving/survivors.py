@@ -42,7 +42,10 @@ def choose(pool: Pool, compressor: Compressor, logits: Logits, plans: Sequence[E
         for layer in pool.layers:
             keys = pool.keys(layer, rows).unflatten(0, (-1, width)).transpose(1, 2)
             scaling, softcap = logits.get(layer, (keys.shape[-1] ** -0.5, None))
-            kept = compressor.select(layer, group, keys, scaling, softcap)
+            values = None
+            if compressor.policy.score.values:
+                values = pool.values(layer, rows).unflatten(0, (-1, width)).transpose(1, 2)
+            kept = compressor.select(layer, group, keys, scaling, softcap, values)
             for plan, part in zip(group, kept.split([plan.count for plan in group]), strict=True):
                 chosen[plan.request.key][layer] = part
     return chosen
