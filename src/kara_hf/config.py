@@ -46,9 +46,9 @@ class KaraConfig(Settings):
             window keeps; where they are more than that, the window keeps them and no others.
         score: what ranks a window's tokens: the name of a score, or the folder or hub id of a `KeyCalibration`;
             `KaraPolicy` refuses one that is neither.
-        queries: of how many of a window's tokens the queries are held for a score that needs them, spread evenly over
-            the window, from 1 to `window`; None: all, as published. Means over queries are estimated by a sample, at a
-            fraction of the bytes. The recent tokens behind the window are sampled as densely.
+        queries: how many queries of a window every query head holds for a score that needs them, spread evenly over
+            the window and over the heads of a key, from 1 to `window`; None: all, as published. Means over queries are
+            estimated by a sample, at a fraction of the bytes. The recent tokens are sampled as densely. Ours.
         anchor_share: share of the kept tokens that are picked singly, by score, before Token2Chunk fills gaps between
             them, in (0, 1]; 1 is plain top-k.
         compress_prompt: whether the prompt is walked in windows too; otherwise it is kept whole.

@@ -13,42 +13,62 @@ from support.oracle import check
 
 import kara_hf.methods.peer_scores  # noqa: F401  registers snapkv
 from kara_hf import KaraCache
+from kara_hf.kernels import sampled_places
 from kara_hf.policy import KaraPolicy
 from kara_hf.policy.scores import SCORES, recency, register_score
-from kara_hf.storage import Sampling
+from kara_hf.storage import MemoryMeter, QueryBuffer, Sampling
 
 SMALL = {"window": 16, "recent": 5, "block_size": 4, "retention": 0.5}
 
 
-@given(st.integers(1, 40), st.data())
-def test_sampling_is_even_and_the_same_for_every_window(window, data):
-    sampling = Sampling(data.draw(st.integers(1, window)), window)
-    one = sampling.tokens_of(0, window)
-    assert len(one) == sampling.count and one[-1] == window - 1
-    assert sampling.tokens_of(window, 3 * window) == [token + width for width in (window, 2 * window) for token in one]
-    gaps = np.diff([-1, *one])
-    assert gaps.max() - gaps.min() <= 1
+@given(st.integers(1, 24), st.integers(1, 4), st.data())
+def test_sampling_is_even_and_the_same_for_every_window(window, group, data):
+    sampling = Sampling(data.draw(st.integers(1, window)), window, group)
+    one = sampling.tokens_of(0, sampling.count)
+    assert np.array_equal(one, sampled_places(sampling.count, window, group).numpy())
+    later = sampling.tokens_of(sampling.count, 3 * sampling.count)
+    assert np.array_equal(later, np.concatenate([one + window, one + 2 * window], axis=1))
     for tokens in range(3 * window):
-        held = sampling.tokens_of(0, tokens)
-        assert len(held) == sampling.place(tokens) and all(token < tokens for token in held)
-        assert sampling.places(tokens) == len({sampling.place(token) for token in range(tokens)})
+        places = [
+            [(token + earlier) * sampling.count // window for token in range(tokens)] for earlier in sampling.earlier
+        ]
+        assert sampling.places(tokens) == max((place + 1 for row in places for place in row), default=0)
         assert sampling.tokens(sampling.places(tokens)) >= tokens
-        assert [max(t for t in range(4 * window) if sampling.place(t) == i) for i in range(len(held))] == held
+        held = sampling.tokens_of(0, sampling.place(tokens))
+        assert (held < tokens).all(), "what is read has come"
+        for row, mine in zip(places, held.tolist(), strict=True):
+            assert mine == [max(t for t, place in enumerate(row) if place == i) for i in range(len(mine))]
 
 
-@given(st.integers(1, 9), st.lists(st.integers(0, 30), min_size=1, max_size=3), st.integers(1, 20), st.booleans())
-def test_what_is_appended_is_the_sample(count, before, new, ragged):
-    """Against places, token by token; query s of sequence b is the number 100 b + s."""
-    sampling, batch = Sampling(count, 9), len(before)
-    queries = (100 * torch.arange(batch)[:, None] + torch.arange(new)).float()[:, None, :, None]
-    real = torch.rand(batch, new) < 0.7 if ragged else None
-    chosen, filled, which = sampling.of(queries, np.array(before), real)
-    for b, start in enumerate(before):
-        mine = chosen[b, 0, :, 0] if which is None else chosen[b, 0, which[b], 0]
-        columns = [s for s in range(new) if real is None or real[b, s]]
-        ends = sampling.tokens_of(start, start + len(columns))
-        assert mine.tolist() == [100 * b + columns[token - start] for token in ends]
-        assert filled[b] == sampling.place(start)
+@settings(max_examples=30)
+@given(
+    count=st.integers(1, 9),
+    group=st.integers(1, 3),
+    steps=st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=6),
+    ragged=st.booleans(),
+)
+def test_the_buffer_holds_the_sample_whatever_the_steps(count, group, steps, ragged):
+    """Token after token, or several at once, with padding among them or not; a query is the number of its token."""
+    sampling = Sampling(count, 9, group)
+    buffer = QueryBuffer(2, 2 * group, 1, torch.float32, torch.device("cpu"), MemoryMeter(), sampling)
+    tokens = np.zeros(2, np.int64)
+    for new, alone in steps:
+        new = 1 if alone else new
+        real = torch.rand(2, new) < 0.6 if ragged else None
+        brought = torch.full((2, new), -1.0) if ragged else torch.zeros(2, new)
+        for b in range(2):
+            which = slice(None) if real is None else real[b]
+            brought[b, which] = torch.arange(int(brought[b, which].numel())).float() + int(tokens[b])
+        queries = brought[:, None, :, None].expand(-1, 2 * group, -1, -1)
+        if alone:
+            buffer.reserve(int(tokens.max()) + 1)
+            buffer.put(queries, torch.from_numpy(tokens)[:, None])
+        else:
+            buffer.append(queries, tokens, real)
+        tokens = tokens + (new if real is None else real.sum(1).numpy())
+    for b, seen in enumerate(tokens.tolist()):
+        held = buffer.window(torch.tensor([b]), 0, seen)[0, ..., 0]
+        assert torch.equal(held, torch.from_numpy(np.tile(sampling.tokens_of(0, sampling.place(seen)), (2, 1))).float())
 
 
 def windows_of(monkeypatch) -> list:
@@ -75,11 +95,13 @@ def test_windows_are_judged_by_the_sample_of_their_queries(count, steps, monkeyp
         list(feed(model, cache, ids, steps, mask))
         found.append(seen)
         monkeypatch.undo()
-    sampling = Sampling(count, 16)
+    sampling = Sampling(count, 16, 2)
+    sample, behind = (torch.from_numpy(np.tile(sampling.tokens_of(0, sampling.place(n)), (2, 1))) for n in (16, 5))
     assert len(found[0]) == len(found[1]) >= 3 * 4
     for whole, part in zip(*found, strict=True):
-        assert torch.equal(part.queries, whole.queries[:, :, sampling.tokens_of(0, 16)])
-        assert torch.equal(part.later, whole.later[:, :, sampling.tokens_of(0, 5)])
+        heads = torch.arange(4)[:, None]
+        assert torch.equal(part.queries, whole.queries[:, heads, sample])
+        assert torch.equal(part.later, whole.later[:, heads, behind])
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +154,7 @@ def test_a_sample_weighs_its_share():
         weights[count] = report.query_bytes
         query = sum(layer.state.queries.buffer[:, :, :1].nbytes for layer in cache.compressed_layers)
         if count:
-            assert report.query_bytes <= query * (Sampling(count, 16).places(21) + count)
+            assert report.query_bytes <= query * (Sampling(count, 16, 2).places(21) + count)
         buffers = sum(layer.state.queries.buffer.nbytes for layer in cache.compressed_layers)
         assert report.query_bytes == buffers and report.to_dict()["query_bytes"] == buffers
     assert weights[None] == 2 * weights[8] == 8 * weights[2] == 16 * weights[1]

@@ -497,7 +497,7 @@ def written_out(queries, keys, scaling, softcap, causal):
         for hq in range(query_heads):
             logits = (queries[b, hq].double() @ keys[b, hq // group].double().T * scaling).tolist()
             for i, row in enumerate(logits):
-                row = row[: places[i] + 1] if causal else row
+                row = row[: places[i] - hq % group * window // (count * group) + 1] if causal else row
                 row = row if softcap is None else [softcap * math.tanh(logit / softcap) for logit in row]
                 weights = [math.exp(logit - max(row)) for logit in row]
                 for j, weight in enumerate(weights):
@@ -532,12 +532,16 @@ def test_window_scores_count_votes_in_both_directions():
 
 
 def test_a_sample_is_spread_evenly_and_ends_with_the_window():
-    assert sampled_places(4, 16).tolist() == [3, 7, 11, 15]
-    assert sampled_places(3, 16).tolist() == [5, 10, 15]
-    for window, count in itertools.product(range(1, 20), repeat=2):
+    assert sampled_places(4, 16).tolist() == [[3, 7, 11, 15]]
+    assert sampled_places(3, 16).tolist() == [[5, 10, 15]]
+    assert sampled_places(2, 16, 3).tolist() == [[7, 15], [5, 13], [2, 10]]
+    for window, count, group in itertools.product(range(1, 16), range(1, 16), (1, 2, 3, 7)):
         if count <= window:
-            places = [max(j for j in range(window) if j * count // window == i) for i in range(count)]
-            assert sampled_places(count, window).tolist() == places
+            places = sampled_places(count, window, group)
+            ends = [max(j for j in range(window) if j * count // window == i) for i in range(count)]
+            assert places[0].tolist() == ends
+            assert (places >= 0).all() and (places.diff(dim=1) > 0).all() and (places.diff(dim=0) <= 0).all()
+    assert sampled_places(9, 9, 3).tolist() == [list(range(9))] * 3
 
 
 @pytest.mark.parametrize("keys", [(1, 2, 5, 4), (1, 3, 6, 4)], ids=["window", "heads-no-multiple"])

@@ -281,7 +281,8 @@ def attention_as_written(window, causal):
     keys = window.keys.repeat_interleave(query_heads // window.keys.shape[1], dim=1).double()
     scores = torch.zeros(batch, window.rows, width, dtype=torch.float64)
     for b, hq, i in itertools.product(range(batch), range(query_heads), range(count)):
-        visible = places[i] + 1 if causal else width
+        group = query_heads // window.keys.shape[1]
+        visible = places[i] - hq % group * width // (count * group) + 1 if causal else width
         logits = keys[b, hq, :visible] @ window.queries[b, hq, i].double() * window.scaling
         if window.softcap is not None:
             logits = window.softcap * torch.tanh(logits / window.softcap)

@@ -24,11 +24,10 @@ class KaraCache(CompressedCache):
         score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens or of `queries` of
             them; "key-difference" (KeyDiff, arXiv 2504.15364) or "key-distance" (ours), which hold nothing; or a
             control: "causal", "random", "random-chunks", "recency", "value-norm", "key-norm" and "mean-square", which
-            holds second moments of queries (all but the first ours); see `kara_hf.policy.register_score`. Or the folder or hub id of a
+            holds second moments of queries; see `kara_hf.policy.register_score`. Or the folder or hub id of a
             `KeyCalibration`, which holds nothing either (ours; `kara-hf calibrate` makes one). Drafts of assisted
             decoding do not count in moments, so that windows may be judged otherwise than without drafts.
-        queries: of how many of a window's tokens queries are held for a score that needs them, spread evenly over the
-            window; None: all, as published. `report().query_bytes` says what they weigh. Ours.
+        queries: how many queries of a window every query head holds for a score that needs them, spread evenly; None: all, as published. `report().query_bytes` says what they weigh. Ours.
         anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.
         compress_prompt: walk the prompt in windows too. Otherwise the prompt and every later turn (a step of several
             tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.

@@ -73,14 +73,13 @@ class WindowCompression(Compression):
             state.binding.check_calibration(policy.calibration)
         self.state, self.policy, self.config = state, policy, policy.config
         self.block_size = policy.config.block_size
-        self.sampling = Sampling(self.config.queries or self.config.window, self.config.window)
         self.open = np.zeros(0, np.int64)  # open tokens of each sequence before the step
         self.due = 0  # windows due in this step, in the sequence that has most
         self.pinned = False
         self.drafts = False
         self._chosen: dict[tuple[int, Alike], torch.Tensor] = {}  # by layer and group: what leads chose in this step
         self._settled: torch.Tensor | None = None  # slots in front of the open ones, [B, 1] int64, on the device
-        self._places: torch.Tensor | None = None  # place of the new query in the buffers, [B, 1] int64
+        self._tokens: torch.Tensor | None = None  # open tokens before the new one, [B, 1] int64, on the device
 
     def layer_state(self) -> WindowState:
         return WindowState()
@@ -106,13 +105,13 @@ class WindowCompression(Compression):
             ahead = max(ahead, config.window)
         state.reserve(ahead)
         if step.syncs:
-            self._settled = self._places = None
+            self._settled = self._tokens = None
         elif self.policy.needs_queries:
             lengths = state.compressed_layers[0].paged().rows().lengths[:, :1]
             if self._settled is None:
                 settled = np.array([[sequence.settled] for sequence in state.sequences])
                 self._settled = upload(settled, lengths.device)
-            self._places = self.sampling.place(lengths - self._settled)
+            self._tokens = lengths - self._settled
 
     def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore:
         return paged_store(
@@ -157,18 +156,18 @@ class WindowCompression(Compression):
             return
         if state.queries is None:
             batch, heads, _, size = query.shape
-            state.queries = QueryBuffer(
-                batch, heads, size, query.dtype, query.device, self.state.meter, self.sampling.growth
-            )
+            group = heads // (key.shape[1] - len(layer.followers))
+            sampling = Sampling(self.config.queries or self.config.window, self.config.window, group)
+            state.queries = QueryBuffer(batch, heads, size, query.dtype, query.device, self.state.meter, sampling)
             if self.state.steady:
-                state.queries.reserve(self.sampling.places(self._limit(step.after) + 1))
+                state.queries.reserve(self._limit(step.after) + 1)
         if step.first:  # a whole prompt's queries are at hand; only those of its open end are held
             state.fresh = query
-        elif self._places is not None:
-            state.queries.reserve(self.sampling.places(int(self.open.max()) + 1))
-            state.queries.put(query, self._places.to(query.device))
+        elif self._tokens is not None:
+            state.queries.reserve(int(self.open.max()) + 1)
+            state.queries.put(query, self._tokens.to(query.device))
         else:
-            state.queries.append(*self.sampling.of(query, self.open, real))
+            state.queries.append(query, self.open, real)
 
     def layer_done(self, layer: CompressedLayer, step: Step) -> None:
         if step.first:
@@ -216,14 +215,13 @@ class WindowCompression(Compression):
             layer.paged().keep(index, settled, slots)
             state: WindowState = layer.state
             if state.queries is not None and state.fresh is None:
-                sealed = self.sampling.place(due * self.config.window)
-                state.queries.forget(torch.from_numpy(index).to(slots.device), sealed)
+                state.queries.forget(torch.from_numpy(index).to(slots.device), due * self.config.window)
         if not step.first:
             after = [sequence.sealed(self.policy) for sequence in step.after]
-            filled = np.array([self.sampling.places(sequence.open) for sequence in after])
+            filled = np.array([sequence.open for sequence in after])
             for layer in layers:
                 if layer.state.queries is not None:
-                    layer.state.queries.shrink(filled, self.sampling.places(self._limit(after) + 1))
+                    layer.state.queries.shrink(filled, self._limit(after) + 1)
 
     def _select(
         self,
@@ -295,15 +293,18 @@ class WindowCompression(Compression):
     def _queries(
         self, state: WindowState, step: Step, sequences: torch.Tensor, first: int, last: int
     ) -> torch.Tensor | None:
-        """Queries of the open tokens `first` to `last` of the named sequences, those that are held: ``[b, Hq, n, D]``."""
-        place = self.sampling.place
-        if state.fresh is None:
-            return None if state.queries is None else state.queries.window(sequences, place(first), place(last))
-        sampled = torch.tensor(self.sampling.tokens_of(first, last), dtype=torch.int64, device=state.fresh.device)
-        if step.real is None:
-            return state.fresh.index_select(2, sampled)[sequences]
-        columns = _in_order(step.real.to(state.fresh.device))[sequences[:, None], sampled]
-        return state.fresh[sequences[:, None], :, columns].transpose(1, 2)
+        """Queries held of the open tokens `first` to `last` of the named sequences, ``[b, Hq, n, D]``."""
+        if state.queries is None or state.fresh is None:
+            return None if state.queries is None else state.queries.window(sequences, first, last)
+        fresh, sampling = state.fresh, state.queries.sampling
+        if step.real is None and sampling.every:
+            return fresh[sequences, :, first:last]
+        tokens = sampling.tokens_of(sampling.place(first), sampling.place(last))
+        columns = torch.from_numpy(np.tile(tokens, (fresh.shape[1] // sampling.group, 1))).to(fresh.device)[None]
+        if step.real is not None:
+            columns = _in_order(step.real.to(fresh.device))[sequences][:, columns[0]]
+        heads = torch.arange(fresh.shape[1], device=fresh.device)[None, :, None]
+        return fresh[sequences[:, None, None], heads, columns]
 
     def _hold_open(self, state: WindowState, step: Step) -> None:
         """After the windows of a first forward are sealed: holds the queries of what is left open."""
@@ -313,11 +314,11 @@ class WindowCompression(Compression):
         sealed = [len(self.policy.due(sequence)) * self.config.window for sequence in step.after]
         filled = np.zeros(len(sealed), np.int64)
         if step.real is None:
-            state.queries.append(*self.sampling.of(query[:, :, sealed[0] :], filled, None))
+            state.queries.append(query[:, :, sealed[0] :], filled)
         else:
             real = step.real.to(query.device)
             rest = real & (real.cumsum(1) > torch.tensor(sealed, device=query.device)[:, None])
-            state.queries.append(*self.sampling.of(query, filled, rest))
+            state.queries.append(query, filled, rest)
 
     def compress(self) -> None:
         pass  # a window is sealed by the step that completes it
@@ -339,8 +340,8 @@ class WindowCompression(Compression):
         steps = min(self.steps_to_compression(), self.state.room)
         if self.policy.needs_queries:
             buffers = [layer.state.queries for layer in self.state.compressed_layers if layer.deciding != ()]
-            places = min(0 if queries is None else queries.places for queries in buffers)
-            steps = min(steps, self.sampling.tokens(places) - max(sequence.open for sequence in self.state.sequences))
+            tokens = min(0 if queries is None else queries.sampling.tokens(queries.places) for queries in buffers)
+            steps = min(steps, tokens - max(sequence.open for sequence in self.state.sequences))
         return steps
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:

@@ -49,7 +49,7 @@ def generate(
     score: Annotated[
         str | None,
         typer.Option(
-            help="kara: what ranks the tokens of a window: bidirectional, key-difference, random, ..., or the folder or "
+            help="kara: what ranks the tokens of a window: bidirectional, key-difference, ..., or the folder or "
             "hub id of a key calibration [default: bidirectional]."
         ),
     ] = None,

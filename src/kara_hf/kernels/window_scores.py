@@ -18,12 +18,13 @@ from .dense import softcapped
 from .precision import as_sdpa
 
 
-def sampled_places(count: int, window: int, device: torch.device | None = None) -> torch.Tensor:
-    """Which of a window's tokens a sample of `count` is: the last of each of `count` stretches of equal length.
-
-    Token j is the sample's i-th if i = j * count // window and no later token has that i. ``[count]`` int64, ascending.
+def sampled_places(count: int, window: int, group: int = 1, device: torch.device | None = None) -> torch.Tensor:
+    """Of which of a window's tokens a sample of `count` queries of each of the G heads of a group is, ``[G, count]``
+    int64, ascending: the last of each of `count` stretches of equal length, and from head to head a G-th of a stretch
+    earlier, so that all heads together see G times as many tokens.
     """
-    return (torch.arange(1, count + 1, device=device) * window - 1) // count
+    ends = (torch.arange(1, count + 1, device=device) * window - 1) // count
+    return ends - (torch.arange(group, device=device) * window // (count * group))[:, None]
 
 
 @as_sdpa(2)
@@ -39,13 +40,13 @@ def window_scores_reference(
     batch, query_heads, count, _ = queries.shape
     heads, window = keys.shape[1:3]
     group = query_heads // heads
-    behind = torch.arange(window, device=keys.device) > sampled_places(count, window, keys.device)[:, None]
+    behind = torch.arange(window, device=keys.device) > sampled_places(count, window, group, keys.device)[..., None]
     scores = torch.zeros(batch, heads, window, dtype=torch.float32, device=keys.device)
     for b in range(batch):
         for hq in range(query_heads):
             logits = softcapped(queries[b, hq].float() @ keys[b, hq // group].float().T * scaling, softcap)
             if causal:
-                logits = logits.masked_fill(behind, float("-inf"))
+                logits = logits.masked_fill(behind[hq % group], float("-inf"))
             scores[b, hq // group] += logits.softmax(-1).mean(0) / group
     return scores
 
@@ -75,6 +76,6 @@ def window_scores(
     grouped = queries.float().reshape(batch, heads, -1, queries.shape[-1])
     logits = softcapped(grouped @ keys.float().transpose(-1, -2) * scaling, softcap)
     if causal:
-        behind = torch.arange(window, device=keys.device) > sampled_places(count, window, keys.device)[:, None]
-        logits = logits.masked_fill(behind.repeat(query_heads // heads, 1), float("-inf"))
+        places = sampled_places(count, window, query_heads // heads, keys.device).view(-1, 1)
+        logits = logits.masked_fill(torch.arange(window, device=keys.device) > places, float("-inf"))
     return logits.softmax(-1).mean(2)

@@ -152,6 +152,12 @@ class Compressor:
         )
         return self.policy.select(window)
 
+    def slots(self, request: ServedRequest) -> list[int]:
+        """For the queries of all open tokens of a request, those that have come just now among them."""
+        needed = request.open if self.sampling.every else self.sampling.place(request.open - 1) + 2
+        request.slots += self.queries.take(max(0, needed - len(request.slots)))
+        return list(request.slots)
+
     def done(self, plan: EvictionPlan) -> None:
         """Books a cut that was carried out."""
         request, seen = plan.request, plan.count * plan.width

@@ -45,6 +45,7 @@ def query_totals_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // (heads * group), row % (heads * group)
+    earlier = (head % group) * window // (count * group)
     query = tl.program_id(1) * TILE + tl.arange(0, TILE)
     queries += batch * query_stride_b + head * query_stride_h
     keys += batch * key_stride_b + head // group * key_stride_h
@@ -73,7 +74,7 @@ def query_totals_kernel(
         )
         seen = (key < window)[None, :]
         if CAUSAL:
-            seen = seen & (key[None, :] <= (((query + 1) * window - 1) // count)[:, None])
+            seen = seen & (key[None, :] <= (((query + 1) * window - 1) // count - earlier)[:, None])
         logits = tl.where(seen, logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
@@ -124,6 +125,7 @@ def key_means_kernel(
         first = tl.program_id(1) * TILE * count // window
     for member in range(group):
         query_head = head * group + member
+        earlier = member * window // (count * group)
         query_first = queries + batch * query_stride_b + query_head * query_stride_h
         for start in range(first, count, TILE):
             query = start + tl.arange(0, TILE)
@@ -146,7 +148,7 @@ def key_means_kernel(
             total = tl.load(totals + place, mask=query < count, other=0.0)
             seen = (query < count)[:, None]
             if CAUSAL:
-                seen = seen & (key[None, :] <= (((query + 1) * window - 1) // count)[:, None])
+                seen = seen & (key[None, :] <= (((query + 1) * window - 1) // count - earlier)[:, None])
             received += tl.sum(tl.where(seen, tl.exp2(logits - total[:, None]), 0.0), 0)
     tl.store(scores + row * window + key, received / (group * count), mask=key < window)
 
