@@ -19,6 +19,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_count_or_share(value: object, least: int) -> bool:
+    """Whether it is a whole number from `least` on, or a float in (0, 1)."""
+    return 0 < value < 1 if isinstance(value, float) else is_int(value) and value >= least  # type: ignore[operator]
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the settings of every method have in common: a form in JSON."""
@@ -40,7 +45,9 @@ class KaraConfig(Settings):
     Attributes:
         retention: share of a window's tokens that each KV head keeps, in (0, 1].
         window: tokens in a window; a multiple of `block_size`.
-        recent: newest tokens that are always kept whole.
+        recent: newest tokens that are always kept whole; or a share in (0, 1) of the tokens that a head holds, a pinned
+            prompt among them: a window then seals once what is left open behind it is that share of what is held after.
+            Queries, if the score needs them, are held of all open tokens, which then grow with the sequence.
         sinks: first tokens of a sequence that are kept whatever their score: language models lay the attention that
             they need nowhere on these, and fall apart without (arXiv 2309.17453). They are among the tokens that their
             window keeps; where they are more than that, the window keeps them and no others.
@@ -61,7 +68,7 @@ class KaraConfig(Settings):
 
     retention: float = 0.25
     window: int = 256
-    recent: int = 32
+    recent: int | float = 32
     sinks: int = 4
     score: str = "bidirectional"
     queries: int | None = None
@@ -85,7 +92,12 @@ class KaraConfig(Settings):
             f"a multiple of block_size={self.block_size}, so that sealing it frees whole blocks; round it or lower "
             "block_size",
         )
-        require(is_int(self.recent) and self.recent >= 0, "recent", self.recent, "a whole number of tokens from 0 on")
+        require(
+            is_count_or_share(self.recent, 0),
+            "recent",
+            self.recent,
+            "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)",
+        )
         require(is_int(self.sinks) and self.sinks >= 0, "sinks", self.sinks, "a whole number of tokens from 0 on")
         require(
             self.queries is None or (is_int(self.queries) and 1 <= self.queries <= self.window),

@@ -43,9 +43,12 @@ BAD_SETTINGS = [
     ("window", 1, "a whole number of tokens from 2 on"),
     ("window", 256.0, "a whole number of tokens from 2 on"),
     ("window", 250, "a multiple of block_size=16, so that sealing it frees whole blocks; round it or lower block_size"),
-    ("recent", -1, "a whole number of tokens from 0 on"),
-    ("recent", 1.5, "a whole number of tokens from 0 on"),
-    ("recent", False, "a whole number of tokens from 0 on"),
+    ("recent", -1, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
+    ("recent", 1.5, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
+    ("recent", 1.0, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
+    ("recent", 0.0, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
+    ("recent", math.nan, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
+    ("recent", False, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
     ("sinks", -1, "a whole number of tokens from 0 on"),
     ("sinks", 0.5, "a whole number of tokens from 0 on"),
     ("score", "bidirectonal", "one of bidirectional, causal, "),
@@ -468,6 +471,32 @@ def test_windows_due(window, recent):
             not policy.due(Counted(100 + limit, limit, 70))
             and len(policy.due(Counted(101 + limit, limit + 1, 70))) == 1
         )
+
+
+@given(
+    share=st.floats(0.01, 0.95),
+    retention=st.floats(0.05, 0.9),
+    sinks=st.sampled_from([0, 4, 20]),
+    prompt=st.integers(0, 100),
+    steps=st.lists(st.sampled_from([1, 1, 1, 5, 40]), max_size=150),
+)
+def test_a_share_of_what_is_held_is_recent(share, retention, sinks, prompt, steps):
+    """Exactly then a window seals when what is open behind it is its share of all that is held afterwards."""
+    policy = KaraPolicy(KaraConfig(window=16, retention=retention, recent=share, sinks=sinks))
+    sequence = Counted(prompt, 0, prompt)
+    for new in steps:
+        sequence = Counted(sequence.tokens + new, sequence.open + new, sequence.settled)
+        due = policy.due(sequence)
+        assert bool(due) == (sequence.open > policy.open_limit(sequence))
+        for seal in due:
+            assert sequence.open - 16 >= seal.recent >= share * (sequence.settled + seal.keep + seal.recent) - 1e-6
+            assert seal.recent - 1 < share * (sequence.settled + seal.keep + seal.recent - 1) + 1e-6
+            assert policy.certain(sequence) == seal.recent
+            sequence = Counted(sequence.tokens, sequence.open - 16, sequence.settled + seal.keep)
+        held = sequence.settled + sequence.open
+        if due:
+            assert sequence.open >= share * held - 1e-6
+            assert share * held - 1e-6 <= policy.newest(sequence) <= sequence.open
 
 
 # ---------------------------------------------------------------------------------------------------------------- sinks

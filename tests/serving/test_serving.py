@@ -225,6 +225,18 @@ def test_a_sample_of_queries(model, score, audited):
     ended(audited[-1])
 
 
+@pytest.mark.parametrize("score", ["bidirectional", "recency"])
+def test_a_share_is_recent(model, score, audited):
+    kara, inputs = KARA | {"score": score, "recent": 0.3}, prompts(4, longest=8)
+    with kara_continuous_batching(model, **kara, period=1) as serving:
+        found = batch(model, inputs)
+        assert found == [single(model, prompt, **kara) for prompt in inputs]
+    assert serving.metrics.windows > 0
+    ended(audited[-1])
+    with pytest.raises(ValueError, match="recent=0.3 is not possible.*unit=.trace"):
+        ServingConfig.of(**KARA | {"score": "recency", "recent": 0.3}, unit="trace")
+
+
 @pytest.mark.parametrize(("score", "sinks"), [("bidirectional", 6), ("recency", 4), ("recency", 0)])
 def test_sinks_behind_short_prompts(model, score, sinks, audited):
     kara = KARA | {"score": score, "sinks": sinks}

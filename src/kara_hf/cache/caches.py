@@ -18,7 +18,8 @@ class KaraCache(CompressedCache):
         model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
         retention: share of each window's tokens that every KV head keeps, in (0, 1].
         window: tokens in a window; a multiple of `block_size`. Sealed once `recent` more tokens stand behind it.
-        recent: newest tokens that are always kept whole.
+        recent: newest tokens that are always kept whole, or a share of all tokens held, in (0, 1), which grows with the
+            sequence (ours).
         sinks: first tokens of a sequence that are kept wherever the window that holds them seals, whatever the score:
             without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
         score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens or of `queries` of
@@ -27,7 +28,8 @@ class KaraCache(CompressedCache):
             holds second moments of queries; see `kara_hf.policy.register_score`. Or the folder or hub id of a
             `KeyCalibration`, which holds nothing either (ours; `kara-hf calibrate` makes one). Drafts of assisted
             decoding do not count in moments, so that windows may be judged otherwise than without drafts.
-        queries: how many queries of a window every query head holds for a score that needs them, spread evenly; None: all, as published. `report().query_bytes` says what they weigh. Ours.
+        queries: how many queries of a window every query head holds for a score that needs them, spread
+            evenly; None: all, as published. `report().query_bytes` says what they weigh. Ours.
         anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.
         compress_prompt: walk the prompt in windows too. Otherwise the prompt and every later turn (a step of several
             tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.
@@ -49,7 +51,7 @@ class KaraCache(CompressedCache):
         *,
         retention: float = KaraConfig.retention,
         window: int = KaraConfig.window,
-        recent: int = KaraConfig.recent,
+        recent: int | float = KaraConfig.recent,
         sinks: int = KaraConfig.sinks,
         score: str | Path = KaraConfig.score,
         queries: int | None = KaraConfig.queries,

@@ -87,7 +87,7 @@ class WindowCompression(Compression):
     # ------------------------------------------------------------------------------------------------------ in a step
     def begin(self, step: Step) -> None:
         state, config = self.state, self.config
-        drafts = step.drafts and step.new <= config.recent + 1
+        drafts = step.drafts and step.new <= min(self.policy.certain(sequence) for sequence in state.sequences) + 1
         self.drafts = drafts and step.new > 1
         turn = step.new > 1 and not drafts and not step.replayed
         self.pinned = (step.first or turn) and not config.compress_prompt
@@ -198,7 +198,8 @@ class WindowCompression(Compression):
         for number, sequence in enumerate(step.after):
             due = self.policy.due(sequence)
             if due:
-                alike = sequence.open, tuple((seal.keep, seal.recent) for seal in due)
+                behind = self.policy.needs_queries  # whether it matters how many are recent
+                alike = sequence.open, tuple((seal.keep, seal.recent if behind else 0) for seal in due)
                 groups.setdefault(alike, []).append(number)
         plan = []
         for alike, members in groups.items():
@@ -211,17 +212,19 @@ class WindowCompression(Compression):
                 plan.append((layer, index, settled, len(alike[1]), slots))
         for layer, index, settled, _, slots in plan:
             layer.paged().unshare(index, settled, slots.shape[2])
-        for layer, index, settled, due, slots in plan:
+        for layer, index, settled, windows, slots in plan:
             layer.paged().keep(index, settled, slots)
             state: WindowState = layer.state
             if state.queries is not None and state.fresh is None:
-                state.queries.forget(torch.from_numpy(index).to(slots.device), due * self.config.window)
+                state.queries.forget(torch.from_numpy(index).to(slots.device), windows * self.config.window)
         if not step.first:
             after = [sequence.sealed(self.policy) for sequence in step.after]
             filled = np.array([sequence.open for sequence in after])
             for layer in layers:
                 if layer.state.queries is not None:
                     layer.state.queries.shrink(filled, self._limit(after) + 1)
+                    if self.state.steady:  # a share of what is held has grown
+                        layer.state.queries.reserve(self._limit(after) + 1)
 
     def _select(
         self,
@@ -348,7 +351,7 @@ class WindowCompression(Compression):
         return (self._settled,)
 
     def limits(self, sequence: Sequence) -> list[tuple[int, Kind]]:
-        recent = sequence.tokens - min(self.config.recent, sequence.open)
+        recent = sequence.tokens - self.policy.newest(sequence)
         limits: list[tuple[int, Kind]] = [(segment.stop, segment.kind) for segment in sequence.segments]
         return [*limits, (recent, "open"), (sequence.tokens, "recent")]
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from ..bundled import BUNDLED_MODEL
 from ..config import require
 from .display import show_runs
-from .options import Device, Dtype, Model, TrustRemoteCode, check_dtype, readable_errors
+from .options import Device, Dtype, Model, TrustRemoteCode, check_dtype, count_or_share, readable_errors
 
 # What runs without a model and a prompt: the problem, and how strongly its trace is compressed.
 BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated": 900, "seed": 3}
@@ -45,7 +45,12 @@ def generate(
     window: Annotated[
         int | None, typer.Option(help="kara: tokens in a window [default: 256; bundled model: 64].")
     ] = None,
-    recent: Annotated[int | None, typer.Option(help="kara: newest tokens, always kept whole [default: 32].")] = None,
+    recent: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N|SHARE", help="kara: newest tokens, always kept whole, or a share of those held [default: 32]."
+        ),
+    ] = None,
     score: Annotated[
         str | None,
         typer.Option(
@@ -131,7 +136,7 @@ def generate(
         options = {
             "retention": retention,
             "window": window,
-            "recent": recent,
+            "recent": count_or_share(recent),
             "score": score,
             "queries": queries,
             "anchor_share": anchor_share,

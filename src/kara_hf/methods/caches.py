@@ -147,7 +147,8 @@ class Kara(Compressed):
 
     def warm_up(self) -> WarmUp:
         """One window is sealed within a prompt."""
-        return WarmUp(self.config.window + self.config.recent, 4, {"compress_prompt": True, "max_bytes": None})
+        recent = self.config.recent if isinstance(self.config.recent, int) else self.config.window
+        return WarmUp(self.config.window + recent, 4, {"compress_prompt": True, "max_bytes": None})
 
 
 class KVCompress(Compressed):

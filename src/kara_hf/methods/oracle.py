@@ -8,7 +8,7 @@ from ..cache.bound_model import BoundModel
 from ..cache.compressed import CompressedCache
 from ..cache.compression import register_compression
 from ..cache.window_compression import WindowCompression
-from ..config import KaraConfig
+from ..config import KaraConfig, is_int, require
 from ..integration.attach import hooked, unwrap
 from ..integration.attention import AttentionFunction, AttentionHook
 from ..kernels import softcapped
@@ -131,4 +131,5 @@ class OracleCache(CompressedCache):
 
     def __init__(self, model: Any, future: Future, *, max_bytes: int | None = None, **settings: Any):
         config = KaraConfig(**settings | {"score": "random"})
+        require(is_int(config.recent), "recent", config.recent, "a number of tokens for the oracle")
         super().__init__(model, policy=OraclePolicy(config, future), max_bytes=max_bytes)

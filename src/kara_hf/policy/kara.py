@@ -1,5 +1,6 @@
 """Kara: when a window closes and which of its tokens survive (arXiv 2607.01237)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,19 +91,42 @@ class KaraPolicy:
         """
         return max(self.config.kept_per_window, self.config.sinks_from(start))
 
+    def recent_of(self, settled: int) -> int:
+        """R: tokens that stay whole behind `settled` slots; of a share of what is held, the fewest that make it up."""
+        recent = self.config.recent
+        if isinstance(recent, float):
+            return math.ceil(recent * settled / (1 - recent) - 1e-9)
+        return recent
+
     def open_limit(self, sequence: Counts) -> int:
         """Open tokens that a sequence can have before a window is due: W + R - 1."""
-        return self.config.window + self.config.recent - 1
+        return self.config.window + self.certain(sequence) - 1
+
+    def certain(self, sequence: Counts) -> int:
+        """Newest tokens that stay open when the next window seals."""
+        return self.recent_of(sequence.settled + self.kept_of(sequence.tokens - sequence.open))
+
+    def newest(self, sequence: Counts) -> int:
+        """Newest tokens that are recent now."""
+        recent = self.config.recent
+        if isinstance(recent, float):
+            recent = math.ceil(recent * (sequence.settled + sequence.open) - 1e-9)
+        return min(recent, sequence.open)
 
     def due(self, sequence: Counts) -> list[Seal]:
         """The windows to seal, oldest first: one while W + R or more tokens are open. None where everything is kept."""
         found: list[Seal] = []
-        if not self.compresses:
+        width, left = self.config.window, sequence.open
+        if not self.compresses or left < width:
             return found
-        width, left, start = self.config.window, sequence.open, sequence.tokens - sequence.open
-        while left >= width + self.config.recent:
-            found.append(Seal(start, self.kept_of(start), self.config.recent))
-            start, left = start + width, left - width
+        start, settled = sequence.tokens - left, sequence.settled
+        while left >= width:
+            keep = self.kept_of(start)
+            recent = self.recent_of(settled + keep)
+            if left - width < recent:
+                break
+            found.append(Seal(start, keep, recent))
+            start, left, settled = start + width, left - width, settled + keep
         return found
 
     def select(self, window: Window) -> torch.Tensor:

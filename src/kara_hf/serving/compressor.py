@@ -43,12 +43,15 @@ class ServedRequest:
 
 @dataclass(frozen=True)
 class EvictionPlan:
-    """What is done to one request: of the first `width` tokens in each of `count` windows `keep` stay in every head."""
+    """What is done to one request: of the first `width` tokens in each of `count` windows `keep` stay in every head.
+    Each is judged by `queries` of its own and of the tokens behind it.
+    """
 
     request: ServedRequest
     count: int
     width: int
     keep: int
+    queries: int
 
     @property
     def dropped(self) -> int:
@@ -78,19 +81,21 @@ class Compressor:
     @property
     def least(self) -> int:
         """Tokens behind a prompt from which on a request can be compressed."""
-        return self.config.kara.window + self.config.kara.recent
+        return self.policy.open_limit(ServedRequest("", 0, 0)) + 1
 
     def plan(self, request: ServedRequest) -> EvictionPlan | None:
         """What is due in a request, or None."""
-        kara, due = self.config.kara, self.policy.due(request)
+        width, due = self.config.kara.window, self.policy.due(request)
         if not due:
             return None
         if self.config.unit == "trace":
-            return EvictionPlan(request, 1, request.open - kara.recent, self.policy.kept_of(request.settled))
-        alike = [
-            seal for seal in due if seal.keep == due[0].keep
-        ]  # where sinks are more, their window has its own plan
-        return EvictionPlan(request, len(alike), kara.window, due[0].keep)
+            return EvictionPlan(request, 1, request.open - due[0].recent, self.policy.kept_of(request.settled), 0)
+        # A plan is of windows of which equally many tokens stay, judged by equally many queries.
+        plans = [
+            (seal.keep, self.sampling.place(width + seal.recent) if self.policy.needs_queries else 0) for seal in due
+        ]
+        keep, queries = plans[0]
+        return EvictionPlan(request, plans.count(plans[0]), width, keep, queries)
 
     def due(self, requests: Sequence[ServedRequest], page: int) -> list[EvictionPlan]:
         """The plans of the K requests that give most blocks of `page` tokens back, earlier ones first among equals."""
@@ -111,7 +116,7 @@ class Compressor:
 
         Args:
             layer: its index.
-            plans: of equal width, of which equally many tokens stay.
+            plans: that differ in request and number of windows alone.
             keys: of all their windows, ``[b, H, width, D]``.
             scaling, softcap: of the layer's logits.
             values: of all their windows, ``[b, H, width, Dv]``, for a score that needs them.
@@ -128,11 +133,10 @@ class Compressor:
         windows = [(plan.request, number) for plan in plans for number in range(plan.count)]
         if self.policy.needs_queries:
             pool = self.queries.layers[layer]
-            place = self.sampling.place
-            ends = [(place(n * width), place((n + 1) * width + kara.recent)) for _, n in windows]
-            places = [request.slots[start:stop] for (request, _), (start, stop) in zip(windows, ends, strict=True)]
+            own, all_of_them = self.sampling.place(width), plans[0].queries
+            places = [request.slots[n * own : n * own + all_of_them] for request, n in windows]
             found = pool[torch.tensor(places, device=pool.device)].transpose(1, 2)
-            queries, later = found.tensor_split([place(width)], dim=2)
+            queries, later = found.tensor_split([own], dim=2)
         window = Window(
             rows=keys.shape[1],
             keys=keys,

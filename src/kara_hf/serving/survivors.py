@@ -35,8 +35,9 @@ def choose(pool: Pool, compressor: Compressor, logits: Logits, plans: Sequence[E
         ValueError: a score is NaN. Otherwise what a score raises.
     """
     chosen: Survivors = {plan.request.key: {} for plan in plans}
-    for width, keep in sorted({(plan.width, plan.keep) for plan in plans}):
-        group = [plan for plan in plans if (plan.width, plan.keep) == (width, keep)]
+    kinds = {(plan.width, plan.keep, plan.queries) for plan in plans}
+    for width, keep, queries in sorted(kinds):
+        group = [plan for plan in plans if (plan.width, plan.keep, plan.queries) == (width, keep, queries)]
         places = [pool.open_rows(plan.request)[: plan.count * width] for plan in group]
         rows = torch.tensor([row for part in places for row in part], device=pool.cache.device)
         for layer in pool.layers:
