@@ -148,13 +148,16 @@ class KVCompressConfig(Settings):
             partly filled blocks counted whole.
         retention: share that is kept of the tokens beyond `least_blocks`, in (0, 1].
         observation: w, last prompt queries that vote on what is kept; None: all of them, and no pooling.
-        protected: newest cached tokens that are never evicted, from 1 on.
+        protected: newest cached tokens that are never evicted, from 1 on; or a share of what a row may hold on average,
+            in (0, 1), which grows with the sequence where the budget does (`retention`).
         sinks: first tokens of a sequence that are never evicted.
         pool: width of the max-pool along keys, odd; 1 is no pooling.
         metric: what ranks tokens. "l2" sums squared attention probabilities, "l1" the probabilities. "recency" keeps
             the newest tokens, "random" those of large numbers, which `seed`, row and true position alone give, so that
             they are the same at every pass and in every batch. The last two take no votes: `observation`, `pool` and
             `accumulate` do nothing.
+        votes: "sum" adds the votes on a token up, as published, so that those of old tokens count most; "mean" divides
+            by how many queries could vote on it, those that came behind it and voted at all (ours).
         floor: further tokens that every head keeps at least, on top of `sinks` and `protected`.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise it follows prompts only.
@@ -171,10 +174,11 @@ class KVCompressConfig(Settings):
     max_cache_tokens: int | None = None
     retention: float | None = None
     observation: int | None = 32
-    protected: int = 32
+    protected: int | float = 32
     sinks: int = 4
     pool: int = 7
     metric: Literal["l2", "l1", "random", "recency"] = "l2"
+    votes: Literal["sum", "mean"] = "sum"
     floor: int = 0
     accumulate: bool = True
     continual: bool = True
@@ -188,13 +192,20 @@ class KVCompressConfig(Settings):
             fits = (optional and value is None) or (is_int(value) and value >= least)
             require(fits, name, value, f"a whole number from {least} on" + (" or None" if optional else ""))
 
-        for name, least in (("block_size", 1), ("protected", 1), ("sinks", 0), ("floor", 0)):
+        for name, least in (("block_size", 1), ("sinks", 0), ("floor", 0)):
             count(name, least)
+        require(
+            is_count_or_share(self.protected, 1),
+            "protected",
+            self.protected,
+            "a whole number from 1 on, or a share of what a row may hold in (0, 1)",
+        )
         for name in ("observation", "levels"):
             count(name, 1, optional=True)
         require(is_int(self.pool) and self.pool >= 1 and self.pool % 2 == 1, "pool", self.pool, "an odd whole number")
         metrics = ("l2", "l1", "random", "recency")
         require(self.metric in metrics, "metric", self.metric, "'l2', 'l1', 'random' or 'recency'")
+        require(self.votes in ("sum", "mean"), "votes", self.votes, "'sum' or 'mean'")
         require(isinstance(self.accumulate, bool), "accumulate", self.accumulate, "True or False")
         require(isinstance(self.continual, bool), "continual", self.continual, "True or False")
         require(is_int(self.seed), "seed", self.seed, "a whole number")
@@ -221,5 +232,15 @@ class KVCompressConfig(Settings):
 
     @property
     def least_blocks(self) -> int:
-        """Blocks that no row is ever cut below: sinks + protected + floor tokens, rounded up to whole blocks."""
-        return -(-(self.sinks + self.protected + self.floor) // self.block_size)
+        """Blocks that no row is ever cut below: sinks + protected + floor tokens, rounded up to whole blocks.
+
+        A share of what grows counts as one token here.
+        """
+        protected: int | float = self.protected
+        if isinstance(protected, float):
+            protected = max(1, round(protected * (self.max_cache_tokens or 0)))
+        return self.blocks_of(protected)
+
+    def blocks_of(self, protected: int) -> int:
+        """Blocks that hold so many protected tokens with `sinks` and `floor`."""
+        return -(-(self.sinks + protected + self.floor) // self.block_size)

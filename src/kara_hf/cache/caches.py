@@ -91,10 +91,11 @@ class KVCompressCache(CompressedCache):
         max_cache_tokens: tokens per KV head and layer that a sequence holds at most, on average, while it decodes.
         retention: share of the tokens that is kept, in (0, 1].
         observation: prompt queries that vote on what is kept, the last ones; None for all, without pooling.
-        protected: newest tokens that are never evicted.
+        protected: newest tokens that are never evicted, or a share of what a row may hold on average, in (0, 1) (ours).
         sinks: first tokens that are never evicted.
         pool: width of the max-pool over neighbouring tokens, odd.
         metric: "l2" sums squared attention probabilities, "l1" probabilities; controls: "random", "recency".
+        votes: "sum" adds votes up, as published; "mean" divides by how many queries could vote on a token (ours).
         floor: further tokens that every head keeps at least.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise the cache grows behind the prompt.
@@ -119,10 +120,11 @@ class KVCompressCache(CompressedCache):
         max_cache_tokens: int | None = None,
         retention: float | None = None,
         observation: int | None = KVCompressConfig.observation,
-        protected: int = KVCompressConfig.protected,
+        protected: int | float = KVCompressConfig.protected,
         sinks: int = KVCompressConfig.sinks,
         pool: int = KVCompressConfig.pool,
         metric: Literal["l2", "l1", "random", "recency"] = KVCompressConfig.metric,
+        votes: Literal["sum", "mean"] = KVCompressConfig.votes,
         floor: int = KVCompressConfig.floor,
         accumulate: bool = KVCompressConfig.accumulate,
         continual: bool = KVCompressConfig.continual,
@@ -141,6 +143,7 @@ class KVCompressCache(CompressedCache):
             sinks=sinks,
             pool=pool,
             metric=metric,
+            votes=votes,
             floor=floor,
             accumulate=accumulate,
             continual=continual,
