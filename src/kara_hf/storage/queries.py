@@ -81,7 +81,6 @@ class QueryBuffer:
     ):
         self.meter, self.sampling = meter, sampling or Sampling(1, 1)
         self.buffer = meter.zeros((sequences, heads, 0, dim), dtype, device)
-        self._earlier = torch.tensor(self.sampling.earlier * (heads // self.sampling.group), device=device)[:, None]
 
     @property
     def places(self) -> int:
@@ -99,7 +98,11 @@ class QueryBuffer:
 
         Waits for nothing: it is written whether it is one of the sample or not.
         """
-        places = (tokens + self._earlier[:, 0]) * self.sampling.count // self.sampling.window
+        places, sampling = tokens.expand(-1, queries.shape[1]), self.sampling
+        if not sampling.every:
+            member = torch.arange(queries.shape[1], device=tokens.device) % sampling.group
+            earlier = member * sampling.window // (sampling.count * sampling.group)
+            places = (places + earlier) * sampling.count // sampling.window
         self.buffer.scatter_(2, places[:, :, None, None].expand_as(queries), queries.to(self.buffer.dtype))
 
     def append(self, queries: torch.Tensor, filled: np.ndarray, real: torch.Tensor | None = None) -> None:
