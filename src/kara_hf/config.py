@@ -19,6 +19,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_count_or_share(value: object, least: int) -> bool:
+    """Whether it is a whole number from `least` on, or a float in (0, 1)."""
+    return 0 < value < 1 if isinstance(value, float) else is_int(value) and value >= least  # type: ignore[operator]
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the settings of every method have in common: a form in JSON."""
@@ -40,9 +45,17 @@ class KaraConfig(Settings):
     Attributes:
         retention: share of a window's tokens that each KV head keeps, in (0, 1].
         window: tokens in a window; a multiple of `block_size`.
-        recent: newest tokens that are always kept whole.
+        recent: newest tokens that are always kept whole; or a share in (0, 1) of the tokens that a head holds, a pinned
+            prompt among them: a window then seals once what is left open behind it is that share of what is held after.
+            Queries, if the score needs them, are held of all open tokens, which then grow with the sequence.
+        sinks: first tokens of a sequence that are kept whatever their score: language models lay the attention that
+            they need nowhere on these, and fall apart without (arXiv 2309.17453). They are among the tokens that their
+            window keeps; where they are more than that, the window keeps them and no others.
         score: what ranks a window's tokens: the name of a score, or the folder or hub id of a `KeyCalibration`;
             `KaraPolicy` refuses one that is neither.
+        queries: how many queries of a window every query head holds for a score that needs them, spread evenly over
+            the window and over the heads of a key, from 1 to `window`; None: all, as published. Means over queries are
+            estimated by a sample, at a fraction of the bytes. The recent tokens are sampled as densely. Ours.
         anchor_share: share of the kept tokens that are picked singly, by score, before Token2Chunk fills gaps between
             them, in (0, 1]; 1 is plain top-k.
         compress_prompt: whether the prompt is walked in windows too; otherwise it is kept whole.
@@ -55,8 +68,10 @@ class KaraConfig(Settings):
 
     retention: float = 0.25
     window: int = 256
-    recent: int = 32
+    recent: int | float = 32
+    sinks: int = 4
     score: str = "bidirectional"
+    queries: int | None = None
     anchor_share: float = 0.5
     compress_prompt: bool = False
     block_size: int = 16
@@ -77,7 +92,19 @@ class KaraConfig(Settings):
             f"a multiple of block_size={self.block_size}, so that sealing it frees whole blocks; round it or lower "
             "block_size",
         )
-        require(is_int(self.recent) and self.recent >= 0, "recent", self.recent, "a whole number of tokens from 0 on")
+        require(
+            is_count_or_share(self.recent, 0),
+            "recent",
+            self.recent,
+            "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)",
+        )
+        require(is_int(self.sinks) and self.sinks >= 0, "sinks", self.sinks, "a whole number of tokens from 0 on")
+        require(
+            self.queries is None or (is_int(self.queries) and 1 <= self.queries <= self.window),
+            "queries",
+            self.queries,
+            f"a whole number from 1 to window={self.window}, or None for all",
+        )
         require(
             is_number(self.anchor_share) and 0 < self.anchor_share <= 1,
             "anchor_share",
@@ -89,13 +116,21 @@ class KaraConfig(Settings):
 
     @property
     def kept_per_window(self) -> int:
-        """k = max(1, round(retention * window)), the tokens a KV head keeps of each window."""
+        """k = max(1, round(retention * window)), the tokens a KV head keeps of each window with no more sinks."""
         return max(1, round(self.retention * self.window))
 
     @property
     def anchors(self) -> int:
-        """m = max(1, round(anchor_share * k)), the tokens picked singly."""
-        return max(1, round(self.anchor_share * self.kept_per_window))
+        """The tokens of a window picked singly, of k that are kept."""
+        return self.anchors_of(self.kept_per_window)
+
+    def anchors_of(self, kept: int) -> int:
+        """m = max(1, round(anchor_share * kept)), the tokens picked singly of so many that are chosen."""
+        return max(1, round(self.anchor_share * kept))
+
+    def sinks_from(self, position: int) -> int:
+        """Sinks in the window that starts at a true position."""
+        return max(0, min(self.window, self.sinks - position))
 
 
 @dataclass(frozen=True)
@@ -113,13 +148,16 @@ class KVCompressConfig(Settings):
             partly filled blocks counted whole.
         retention: share that is kept of the tokens beyond `least_blocks`, in (0, 1].
         observation: w, last prompt queries that vote on what is kept; None: all of them, and no pooling.
-        protected: newest cached tokens that are never evicted, from 1 on.
+        protected: newest cached tokens that are never evicted, from 1 on; or a share of what a row may hold on average,
+            in (0, 1), which grows with the sequence where the budget does (`retention`).
         sinks: first tokens of a sequence that are never evicted.
         pool: width of the max-pool along keys, odd; 1 is no pooling.
         metric: what ranks tokens. "l2" sums squared attention probabilities, "l1" the probabilities. "recency" keeps
             the newest tokens, "random" those of large numbers, which `seed`, row and true position alone give, so that
             they are the same at every pass and in every batch. The last two take no votes: `observation`, `pool` and
             `accumulate` do nothing.
+        votes: "sum" adds the votes on a token up, as published, so that those of old tokens count most; "mean" divides
+            by how many queries could vote on it, those that came behind it and voted at all (ours).
         floor: further tokens that every head keeps at least, on top of `sinks` and `protected`.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise it follows prompts only.
@@ -136,10 +174,11 @@ class KVCompressConfig(Settings):
     max_cache_tokens: int | None = None
     retention: float | None = None
     observation: int | None = 32
-    protected: int = 32
+    protected: int | float = 32
     sinks: int = 4
     pool: int = 7
     metric: Literal["l2", "l1", "random", "recency"] = "l2"
+    votes: Literal["sum", "mean"] = "sum"
     floor: int = 0
     accumulate: bool = True
     continual: bool = True
@@ -153,13 +192,20 @@ class KVCompressConfig(Settings):
             fits = (optional and value is None) or (is_int(value) and value >= least)
             require(fits, name, value, f"a whole number from {least} on" + (" or None" if optional else ""))
 
-        for name, least in (("block_size", 1), ("protected", 1), ("sinks", 0), ("floor", 0)):
+        for name, least in (("block_size", 1), ("sinks", 0), ("floor", 0)):
             count(name, least)
+        require(
+            is_count_or_share(self.protected, 1),
+            "protected",
+            self.protected,
+            "a whole number from 1 on, or a share of what a row may hold in (0, 1)",
+        )
         for name in ("observation", "levels"):
             count(name, 1, optional=True)
         require(is_int(self.pool) and self.pool >= 1 and self.pool % 2 == 1, "pool", self.pool, "an odd whole number")
         metrics = ("l2", "l1", "random", "recency")
         require(self.metric in metrics, "metric", self.metric, "'l2', 'l1', 'random' or 'recency'")
+        require(self.votes in ("sum", "mean"), "votes", self.votes, "'sum' or 'mean'")
         require(isinstance(self.accumulate, bool), "accumulate", self.accumulate, "True or False")
         require(isinstance(self.continual, bool), "continual", self.continual, "True or False")
         require(is_int(self.seed), "seed", self.seed, "a whole number")
@@ -186,5 +232,15 @@ class KVCompressConfig(Settings):
 
     @property
     def least_blocks(self) -> int:
-        """Blocks that no row is ever cut below: sinks + protected + floor tokens, rounded up to whole blocks."""
-        return -(-(self.sinks + self.protected + self.floor) // self.block_size)
+        """Blocks that no row is ever cut below: sinks + protected + floor tokens, rounded up to whole blocks.
+
+        A share of what grows counts as one token here.
+        """
+        protected: int | float = self.protected
+        if isinstance(protected, float):
+            protected = max(1, round(protected * (self.max_cache_tokens or 0)))
+        return self.blocks_of(protected)
+
+    def blocks_of(self, protected: int) -> int:
+        """Blocks that hold so many protected tokens with `sinks` and `floor`."""
+        return -(-(self.sinks + protected + self.floor) // self.block_size)

@@ -32,6 +32,8 @@ SHARED = PoDSharing(lead=((0, 0), (0, 1), (0, 1)), sinks=1, recent=5)  # layer 1
 OWN = dataclasses.replace(SHARED, distant_query="own")
 CACHES = {
     "kara": lambda model, **more: KaraCache(model, retention=0.25, **KARA, **more),
+    "kara-sampled": lambda model, **more: KaraCache(model, retention=0.25, queries=3, **KARA, **more),
+    "kara-share": lambda model, **more: KaraCache(model, retention=0.25, queries=5, **KARA | {"recent": 0.3}, **more),
     "kara-random": lambda model, **more: KaraCache(model, retention=0.5, score="random", **KARA, **more),
     "kara-mean-square": lambda model, **more: KaraCache(model, retention=0.5, score="mean-square", **KARA, **more),
     "kara-all": lambda model, **more: KaraCache(model, retention=1.0, **KARA, **more),

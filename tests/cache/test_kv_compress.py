@@ -944,3 +944,45 @@ def test_rearranging_past_the_cap_changes_nothing(model, change):
     with pytest.raises(PoolExhausted, match="raise max_bytes"):
         change(cache)
     assert state(cache) == before and cache.batch_size == 2
+
+
+@pytest.mark.parametrize("observation", [6, None])
+def test_the_mean_of_votes_is_their_sum_by_who_could_vote(observation):
+    """At the first pass that ranks, of a padded batch whose prompt voted and whose answer did; then it goes on."""
+    model, ids = build("llama"), torch.randint(3, 100, (2, 80))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    settings = {"max_cache_tokens": 40, "protected": 6, "block_size": 4, "observation": observation, "pool": 1}
+    told = {}
+    for votes in ("sum", "mean"):
+        cache = KVCompressCache(model, votes=votes, **settings)
+        cache.policy.watch = lambda *seen, votes=votes: told.setdefault(votes, []).append(seen)
+        list(feed(model, cache, ids, [24] + [1] * 30, mask))
+        assert told[votes]
+        list(feed(model, cache, ids, [6] + [1] * 10, mask))
+        assert_promises(cache)
+    (total, positions, lengths), (mean, again, _) = told["sum"][0], told["mean"][0]
+    assert torch.equal(positions, again)
+    tokens = lengths.max(1).values
+    for b, pad in enumerate((7, 0)):
+        prompt, seen = 24 - pad, int(tokens[b])
+        voters = [*range(0 if observation is None else prompt - observation, seen)]
+        place = positions[b, 0, :seen]
+        count = torch.tensor([sum(query >= p for query in voters) for p in place.tolist()])
+        torch.testing.assert_close(mean[b, 0, :seen] * count, total[b, 0, :seen])
+
+
+@pytest.mark.parametrize("limit", [{"max_cache_tokens": 40}, {"retention": 0.4}], ids=str)
+def test_a_share_protected_is_exact_and_as_alone(limit):
+    made = {"protected": 0.5, "votes": "mean", "block_size": 4, **limit}
+    assert check("llama", [3, 0], lambda model: KVCompressCache(model, **made), first=True) > 0
+    model, ids, mask = build("llama"), torch.randint(3, 100, (2, 80)), torch.ones(2, 80, dtype=torch.long)
+    mask[0, :13] = 0
+    together = KVCompressCache(model, **made)
+    list(feed(model, together, ids, [40] + [1] * 40, mask))
+    for b, pad in enumerate((13, 0)):
+        alone = KVCompressCache(model, **made)
+        list(feed(model, alone, ids[b : b + 1, pad:], [40 - pad] + [1] * 40))
+        assert kept(together, b) == kept(alone)
+        newest = together.policy.newest(80 - pad)
+        assert newest == 20 or "retention" in limit and newest > 10

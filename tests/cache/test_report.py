@@ -82,26 +82,28 @@ def test_numbers(model):
     window=st.sampled_from([4, 8, 16, 24]),
     recent=st.integers(0, 20),
     retention=st.floats(0.05, 1.0),
+    sinks=st.sampled_from([0, 1, 4, 30]),
     compress_prompt=st.booleans(),
     score=st.sampled_from(["bidirectional", "mean-square", "random", "recency", "random-chunks"]),
 )
-def test_what_is_kept_is_what_the_settings_promise(prompt, window, recent, retention, compress_prompt, score):
+def test_what_is_kept_is_what_the_settings_promise(prompt, window, recent, retention, sinks, compress_prompt, score):
     settings = dict(window=window, recent=recent, retention=retention, compress_prompt=compress_prompt, score=score)
-    cache = run(build("llama"), batch=2, prompt=prompt, **settings)
-    k = max(1, round(retention * window))
+    cache = run(build("llama"), batch=2, prompt=prompt, sinks=sinks, **settings)
     for sequence, tokens in enumerate(cache.report().seen.tolist()):
         pinned = 0 if compress_prompt else tokens - 49
         windows = max(0, (tokens - pinned - recent) // window)
+        starts = range(pinned, pinned + windows * window, window)
+        k = {start: max(1, round(retention * window), min(window, sinks - start)) for start in starts}
         for layer in range(3):
             for head in range(2):
                 kept = cache.kept_positions(layer, sequence, head)
                 assert kept.tolist() == sorted(set(kept.tolist()))
-                assert len(kept) == tokens - windows * (window - k)
+                assert len(kept) == tokens - sum(window - count for count in k.values())
+                assert set(range(min(tokens, sinks))) <= set(kept.tolist())
                 assert kept[:pinned].tolist() == list(range(pinned))
                 assert set(range(tokens - recent, tokens)) <= set(kept.tolist())
-                for number in range(windows):
-                    start = pinned + number * window
-                    assert ((kept >= start) & (kept < start + window)).sum() == k
+                for start, count in k.items():
+                    assert ((kept >= start) & (kept < start + window)).sum() == count
 
 
 def test_chunks_cover_what_is_kept(model):

@@ -312,18 +312,19 @@ def test_the_oracle_keeps_what_it_knows(reasoner):
     model, _ = reasoner
     ids = torch.randint(5, 90, (2, 60))
     future = {layer: torch.rand(2, 2, 60) for layer in range(4)}
-    cache = OracleCache(model, future, retention=0.25, window=16, recent=4, block_size=4, compress_prompt=True)
+    settings = {"retention": 0.25, "window": 16, "recent": 4, "sinks": 1, "block_size": 4, "compress_prompt": True}
+    cache = OracleCache(model, future, **settings)
     with torch.inference_mode():
         for start, stop in ((0, 30), *((n, n + 1) for n in range(30, 60))):
             model(ids[:, start:stop], past_key_values=cache, logits_to_keep=1)
     for layer, b, head in ((0, 0, 0), (3, 1, 1)):
         kept = cache.kept_positions(layer, b, head).tolist()
         best = [
-            w + int(place)
-            for w in (0, 16, 32)
-            for place in future[layer][b, head, w : w + 16].topk(4).indices.sort().values
+            start + int(place)
+            for start, stop, count in ((1, 16, 3), (16, 32, 4), (32, 48, 4))
+            for place in future[layer][b, head, start:stop].topk(count).indices.sort().values
         ]
-        assert kept == [*best, *range(48, 60)]
+        assert kept == [0, *best, *range(48, 60)]
 
 
 def test_a_policy_has_one_compression():

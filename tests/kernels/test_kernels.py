@@ -50,6 +50,7 @@ from kara_hf.kernels import (
     compact_reference,
     gather_rows,
     lead_scores,
+    sampled_places,
     slot_index,
     window_scores,
     window_scores_reference,
@@ -467,6 +468,7 @@ class ScoreCase:
     group: int = 1
     softcap: float | None = None
     causal: bool = False
+    count: int | None = None  # queries, if not all
 
 
 SCORE_CASES = [
@@ -478,24 +480,28 @@ SCORE_CASES = [
     ScoreCase("softcap", (2, 2, 17, 8), group=2, softcap=0.7),
     ScoreCase("softcap-causal", (1, 2, 17, 8), group=2, softcap=0.7, causal=True),
     ScoreCase("window-65", (1, 1, 65, 8), group=2),
+    ScoreCase("sample", (2, 2, 13, 24), group=4, count=3),
+    ScoreCase("sample-causal", (1, 2, 17, 8), group=2, causal=True, count=5),
+    ScoreCase("sample-of-one", (1, 1, 7, 8), softcap=0.7, causal=True, count=1),
 ]
 
 
 def written_out(queries, keys, scaling, softcap, causal):
     """kara.md's formula, one attention weight after another in Python's float64."""
-    batch, query_heads, window, _ = queries.shape
-    heads = keys.shape[1]
+    batch, query_heads, count, _ = queries.shape
+    heads, window = keys.shape[1:3]
     group = query_heads // heads
+    places = [max(j for j in range(window) if j * count // window == i) for i in range(count)]
     scores = torch.zeros(batch, heads, window, dtype=torch.float64)
     for b in range(batch):
         for hq in range(query_heads):
             logits = (queries[b, hq].double() @ keys[b, hq // group].double().T * scaling).tolist()
             for i, row in enumerate(logits):
-                row = row[: i + 1] if causal else row
+                row = row[: places[i] - hq % group * window // (count * group) + 1] if causal else row
                 row = row if softcap is None else [softcap * math.tanh(logit / softcap) for logit in row]
                 weights = [math.exp(logit - max(row)) for logit in row]
                 for j, weight in enumerate(weights):
-                    scores[b, hq // group, j] += weight / math.fsum(weights) / (group * window)
+                    scores[b, hq // group, j] += weight / math.fsum(weights) / (group * count)
     return scores
 
 
@@ -503,7 +509,7 @@ def written_out(queries, keys, scaling, softcap, causal):
 @pytest.mark.parametrize("case", SCORE_CASES, ids=ids(SCORE_CASES))
 def test_window_scores(case, dtype):
     batch, heads, window, dim = case.shape
-    queries = 2 * torch.randn(batch, heads * case.group, window, dim).to(dtype)
+    queries = 2 * torch.randn(batch, heads * case.group, case.count or window, dim).to(dtype)
     keys = torch.randn(batch, heads, window, dim).to(dtype)
     settings = {"scaling": dim**-0.5, "softcap": case.softcap, "causal": case.causal}
     exact = written_out(queries, keys, **settings)
@@ -523,6 +529,19 @@ def test_window_scores_count_votes_in_both_directions():
     queries, keys = torch.randn(1, 2, 8, 4), torch.ones(1, 1, 8, 4)
     torch.testing.assert_close(window_scores(queries, keys, scaling=1.0), torch.full((1, 1, 8), 1 / 8))
     assert (window_scores(queries, keys, scaling=1.0, causal=True).diff() < 0).all()
+
+
+def test_a_sample_is_spread_evenly_and_ends_with_the_window():
+    assert sampled_places(4, 16).tolist() == [[3, 7, 11, 15]]
+    assert sampled_places(3, 16).tolist() == [[5, 10, 15]]
+    assert sampled_places(2, 16, 3).tolist() == [[7, 15], [5, 13], [2, 10]]
+    for window, count, group in itertools.product(range(1, 16), range(1, 16), (1, 2, 3, 7)):
+        if count <= window:
+            places = sampled_places(count, window, group)
+            ends = [max(j for j in range(window) if j * count // window == i) for i in range(count)]
+            assert places[0].tolist() == ends
+            assert (places >= 0).all() and (places.diff(dim=1) > 0).all() and (places.diff(dim=0) <= 0).all()
+    assert sampled_places(9, 9, 3).tolist() == [list(range(9))] * 3
 
 
 @pytest.mark.parametrize("keys", [(1, 2, 5, 4), (1, 3, 6, 4)], ids=["window", "heads-no-multiple"])

@@ -358,14 +358,16 @@ def check_merge(parts, with_sinks):
 
 @HALF_AND_SINGLE
 @pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("count", [None, 7], ids=["all", "sample"])
 @pytest.mark.parametrize("shape", [(2, 2, 63, 64), (1, 2, 65, 80), (1, 1, 130, 192), (1, 1, 17, 256)], ids=str)
-def check_window_scores(shape, causal, dtype):
+def check_window_scores(shape, count, causal, dtype):
     """Windows around a tile, read in place from larger tensors whose other elements are NaN."""
     batch, heads, window, size = shape
     wide = torch.full((batch, window + 70, 3 * heads, size + 8), NAN, dtype=dtype)
     wide[:, 3 : window + 3, :, :size] = torch.randn(batch, window, 3 * heads, size).to(dtype)
     queries = wide[:, 3 : window + 3, : 2 * heads, :size].transpose(1, 2)
     keys = wide[:, 3 : window + 3, 2 * heads :, :size].transpose(1, 2)
+    queries = queries[:, :, :count]
     got, expected = (
         op(queries, keys, scaling=size**-0.5, causal=causal) for op in (window_scores, window_scores_reference)
     )

@@ -14,10 +14,11 @@ from support.architectures import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kara_hf import KVCompressCache
+from kara_hf.cache.sequence import Sequence
 from kara_hf.config import KVCompressConfig
 from kara_hf.policy import KVCompressPolicy, evict, moves, observe, votes
 from kara_hf.policy.eviction import level
-from kara_hf.policy.kv_compress import noise
+from kara_hf.policy.kv_compress import could_vote, noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -32,8 +33,9 @@ BAD_SETTINGS = [
     ("retention", "0.5", "a number in (0, 1]"),
     ("observation", 0, "a whole number from 1 on or None"),
     ("observation", 8.0, "a whole number from 1 on or None"),
-    ("protected", 0, "a whole number from 1 on"),
-    ("protected", None, "a whole number from 1 on"),
+    ("protected", 0, "a whole number from 1 on, or a share of what a row may hold in (0, 1)"),
+    ("protected", None, "a whole number from 1 on, or a share of what a row may hold in (0, 1)"),
+    ("protected", 1.0, "a whole number from 1 on, or a share of what a row may hold in (0, 1)"),
     ("sinks", -1, "a whole number from 0 on"),
     ("pool", 0, "an odd whole number"),
     ("pool", 4, "an odd whole number"),
@@ -41,6 +43,7 @@ BAD_SETTINGS = [
     ("pool", None, "an odd whole number"),
     ("metric", "l3", "'l2', 'l1', 'random' or 'recency'"),
     ("metric", ["l2"], "'l2', 'l1', 'random' or 'recency'"),
+    ("votes", "max", "'sum' or 'mean'"),
     ("floor", -16, "a whole number from 0 on"),
     ("accumulate", 1, "True or False"),
     ("continual", "no", "True or False"),
@@ -611,6 +614,53 @@ def test_evictable_tokens_are_neither_sinks_nor_among_the_newest():
     assert policy.evictable(torch.arange(4)[None, None], torch.tensor([4])).tolist() == [[[True, True, True, False]]]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "tokens", "newest"),
+    [
+        ({"max_cache_tokens": 200, "protected": 0.5}, 50, 100),
+        ({"max_cache_tokens": 200, "protected": 0.5}, 5000, 100),
+        ({"retention": 0.25, "protected": 0.5}, 1600, 200),  # of 25 blocks: one and 25 % of 99
+        ({"retention": 0.25, "protected": 0.99}, 1600, 380),  # with 4 sinks all of them but one
+        ({"retention": 0.25, "protected": 0.9}, 16, 1),
+        ({"retention": 0.5, "protected": 7}, 1600, 7),
+    ],
+    ids=str,
+)
+def test_a_share_of_what_is_held_is_protected(chosen, tokens, newest):
+    policy = KVCompressPolicy(KVCompressConfig(**chosen))
+    assert policy.newest(tokens) == newest
+    stays = ~policy.evictable(torch.arange(tokens)[None, None], torch.tensor([tokens]))
+    assert int(stays.sum()) == min(tokens, newest + 4)
+    assert policy.least_blocks(np.array([tokens, tokens])).tolist() == [-(-(newest + 4) // 16)] * 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=4), st.integers(1, 80))
+def test_how_many_could_vote(stretches, tokens):
+    sequence = Sequence()
+    queries = set()
+    for skipped, voting in stretches:
+        sequence = sequence.extended(skipped, False).extended(voting, False).voted(voting)
+        queries |= set(range(sequence.tokens - voting, sequence.tokens))
+    positions = torch.randperm(80)[None, None, :40]
+    got = could_vote(positions, [sequence.voters])[0, 0].tolist()
+    assert got == [max(1, sum(query >= place for query in queries)) for place in positions[0, 0].tolist()]
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(sequence.voters)), "stretches that touch are one"
+    assert sequence.without(0) == sequence
+    cut = min(sequence.tokens, tokens)
+    before = sequence.cropped(cut)
+    left = {query for start, stop in before.voters for query in range(start, stop)}
+    assert left == {query for query in queries if query < sequence.tokens - cut}
+
+
+def test_the_mean_of_votes_ranks_by_what_a_query_gives():
+    votes, positions = torch.tensor([[[6.0, 5.0, 4.0, 1.0]]]), torch.tensor([[[0, 3, 8, 9]]])
+    policy = KVCompressPolicy(make_config(votes="mean"))
+    voters = [((2, 4), (8, 10))]
+    torch.testing.assert_close(policy.ranking(votes, positions, voters), torch.tensor([[[1.5, 5 / 3, 2.0, 1.0]]]))
+    assert torch.equal(KVCompressPolicy(make_config()).ranking(votes, positions, voters), votes)
+    assert torch.equal(policy.ranking(votes, positions), votes)
+
+
 def test_the_policy_evicts_by_its_settings():
     policy = KVCompressPolicy(make_config(sinks=1, protected=2, floor=6, block_size=4, levels=1))
     metric, positions = torch.rand(2, 3, 24), torch.arange(24, dtype=torch.int32).expand(2, 3, 24)
@@ -642,14 +692,15 @@ def test_the_budget_holds_over_many_passes(data):
     chosen = {
         "block_size": block_size,
         "sinks": data.draw(st.integers(0, 4)),
-        "protected": data.draw(st.integers(1, 9)),
+        "protected": data.draw(st.one_of(st.integers(1, 9), st.floats(0.05, 0.5))),
         "floor": data.draw(st.integers(0, 5)),
         "levels": data.draw(st.sampled_from([None, 1, 3])),
     }
     least = KVCompressConfig(retention=0.5, **chosen).least_blocks
     capped = data.draw(st.booleans())
+    fewest = (least + 1) * block_size if isinstance(chosen["protected"], int) else 60
     limit = (
-        {"max_cache_tokens": data.draw(st.integers((least + 1) * block_size, (least + 4) * block_size))}
+        {"max_cache_tokens": data.draw(st.integers(fewest, fewest + 3 * block_size))}
         if capped
         else {"retention": data.draw(st.sampled_from([0.05, 0.3, 0.8, 1.0]))}
     )
@@ -681,8 +732,9 @@ def test_the_budget_holds_over_many_passes(data):
             del row[int(eviction.lengths[0, r]) :]
             assert set(row) == kept and len(row) == len(kept)
             assert kept >= set(range(min(tokens, chosen["sinks"])))
-            assert kept >= set(range(max(0, tokens - chosen["protected"]), tokens))
-            assert len(kept) >= min(tokens, chosen["sinks"] + chosen["protected"] + chosen["floor"])
+            newest = policy.newest(tokens)
+            assert kept >= set(range(max(0, tokens - newest), tokens))
+            assert len(kept) >= min(tokens, chosen["sinks"] + newest + chosen["floor"])
         until = tokens + block_size
         while tokens < until:
             for row in cached:

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 
 import pytest
@@ -16,7 +16,18 @@ from kara_hf.config import KaraConfig
 from kara_hf.policy import SCORES, KaraPolicy, Window, register_score, token2chunk, top_tokens
 from kara_hf.policy.scores import shuffle_runs
 
-BUILT_IN = ["bidirectional", "causal", "key-norm", "mean-square", "random", "random-chunks", "recency"]
+BUILT_IN = [
+    "bidirectional",
+    "causal",
+    "key-difference",
+    "key-distance",
+    "key-norm",
+    "mean-square",
+    "random",
+    "random-chunks",
+    "recency",
+    "value-norm",
+]
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -32,11 +43,19 @@ BAD_SETTINGS = [
     ("window", 1, "a whole number of tokens from 2 on"),
     ("window", 256.0, "a whole number of tokens from 2 on"),
     ("window", 250, "a multiple of block_size=16, so that sealing it frees whole blocks; round it or lower block_size"),
-    ("recent", -1, "a whole number of tokens from 0 on"),
-    ("recent", 1.5, "a whole number of tokens from 0 on"),
-    ("recent", False, "a whole number of tokens from 0 on"),
+    ("recent", -1, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
+    ("recent", 1.5, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
+    ("recent", 1.0, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
+    ("recent", 0.0, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
+    ("recent", math.nan, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
+    ("recent", False, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
+    ("sinks", -1, "a whole number of tokens from 0 on"),
+    ("sinks", 0.5, "a whole number of tokens from 0 on"),
     ("score", "bidirectonal", "one of bidirectional, causal, "),
     ("score", None, "one of bidirectional, causal, "),
+    ("queries", 0, "a whole number from 1 to window=256, or None for all"),
+    ("queries", 257, "a whole number from 1 to window=256, or None for all"),
+    ("queries", 8.0, "a whole number from 1 to window=256, or None for all"),
     ("anchor_share", 0.0, "a number in (0, 1]"),
     ("anchor_share", 2, "a number in (0, 1]"),
     ("anchor_share", "half", "a number in (0, 1]"),
@@ -238,6 +257,7 @@ def make_window(batch=2, heads=2, group=2, width=24, dim=8, **changes):
         keep=9,
         anchors=4,
         seed=11,
+        values=torch.randn(batch, changes.get("rows", heads), width, dim + 2, generator=generator),
     )
     return replace(window, **changes)
 
@@ -258,16 +278,19 @@ def test_a_watcher_is_told_what_windows_are_judged_by():
 
 def attention_as_written(window, causal):
     """s[j]: mean over query heads of a row and queries i of softmax_j(q_i . k_j * scaling), in float64."""
-    batch, query_heads, width, _ = window.queries.shape
+    batch, query_heads, count, _ = window.queries.shape
+    width = window.keys.shape[2]
+    places = [max(j for j in range(width) if j * count // width == i) for i in range(count)]
     keys = window.keys.repeat_interleave(query_heads // window.keys.shape[1], dim=1).double()
     scores = torch.zeros(batch, window.rows, width, dtype=torch.float64)
-    for b, hq, i in itertools.product(range(batch), range(query_heads), range(width)):
-        visible = i + 1 if causal else width
+    for b, hq, i in itertools.product(range(batch), range(query_heads), range(count)):
+        group = query_heads // window.keys.shape[1]
+        visible = places[i] - hq % group * width // (count * group) + 1 if causal else width
         logits = keys[b, hq, :visible] @ window.queries[b, hq, i].double() * window.scaling
         if window.softcap is not None:
             logits = window.softcap * torch.tanh(logits / window.softcap)
         group = query_heads // window.rows
-        scores[b, hq // group, :visible] += logits.softmax(0) / (group * width)
+        scores[b, hq // group, :visible] += logits.softmax(0) / (group * count)
     return scores
 
 
@@ -280,6 +303,14 @@ def test_attention_scores(name, group, softcap):
     assert got.dtype == torch.float32
     expected = attention_as_written(window, causal=name == "causal")
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "causal"])
+def test_attention_scores_of_a_sample(name):
+    window = make_window()
+    window = replace(window, queries=window.queries[:, :, [4, 10, 15, 23]])
+    expected = attention_as_written(window, causal=name == "causal")
+    torch.testing.assert_close(rank(name, window).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "causal"])
@@ -304,6 +335,29 @@ def test_mean_square_is_that_of_logits():
     torch.testing.assert_close(rank("mean-square", one_row)[:, 0], got.mean(1))
 
 
+def test_scores_of_keys_and_values_as_written():
+    window = make_window(heads=4, group=1, rows=2)
+    cosine = torch.nn.functional.cosine_similarity
+    for b, h in itertools.product(range(2), range(4)):
+        keys = window.keys[b, h].double()
+        mean = sum(keys) / 24
+        for j in range(24):
+            of_row = slice(h // 2 * 2, h // 2 * 2 + 2)
+            other = [window.keys[b, i].double() for i in range(4)[of_row]]
+            difference = [1 - cosine(part[j], part.mean(0), dim=0) for part in other]
+            distance = [(part[j] - part.mean(0)).norm() for part in other]
+            assert torch.allclose(mean, keys.mean(0))
+            assert rank("key-difference", window)[b, h // 2, j].item() == pytest.approx(
+                float(sum(difference) / 2), abs=1e-5
+            )
+            assert rank("key-distance", window)[b, h // 2, j].item() == pytest.approx(
+                float(sum(distance) / 2), rel=1e-5
+            )
+    assert torch.allclose(rank("value-norm", window), window.values.square().sum(-1).sqrt())
+    with pytest.raises(AssertionError, match="registered with values=False"):
+        rank("value-norm", replace(window, values=None))
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_scores_of_a_batch_are_those_of_each_sequence(name):
     """Rows in the store, whoever else is in the batch; also one row for all heads."""
@@ -317,6 +371,7 @@ def test_scores_of_a_batch_are_those_of_each_sequence(name):
                 queries=window.queries[b : b + 1] if SCORES[name].queries else None,
                 moments=window.moments[b : b + 1] if SCORES[name].moments else None,
                 ordinals=window.ordinals[b : b + 1],
+                values=window.values[b : b + 1] if SCORES[name].values else None,
             )
             torch.testing.assert_close(together[b : b + 1], rank(name, alone), rtol=1e-5, atol=1e-7)
 
@@ -391,17 +446,90 @@ def test_nan_is_refused(name):
         KaraPolicy(KaraConfig(score=name)).select(window)
 
 
+@dataclass
+class Counted:
+    """What the policy asks of a sequence."""
+
+    tokens: int
+    open: int
+    settled: int = 0
+
+
 @pytest.mark.parametrize(("window", "recent"), [(16, 0), (16, 5), (32, 32), (16, 40)], ids=lambda number: str(number))
 def test_windows_due(window, recent):
     """One from W + R open tokens on, a second from 2 W + R on; never one that would reach into the recent tokens."""
     policy = KaraPolicy(KaraConfig(window=window, recent=recent))
     for open_tokens in range(4 * window + recent):
-        due, left = 0, open_tokens
+        starts, left = [], open_tokens
         while left >= window + recent:
-            due, left = due + 1, left - window
-        assert policy.windows_due(open_tokens) == due, f"{open_tokens} open tokens"
-        assert left <= policy.open_limit
-    assert policy.windows_due(policy.open_limit) == 0 and policy.windows_due(policy.open_limit + 1) == 1
+            starts, left = [*starts, 100 + open_tokens - left], left - window
+        sequence = Counted(100 + open_tokens, open_tokens, 70)
+        assert [seal.start for seal in policy.due(sequence)] == starts, f"{open_tokens} open tokens"
+        assert left <= policy.open_limit(sequence)
+        limit = policy.open_limit(sequence)
+        assert (
+            not policy.due(Counted(100 + limit, limit, 70))
+            and len(policy.due(Counted(101 + limit, limit + 1, 70))) == 1
+        )
+
+
+@given(
+    share=st.floats(0.01, 0.95),
+    retention=st.floats(0.05, 0.9),
+    sinks=st.sampled_from([0, 4, 20]),
+    prompt=st.integers(0, 100),
+    steps=st.lists(st.sampled_from([1, 1, 1, 5, 40]), max_size=150),
+)
+def test_a_share_of_what_is_held_is_recent(share, retention, sinks, prompt, steps):
+    """Exactly then a window seals when what is open behind it is its share of all that is held afterwards."""
+    policy = KaraPolicy(KaraConfig(window=16, retention=retention, recent=share, sinks=sinks))
+    sequence = Counted(prompt, 0, prompt)
+    for new in steps:
+        sequence = Counted(sequence.tokens + new, sequence.open + new, sequence.settled)
+        due = policy.due(sequence)
+        assert bool(due) == (sequence.open > policy.open_limit(sequence))
+        for seal in due:
+            assert sequence.open - 16 >= seal.recent >= share * (sequence.settled + seal.keep + seal.recent) - 1e-6
+            assert seal.recent - 1 < share * (sequence.settled + seal.keep + seal.recent - 1) + 1e-6
+            assert policy.certain(sequence) == seal.recent
+            sequence = Counted(sequence.tokens, sequence.open - 16, sequence.settled + seal.keep)
+        held = sequence.settled + sequence.open
+        if due:
+            assert sequence.open >= share * held - 1e-6
+            assert share * held - 1e-6 <= policy.newest(sequence) <= sequence.open
+
+
+# ---------------------------------------------------------------------------------------------------------------- sinks
+def test_a_window_keeps_its_sinks_among_its_tokens_or_alone():
+    policy = KaraPolicy(KaraConfig(window=16, retention=0.25, sinks=6, block_size=1))
+    assert [policy.kept_of(start) for start in (0, 1, 2, 3, 5, 6, 16)] == [6, 5, 4, 4, 4, 4, 4]
+    assert [seal.keep for seal in policy.due(Counted(100, 100))] == [6, 4, 4, 4]
+    wide = KaraPolicy(KaraConfig(window=16, retention=0.25, sinks=40, block_size=1, recent=0))
+    assert [seal.keep for seal in wide.due(Counted(80, 80))] == [16, 16, 8, 4, 4]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_sinks_stay_and_the_rest_is_chosen_as_if_they_were_not_there(name):
+    """Sequence by sequence: in one batch are windows with 5, 2 and no sinks."""
+    window = make_window(batch=3, starts=[0, 3, 24])
+    policy = KaraPolicy(KaraConfig(score=name, sinks=5))
+    scores, got = rank(name, window), policy.select(window)
+    for b, count in enumerate((5, 2, 0)):
+        for h in range(2):
+            row = scores[b, h, count:]
+            if SCORES[name].chunks:
+                rest = token2chunk(row, 9 - count, 4 if not count else round(0.5 * (9 - count)))
+            else:
+                rest = top_tokens(row, 9 - count)
+            assert got[b, h].tolist() == [*range(count), *(rest + count).tolist()]
+    without = KaraPolicy(KaraConfig(score=name, sinks=0)).select(window)
+    assert torch.equal(got[2], without[2])
+
+
+def test_a_window_of_sinks_alone():
+    window = make_window(starts=[0, 0], keep=9)
+    kept = KaraPolicy(KaraConfig(sinks=9)).select(window)
+    assert (kept == torch.arange(9)).all()
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -46,6 +46,7 @@ from kara_hf.integration.attach import decoder_config
 from kara_hf.policy import register_score
 from kara_hf.policy.scores import SCORES
 from kara_hf.serving import ServingConfig, kara_continuous_batching, query_recorder
+from kara_hf.serving.compressor import Compressor, ServedRequest
 from kara_hf.serving.engine import Engine
 from kara_hf.serving.seams import LEAST_TRANSFORMERS, REQUIRED_INTERNALS, check_internals, check_version
 from kara_hf.tasks.reasoner import make_problem
@@ -157,7 +158,9 @@ def audit(engine: Engine) -> None:
             assert request.stored == state.position_offset
             assert len(full.block_table[request.key]) >= -(-request.stored // engine.pool.page)
             if engine.compressor.policy.needs_queries:
-                assert len(request.slots) == request.open
+                sampling = engine.compressor.sampling
+                held = request.open if sampling.every else sampling.place(request.open - 1) + 2
+                assert len(request.slots) == held * (request.open > 0)
 
 
 def ended(engine: Engine) -> None:
@@ -200,7 +203,9 @@ def test_prefixes_and_children_are_shared_when_off(model):
 
 
 # ------------------------------------------------------------------------------------------------- KaraCache's answers
-@pytest.mark.parametrize("score", ["bidirectional", "causal", "key-norm", "recency", "random", "random-chunks"])
+@pytest.mark.parametrize(
+    "score", ["bidirectional", "causal", "key-norm", "recency", "random", "random-chunks", "value-norm"]
+)
 def test_equals_kara_cache(model, score, audited):
     kara, inputs = KARA | {"score": score}, prompts(6)
     with kara_continuous_batching(model, **kara, period=1) as serving:
@@ -208,6 +213,52 @@ def test_equals_kara_cache(model, score, audited):
         assert found == [single(model, prompt, **kara) for prompt in inputs]
     assert serving.metrics.windows == sum((40 - 1 - 3) // 8 for _ in inputs)
     ended(audited[-1])
+
+
+@pytest.mark.parametrize("score", ["bidirectional", "causal"])
+def test_a_sample_of_queries(model, score, audited):
+    kara, inputs = KARA | {"score": score, "queries": 3}, prompts(5)
+    with kara_continuous_batching(model, **kara, period=1) as serving:
+        found = batch(model, inputs)
+        assert found == [single(model, prompt, **kara) for prompt in inputs]
+    assert 0 < serving.metrics.peak_query_bytes
+    ended(audited[-1])
+
+
+@pytest.mark.parametrize("score", ["bidirectional", "recency"])
+def test_a_share_is_recent(model, score, audited):
+    kara, inputs = KARA | {"score": score, "recent": 0.3}, prompts(4, longest=8)
+    with kara_continuous_batching(model, **kara, period=1) as serving:
+        found = batch(model, inputs)
+        assert found == [single(model, prompt, **kara) for prompt in inputs]
+    assert serving.metrics.windows > 0
+    ended(audited[-1])
+    with pytest.raises(ValueError, match="recent=0.3 is not possible.*unit=.trace"):
+        ServingConfig.of(**KARA | {"score": "recency", "recent": 0.3}, unit="trace")
+
+
+@pytest.mark.parametrize(("score", "sinks"), [("bidirectional", 6), ("recency", 4), ("recency", 0)])
+def test_sinks_behind_short_prompts(model, score, sinks, audited):
+    kara = KARA | {"score": score, "sinks": sinks}
+    inputs = prompts(4, shortest=1, longest=3)
+    with kara_continuous_batching(model, **kara, period=1):
+        found = batch(model, inputs)
+        assert found == [single(model, prompt, **kara) for prompt in inputs]
+    ended(audited[-1])
+
+
+def test_traces_keep_sinks_again_and_again():
+    """Kept tokens of a trace are numbered without gaps; its first ones are sinks every time."""
+    config = ServingConfig.of(**KARA | {"score": "recency", "sinks": 5}, unit="trace")
+    compressor, request = Compressor(config), ServedRequest("a", settled=2, stored=2 + 8 + 3)
+    for _ in range(3):
+        plan = compressor.plan(request)
+        keys = torch.zeros(1, 2, plan.width, 8)
+        places = compressor.select(0, [plan], keys, 1.0, None)
+        assert (places == torch.tensor([0, 1, 2, plan.width - 1])).all()
+        compressor.done(plan)
+        assert request.open == 4 + 3
+        request.stored += 8
 
 
 @pytest.mark.parametrize("name", ["admission", "chunked prefill", "no sharing"])

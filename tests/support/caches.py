@@ -1,5 +1,6 @@
 """What a cache holds and how it is fed: shared by the tests of caches."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,6 +30,7 @@ def live_tensors(cache: CompressedCache) -> list[torch.Tensor]:
 
 
 def state(cache: KaraCache) -> list:
+    """What is stored. Votes that were counted stay counted, and are left out, as the metric is that they went into."""
     rows = [
         (layer.index, b, h, [part.tolist() for part in layer.store.read(b, h)])
         for layer in cache.compressed_layers
@@ -36,7 +38,8 @@ def state(cache: KaraCache) -> list:
         for b in range(layer.store.lengths.shape[0])
         for h in range(layer.store.lengths.shape[1])
     ]
-    return [cache.get_seq_length(), cache.sequences, cache.report().kept.tolist(), rows]
+    sequences = [dataclasses.replace(sequence, voters=()) for sequence in cache.sequences]
+    return [cache.get_seq_length(), sequences, cache.report().kept.tolist(), rows]
 
 
 def rows_of(cache: KVCompressCache) -> Iterator[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ whatever batch it is in and whatever was forked.
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,86 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from ..policy import Eviction, KVCompressPolicy, moves
-from ..storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, paged_store
+from ..storage import PagedStore, PoolExhausted, Prompt, paged_store
 from .compression import Compression
 from .layer import CompressedLayer
+from .pending_queries import PendingQueries
 from .sequence import Kind, Segment, Sequence
 from .state import CacheState
 from .step import Step
-
-
-class PendingQueries:
-    """What one layer holds of a prompt or turn that is not cut yet: its newest queries ``[B, Hq, w, D]``, in order.
-
-    They are about to go, like the prompt that they belong to, and like it they are not counted against a cap.
-    """
-
-    def __init__(self, meter: MemoryMeter):
-        self.meter = meter
-        self.undecided = 0  # columns of the prompt or turn
-        self.queries: torch.Tensor | None = None
-        self.valid: torch.Tensor | None = None  # [B, w] bool
-        self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @torch.inference_mode(False)
-    def add(self, queries: torch.Tensor, real: torch.Tensor | None, window: int) -> None:
-        """The newest `window` of those held and ``[B, Hq, S, D]`` new ones are held once `commit` follows."""
-        if real is None:
-            queries = queries[:, :, -window:]
-            real = torch.ones(len(queries), queries.shape[2], dtype=torch.bool, device=queries.device)
-        if self.queries is not None and self.valid is not None:
-            queries = torch.cat([self.queries, queries], dim=2)
-            real = torch.cat([self.valid, real], dim=1)
-        newest = real.to(torch.int8).argsort(dim=1, stable=True)[:, -window:]  # what is real comes last, in order
-        index = newest[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
-        self._fresh = queries.gather(2, index), real.gather(1, newest)
-
-    def commit(self, columns: int) -> None:
-        """The step of `add` is done; it had so many columns."""
-        self.undecided += columns
-        if self._fresh is not None:
-            self._replace(*self._fresh)
-            self._fresh = None
-
-    def of(self, sequence: int) -> torch.Tensor | None:
-        """Queries of one sequence, ``[Hq, n, D]``, or None if there are none."""
-        if self.queries is None or self.valid is None or not self.valid[sequence].any():
-            return None
-        return self.queries[sequence, :, self.valid[sequence]]
-
-    def crop(self, tokens: np.ndarray) -> None:
-        """Takes off the newest `tokens` ``[B]``, one for each column; what voted before them does not come back."""
-        self.undecided = max(0, self.undecided - int(tokens.max()))
-        if not self.undecided:
-            self.close()
-        elif self.valid is not None:
-            behind = self.valid.sum(1, keepdim=True) - self.valid.cumsum(1)
-            self.valid &= behind >= torch.from_numpy(tokens).to(behind.device)[:, None]
-
-    @torch.inference_mode(False)
-    def fork(self, index: np.ndarray) -> None:
-        if self.queries is not None and self.valid is not None:
-            chosen = torch.from_numpy(index.astype(np.int64)).to(self.queries.device)
-            self._replace(self.queries.index_select(0, chosen), self.valid.index_select(0, chosen))
-
-    def fork_bytes(self, index: np.ndarray) -> int:
-        return 0
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return ()
-
-    def discard_step(self) -> None:
-        self._fresh = None
-
-    def close(self) -> None:
-        for held in (self.queries, self.valid):
-            if held is not None:
-                self.meter.uncount_borrowed(held)
-        self.queries = self.valid = None
-
-    def _replace(self, queries: torch.Tensor, valid: torch.Tensor) -> None:
-        self.close()
-        self.queries, self.valid = self.meter.borrow(queries), self.meter.borrow(valid)
 
 
 class BudgetCompression(Compression):
@@ -123,7 +51,8 @@ class BudgetCompression(Compression):
     # ------------------------------------------------------------------------------------------------------ in a step
     def begin(self, step: Step) -> None:
         state = self.state
-        drafts = step.drafts and 1 < step.new <= self.config.protected + 1
+        newest = min(self.policy.newest(sequence.tokens) for sequence in state.sequences)
+        drafts = step.drafts and 1 < step.new <= newest + 1
         self.decoding = not step.first and (step.new == 1 or drafts or step.replayed)
         # Drafts do not vote: those that are refused could not take their votes back.
         self.voting = self.decoding and not drafts and self.config.accumulate and self.policy.votes
@@ -132,6 +61,9 @@ class BudgetCompression(Compression):
         elif not step.first:
             self._make_room(step.new)
         step.after = [s.extended(int(n), pinned=False) for s, n in zip(state.sequences, step.counts, strict=True)]
+        every = not self.decoding and self.policy.votes and self.config.observation is None
+        if self.voting or every:
+            step.after = [s.voted(int(n)) for s, n in zip(step.after, step.counts, strict=True)]
 
     def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> Prompt:
         layer.proximal(keys.shape[1])  # says at once if the sharing does not fit
@@ -205,12 +137,15 @@ class BudgetCompression(Compression):
 
     def _count_votes(self) -> None:
         """Adds to the metric what the newest queries of a prompt or turn say; they are not needed afterwards."""
+        counts = [0] * len(self.state.sequences)
         for layer in self.state.compressed_layers:
-            for sequence in range(len(self.state.sequences)):
+            for sequence in range(len(counts)):
                 queries = layer.state.of(sequence)
                 if queries is not None:
                     self._vote(layer, sequence, queries)
+                    counts[sequence] = queries.shape[1]
             layer.state.close()
+        self.state.sequences = [s.voted(count) for s, count in zip(self.state.sequences, counts, strict=True)]
 
     def _vote(self, layer: CompressedLayer, sequence: int, queries: torch.Tensor) -> None:
         """Adds to the metric of a sequence what its newest `queries` ``[Hq, n, D]`` say about all its tokens."""
@@ -240,7 +175,8 @@ class BudgetCompression(Compression):
         eviction = self._rank(lengths, tokens, quota) if quota.any() else None
         excess = self._blocks_past_cap(lengths if eviction is None else eviction.lengths.cpu().numpy(), ahead)
         if excess > 0:  # what the cap asks for comes from all sequences, in proportion to what they can spare
-            spare = np.maximum(0, np.maximum(0, blocks - self.config.least_blocks).sum(1) - quota)
+            least = self.policy.least_blocks(tokens)[:, None]
+            spare = np.maximum(0, np.maximum(0, blocks - least).sum(1) - quota)
             more = np.minimum(spare, -(-excess * spare // max(1, spare.sum())))
             if more.any():
                 eviction = self._rank(lengths, tokens, quota + more)
@@ -255,9 +191,10 @@ class BudgetCompression(Compression):
             torch.cat([F.pad(part, (0, longest - part.shape[2])).to(device) for part in parts], dim=1)
             for parts in zip(*ranked, strict=True)
         )
-        lead = self._leads()
+        lead, voters = self._leads(), [sequence.voters for sequence in self.state.sequences]
         if lead is None:
-            return self.policy.evict(metric, positions, torch.from_numpy(lengths).to(device), tokens, quota)
+            counts = torch.from_numpy(lengths).to(device)
+            return self.policy.evict(metric, positions, counts, tokens, quota, voters=voters)
         rows, back, weights = (
             torch.from_numpy(part) for part in np.unique(lead, return_inverse=True, return_counts=True)
         )
@@ -269,6 +206,7 @@ class BudgetCompression(Compression):
             tokens,
             quota,
             weights,
+            voters,
         )
         return Eviction(*(part.index_select(1, back) for part in (chosen.freed, chosen.lengths, chosen.dropped)))
 
@@ -356,7 +294,7 @@ class BudgetCompression(Compression):
         """Moves what stays in the layers that are in blocks, and frees what was chosen."""
         freed, lengths = (part.cpu().numpy() for part in (eviction.freed, eviction.lengths))
         self.state.sequences = [  # first, so that nobody takes a sequence for whole should something fail on the way
-            Sequence(s.tokens, 0, (Segment("sealed", 0, s.tokens, 0),)) if count else s
+            replace(s, open=0, segments=(Segment("sealed", 0, s.tokens, 0),)) if count else s
             for s, count in zip(self.state.sequences, freed.sum(1), strict=True)
         ]
         for layer, rows in self._rows():
@@ -408,7 +346,7 @@ class BudgetCompression(Compression):
         return ()
 
     def limits(self, sequence: Sequence) -> list[tuple[int, Kind]]:
-        recent = max(0, sequence.tokens - self.config.protected)
+        recent = max(0, sequence.tokens - self.policy.newest(sequence.tokens))
         sealed = sequence.segments[-1].stop if sequence.segments else 0
         return [(min(sealed, recent), "sealed"), (recent, "open"), (sequence.tokens, "recent")]
 

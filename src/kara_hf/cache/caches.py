@@ -18,12 +18,18 @@ class KaraCache(CompressedCache):
         model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
         retention: share of each window's tokens that every KV head keeps, in (0, 1].
         window: tokens in a window; a multiple of `block_size`. Sealed once `recent` more tokens stand behind it.
-        recent: newest tokens that are always kept whole.
-        score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens; "mean-square", which
-            holds their second moments instead, or "key-norm", which holds nothing (both ours); or a control: "causal",
-            "random", "random-chunks", "recency"; see `kara_hf.policy.register_score`. Or the folder or hub id of a
+        recent: newest tokens that are always kept whole, or a share of all tokens held, in (0, 1), which grows with the
+            sequence (ours).
+        sinks: first tokens of a sequence that are kept wherever the window that holds them seals, whatever the score:
+            without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
+        score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens or of `queries` of
+            them; "key-difference" (KeyDiff, arXiv 2504.15364) or "key-distance" (ours), which hold nothing; or a
+            control: "causal", "random", "random-chunks", "recency", "value-norm", "key-norm" and "mean-square", which
+            holds second moments of queries; see `kara_hf.policy.register_score`. Or the folder or hub id of a
             `KeyCalibration`, which holds nothing either (ours; `kara-hf calibrate` makes one). Drafts of assisted
             decoding do not count in moments, so that windows may be judged otherwise than without drafts.
+        queries: how many queries of a window every query head holds for a score that needs them, spread
+            evenly; None: all, as published. `report().query_bytes` says what they weigh. Ours.
         anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.
         compress_prompt: walk the prompt in windows too. Otherwise the prompt and every later turn (a step of several
             tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.
@@ -45,8 +51,10 @@ class KaraCache(CompressedCache):
         *,
         retention: float = KaraConfig.retention,
         window: int = KaraConfig.window,
-        recent: int = KaraConfig.recent,
+        recent: int | float = KaraConfig.recent,
+        sinks: int = KaraConfig.sinks,
         score: str | Path = KaraConfig.score,
+        queries: int | None = KaraConfig.queries,
         anchor_share: float = KaraConfig.anchor_share,
         compress_prompt: bool = KaraConfig.compress_prompt,
         block_size: int = KaraConfig.block_size,
@@ -59,7 +67,9 @@ class KaraCache(CompressedCache):
             retention=retention,
             window=window,
             recent=recent,
+            sinks=sinks,
             score=str(score) if isinstance(score, Path) else score,
+            queries=queries,
             anchor_share=anchor_share,
             compress_prompt=compress_prompt,
             block_size=block_size,
@@ -81,10 +91,11 @@ class KVCompressCache(CompressedCache):
         max_cache_tokens: tokens per KV head and layer that a sequence holds at most, on average, while it decodes.
         retention: share of the tokens that is kept, in (0, 1].
         observation: prompt queries that vote on what is kept, the last ones; None for all, without pooling.
-        protected: newest tokens that are never evicted.
+        protected: newest tokens that are never evicted, or a share of what a row may hold on average, in (0, 1) (ours).
         sinks: first tokens that are never evicted.
         pool: width of the max-pool over neighbouring tokens, odd.
         metric: "l2" sums squared attention probabilities, "l1" probabilities; controls: "random", "recency".
+        votes: "sum" adds votes up, as published; "mean" divides by how many queries could vote on a token (ours).
         floor: further tokens that every head keeps at least.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise the cache grows behind the prompt.
@@ -109,10 +120,11 @@ class KVCompressCache(CompressedCache):
         max_cache_tokens: int | None = None,
         retention: float | None = None,
         observation: int | None = KVCompressConfig.observation,
-        protected: int = KVCompressConfig.protected,
+        protected: int | float = KVCompressConfig.protected,
         sinks: int = KVCompressConfig.sinks,
         pool: int = KVCompressConfig.pool,
         metric: Literal["l2", "l1", "random", "recency"] = KVCompressConfig.metric,
+        votes: Literal["sum", "mean"] = KVCompressConfig.votes,
         floor: int = KVCompressConfig.floor,
         accumulate: bool = KVCompressConfig.accumulate,
         continual: bool = KVCompressConfig.continual,
@@ -131,6 +143,7 @@ class KVCompressCache(CompressedCache):
             sinks=sinks,
             pool=pool,
             metric=metric,
+            votes=votes,
             floor=floor,
             accumulate=accumulate,
             continual=continual,

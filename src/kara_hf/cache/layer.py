@@ -21,6 +21,10 @@ COPIED_WITH_ITS_CACHE = id("kara_hf")  # in the memo of a deepcopy: layers are c
 class LayerState(Protocol):
     """What a compression holds in one layer beside the store."""
 
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of queries, or of what was made of them."""
+
     def crop(self, tokens: np.ndarray) -> None:
         """Drops what belongs to the newest `tokens` ``[B]`` of every sequence."""
 

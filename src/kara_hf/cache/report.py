@@ -24,6 +24,7 @@ class CacheReport:
         resident_bytes: everything held: blocks (free ones too), tables, lengths, positions, buffered queries.
         peak_bytes: the most that was resident at any moment, copies made while a pool grows included.
         other_bytes: held by the layers that are not compressed (sliding-window, linear, recurrent).
+        query_bytes: those of `resident_bytes` that are queries or their moments, which scores and votes need.
     """
 
     seen: torch.Tensor
@@ -34,6 +35,7 @@ class CacheReport:
     resident_bytes: int
     peak_bytes: int
     other_bytes: int
+    query_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
@@ -65,6 +67,7 @@ def make_report(state: CacheState) -> CacheReport:
         resident_bytes=state.meter.held,
         peak_bytes=state.meter.peak,
         other_bytes=sum(tensor.nbytes for layer in others for tensor in _tensors(vars(layer))),
+        query_bytes=sum(layer.state.query_bytes for layer in layers),
     )
 
 

@@ -29,11 +29,13 @@ class Sequence:
         tokens: real tokens seen; the next one has this position.
         open: newest tokens, stored whole, that may still be sealed.
         segments: everything before them.
+        voters: true positions whose queries voted on what is kept, in stretches ``(start, stop)``, ascending.
     """
 
     tokens: int = 0
     open: int = 0
     segments: tuple[Segment, ...] = ()
+    voters: tuple[tuple[int, int], ...] = ()
 
     @property
     def settled(self) -> int:
@@ -57,17 +59,26 @@ class Sequence:
 
     def without(self, padding: int) -> "Sequence":
         """With `padding` open tokens fewer, which turned out to be none."""
-        return replace(self, tokens=self.tokens - padding, open=self.open - padding)
+        tokens = self.tokens - padding
+        return replace(self, tokens=tokens, open=self.open - padding, voters=self._voters_before(tokens))
+
+    def voted(self, count: int) -> "Sequence":
+        """With the queries of the newest `count` tokens among those that voted."""
+        start, before = self.tokens - count, self.voters
+        if not count:
+            return self
+        if before and before[-1][1] >= start:
+            start, before = min(start, before[-1][0]), before[:-1]
+        return replace(self, voters=(*before, (start, self.tokens)))
+
+    def _voters_before(self, tokens: int) -> tuple[tuple[int, int], ...]:
+        return tuple((start, min(stop, tokens)) for start, stop in self.voters if start < tokens)
 
     def sealed(self, policy: KaraPolicy) -> "Sequence":
         """With every window that is due turned into a sealed segment."""
-        config, due = policy.config, policy.windows_due(self.open)
-        start = self.tokens - self.open
-        width = config.window
-        new = (
-            Segment("sealed", start + i * width, start + (i + 1) * width, config.kept_per_window) for i in range(due)
-        )
-        return replace(self, open=self.open - due * width, segments=(*self.segments, *new))
+        due, width = policy.due(self), policy.config.window
+        new = (Segment("sealed", seal.start, seal.start + width, seal.keep) for seal in due)
+        return replace(self, open=self.open - len(due) * width, segments=(*self.segments, *new))
 
     def cropped(self, count: int) -> "Sequence | None":
         """Without its newest `count` tokens, or None if some of them are sealed."""
@@ -80,4 +91,4 @@ class Sequence:
             if last.slots > left:
                 segments.append(replace(last, stop=last.stop - left, slots=last.slots - left))
             left = max(0, left - last.slots)
-        return Sequence(tokens, max(0, self.open - count), tuple(segments))
+        return Sequence(tokens, max(0, self.open - count), tuple(segments), self._voters_before(tokens))

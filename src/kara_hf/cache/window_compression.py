@@ -6,12 +6,16 @@ import numpy as np
 import torch
 
 from ..policy import KaraPolicy, Window
-from ..storage import PagedStore, QueryBuffer, QueryMoments, paged_store, upload
+from ..storage import PagedStore, QueryBuffer, QueryMoments, Sampling, paged_store, upload
 from .compression import Compression
 from .layer import CompressedLayer
 from .sequence import Kind, Sequence
 from .state import CacheState
 from .step import Step
+
+# What sequences whose windows are sealed together have in common: open tokens, and for each window that is due how many
+# of its tokens stay and how many behind it are recent.
+Alike = tuple[int, tuple[tuple[int, int], ...]]
 
 
 class WindowState:
@@ -28,6 +32,10 @@ class WindowState:
     @property
     def _held(self) -> list[QueryBuffer | QueryMoments]:
         return [held for held in (self.queries, self.moments) if held is not None]
+
+    @property
+    def query_bytes(self) -> int:
+        return sum(held.nbytes for held in self._held)
 
     def crop(self, tokens: np.ndarray) -> None:
         pass  # places in the buffer are counted by the open tokens of a sequence; drafts are in no moment
@@ -69,9 +77,9 @@ class WindowCompression(Compression):
         self.due = 0  # windows due in this step, in the sequence that has most
         self.pinned = False
         self.drafts = False
-        self._chosen: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer and group: what leads chose in this step
+        self._chosen: dict[tuple[int, Alike], torch.Tensor] = {}  # by layer and group: what leads chose in this step
         self._settled: torch.Tensor | None = None  # slots in front of the open ones, [B, 1] int64, on the device
-        self._places: torch.Tensor | None = None  # place of the new query in the buffers, [B, 1] int64
+        self._tokens: torch.Tensor | None = None  # open tokens before the new one, [B, 1] int64, on the device
 
     def layer_state(self) -> WindowState:
         return WindowState()
@@ -79,7 +87,7 @@ class WindowCompression(Compression):
     # ------------------------------------------------------------------------------------------------------ in a step
     def begin(self, step: Step) -> None:
         state, config = self.state, self.config
-        drafts = step.drafts and step.new <= config.recent + 1
+        drafts = step.drafts and step.new <= min(self.policy.certain(sequence) for sequence in state.sequences) + 1
         self.drafts = drafts and step.new > 1
         turn = step.new > 1 and not drafts and not step.replayed
         self.pinned = (step.first or turn) and not config.compress_prompt
@@ -87,23 +95,23 @@ class WindowCompression(Compression):
         step.after = [
             sequence.extended(int(n), self.pinned) for sequence, n in zip(state.sequences, step.counts, strict=True)
         ]
-        self.due = max(self.policy.windows_due(sequence.open) for sequence in step.after)
+        self.due = max(len(self.policy.due(sequence)) for sequence in step.after)
         if step.first:
             return
         ahead = step.new
         if state.steady and self.policy.compresses:
-            ahead = max(ahead, self.policy.open_limit + 1 - int(self.open.max()))
+            ahead = max(ahead, self.steps_to_compression() + 1)
         elif state.steady and state.room < ahead:
             ahead = max(ahead, config.window)
         state.reserve(ahead)
         if step.syncs:
-            self._settled = self._places = None
+            self._settled = self._tokens = None
         elif self.policy.needs_queries:
             lengths = state.compressed_layers[0].paged().rows().lengths[:, :1]
             if self._settled is None:
                 settled = np.array([[sequence.settled] for sequence in state.sequences])
                 self._settled = upload(settled, lengths.device)
-            self._places = lengths - self._settled
+            self._tokens = lengths - self._settled
 
     def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore:
         return paged_store(
@@ -148,14 +156,16 @@ class WindowCompression(Compression):
             return
         if state.queries is None:
             batch, heads, _, size = query.shape
-            state.queries = QueryBuffer(batch, heads, size, query.dtype, query.device, self.state.meter)
+            group = heads // (key.shape[1] - len(layer.followers))
+            sampling = Sampling(self.config.queries or self.config.window, self.config.window, group)
+            state.queries = QueryBuffer(batch, heads, size, query.dtype, query.device, self.state.meter, sampling)
             if self.state.steady:
-                state.queries.reserve(self.policy.open_limit + 1)
+                state.queries.reserve(self._limit(step.after) + 1)
         if step.first:  # a whole prompt's queries are at hand; only those of its open end are held
             state.fresh = query
-        elif self._places is not None:
+        elif self._tokens is not None:
             state.queries.reserve(int(self.open.max()) + 1)
-            state.queries.put(query, self._places.to(query.device))
+            state.queries.put(query, self._tokens.to(query.device))
         else:
             state.queries.append(query, self.open, real)
 
@@ -184,32 +194,37 @@ class WindowCompression(Compression):
         """Seals the windows that are due. Everything is chosen before anything is changed."""
         if not self.due or not self.policy.compresses:
             return
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[Alike, list[int]] = {}
         for number, sequence in enumerate(step.after):
-            due = self.policy.windows_due(sequence.open)
+            due = self.policy.due(sequence)
             if due:
-                groups.setdefault((due, sequence.open), []).append(number)
+                behind = self.policy.needs_queries  # whether it matters how many are recent
+                alike = sequence.open, tuple((seal.keep, seal.recent if behind else 0) for seal in due)
+                groups.setdefault(alike, []).append(number)
         plan = []
-        for (due, open_tokens), members in groups.items():
+        for alike, members in groups.items():
             index = np.array(members)
             settled = np.array([step.after[b].settled for b in members], np.int32)
             ordinals = [step.after[b].windows for b in members]
             for layer in layers:
-                slots = self._select(layer, step, index, settled, due, open_tokens, ordinals)
-                slots = self._with_leads(layer, slots, (due, open_tokens))
-                plan.append((layer, index, settled, due, slots))
+                slots = self._select(layer, step, index, settled, alike, ordinals)
+                slots = self._with_leads(layer, slots, alike)
+                plan.append((layer, index, settled, len(alike[1]), slots))
         for layer, index, settled, _, slots in plan:
             layer.paged().unshare(index, settled, slots.shape[2])
-        for layer, index, settled, due, slots in plan:
+        for layer, index, settled, windows, slots in plan:
             layer.paged().keep(index, settled, slots)
             state: WindowState = layer.state
             if state.queries is not None and state.fresh is None:
-                state.queries.forget(torch.from_numpy(index).to(slots.device), due * self.config.window)
+                state.queries.forget(torch.from_numpy(index).to(slots.device), windows * self.config.window)
         if not step.first:
-            filled = np.array([sequence.sealed(self.policy).open for sequence in step.after])
+            after = [sequence.sealed(self.policy) for sequence in step.after]
+            filled = np.array([sequence.open for sequence in after])
             for layer in layers:
                 if layer.state.queries is not None:
-                    layer.state.queries.shrink(filled, self.policy.open_limit + 1)
+                    layer.state.queries.shrink(filled, self._limit(after) + 1)
+                    if self.state.steady:  # a share of what is held has grown
+                        layer.state.queries.reserve(self._limit(after) + 1)
 
     def _select(
         self,
@@ -217,13 +232,13 @@ class WindowCompression(Compression):
         step: Step,
         sequences: np.ndarray,
         settled: np.ndarray,
-        windows: int,
-        open_tokens: int,
+        alike: Alike,
         ordinals: list[int],
     ) -> torch.Tensor:
-        """Slots that survive when the next `windows` windows of the named sequences seal, in the K heads that decide
-        for themselves: ``[b, K, n]`` int32.
+        """Slots that survive when the windows that are due in the named sequences seal, in the K heads that decide for
+        themselves: ``[b, K, n]`` int32.
         """
+        open_tokens, windows = alike
         config, store, state = self.config, layer.paged(), layer.state
         heads = store.lengths.shape[1] if layer.deciding is None else len(layer.deciding)
         if not heads:
@@ -231,7 +246,7 @@ class WindowCompression(Compression):
         width = config.window
         index = torch.from_numpy(sequences).to(store.device)
         survivors = []
-        for number in range(windows):
+        for number, (keep, recent) in enumerate(windows):
             start = settled + number * width
             first, last = number * width, (number + 1) * width
             window = Window(
@@ -240,7 +255,7 @@ class WindowCompression(Compression):
                 if state.expanded is None
                 else state.expanded[index, :, first:last],
                 queries=self._queries(state, step, index, first, last),
-                later=self._queries(state, step, index, last, last + config.recent),
+                later=self._queries(state, step, index, last, last + recent),
                 moments=None if state.moments is None else state.moments.sums[index],
                 scaling=layer.scaling,
                 softcap=layer.softcap,
@@ -248,47 +263,58 @@ class WindowCompression(Compression):
                 sequences=sequences.tolist(),
                 starts=[step.after[b].tokens - open_tokens + first for b in sequences],
                 ordinals=[ordinal + number for ordinal in ordinals],
-                keep=config.kept_per_window,
-                anchors=config.anchors,
+                keep=keep,
+                anchors=config.anchors_of(keep),
                 seed=config.seed,
+                values=self._values(layer, sequences, start) if self.policy.score.values else None,
             )
             survivors.append(self.policy.select(window).to(torch.int32) + store.slots(start, 1)[:, :heads])
-        survivors.append(store.slots(settled + windows * width, open_tokens - windows * width)[:, :heads])
+        survivors.append(store.slots(settled + len(windows) * width, open_tokens - len(windows) * width)[:, :heads])
         return torch.cat(survivors, dim=2)
 
-    def _with_leads(self, layer: CompressedLayer, slots: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
+    def _values(self, layer: CompressedLayer, sequences: np.ndarray, start: np.ndarray) -> torch.Tensor:
+        """Values of a window in the heads that decide for themselves, ``[b, K, W, Dv]``."""
+        values = layer.paged().window_values(sequences, start, self.config.window)
+        return values if layer.deciding is None else values[:, list(layer.deciding)]
+
+    def _with_leads(self, layer: CompressedLayer, slots: torch.Tensor, alike: Alike) -> torch.Tensor:
         """`slots` ``[b, K, n]`` of the heads that decide, with what their leads chose for the others: ``[b, H, n]``."""
         if layer.followers:
             deciding = iter(slots.unbind(1))
             leads = self.state.sharing.lead[layer.index] if self.state.sharing is not None else ()
             slots = torch.stack(
                 [
-                    self._chosen[lead, *group][:, head] if lead != layer.index else next(deciding)
+                    self._chosen[lead, alike][:, head] if lead != layer.index else next(deciding)
                     for head, lead in enumerate(leads)
                 ],
                 dim=1,
             )
         if layer.leading:
-            self._chosen[layer.index, *group] = slots
+            self._chosen[layer.index, alike] = slots
         return slots
 
     def _queries(
         self, state: WindowState, step: Step, sequences: torch.Tensor, first: int, last: int
     ) -> torch.Tensor | None:
-        """Queries of the open tokens `first` to `last` of the named sequences, ``[b, Hq, last - first, D]``."""
-        if state.fresh is None:
+        """Queries held of the open tokens `first` to `last` of the named sequences, ``[b, Hq, n, D]``."""
+        if state.queries is None or state.fresh is None:
             return None if state.queries is None else state.queries.window(sequences, first, last)
-        if step.real is None:
-            return state.fresh[sequences, :, first:last]
-        columns = _in_order(step.real.to(state.fresh.device))[sequences, first:last]
-        return state.fresh[sequences[:, None], :, columns].transpose(1, 2)
+        fresh, sampling = state.fresh, state.queries.sampling
+        if step.real is None and sampling.every:
+            return fresh[sequences, :, first:last]
+        tokens = sampling.tokens_of(sampling.place(first), sampling.place(last))
+        columns = torch.from_numpy(np.tile(tokens, (fresh.shape[1] // sampling.group, 1))).to(fresh.device)[None]
+        if step.real is not None:
+            columns = _in_order(step.real.to(fresh.device))[sequences][:, columns[0]]
+        heads = torch.arange(fresh.shape[1], device=fresh.device)[None, :, None]
+        return fresh[sequences[:, None, None], heads, columns]
 
     def _hold_open(self, state: WindowState, step: Step) -> None:
         """After the windows of a first forward are sealed: holds the queries of what is left open."""
         query, state.fresh = state.fresh, None
         if query is None or state.queries is None:
             return
-        sealed = [self.policy.windows_due(sequence.open) * self.config.window for sequence in step.after]
+        sealed = [len(self.policy.due(sequence)) * self.config.window for sequence in step.after]
         filled = np.zeros(len(sealed), np.int64)
         if step.real is None:
             state.queries.append(query[:, :, sealed[0] :], filled)
@@ -304,7 +330,11 @@ class WindowCompression(Compression):
     def steps_to_compression(self) -> int:
         if not self.policy.compresses:
             return sys.maxsize
-        return self.policy.open_limit - max(sequence.open for sequence in self.state.sequences)
+        return min(self.policy.open_limit(sequence) - sequence.open for sequence in self.state.sequences)
+
+    def _limit(self, sequences: list[Sequence]) -> int:
+        """Most open tokens that any of the sequences has before its next window is due."""
+        return max(self.policy.open_limit(sequence) for sequence in sequences)
 
     def replayable_steps(self) -> int:
         return min(self.steps_to_compression(), sys.maxsize - 1) + 1  # the last of them seals the window behind itself
@@ -313,15 +343,15 @@ class WindowCompression(Compression):
         steps = min(self.steps_to_compression(), self.state.room)
         if self.policy.needs_queries:
             buffers = [layer.state.queries for layer in self.state.compressed_layers if layer.deciding != ()]
-            places = min(0 if queries is None else queries.places for queries in buffers)
-            steps = min(steps, places - max(sequence.open for sequence in self.state.sequences))
+            tokens = min(0 if queries is None else queries.sampling.tokens(queries.places) for queries in buffers)
+            steps = min(steps, tokens - max(sequence.open for sequence in self.state.sequences))
         return steps
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:
         return (self._settled,)
 
     def limits(self, sequence: Sequence) -> list[tuple[int, Kind]]:
-        recent = sequence.tokens - min(self.config.recent, sequence.open)
+        recent = sequence.tokens - self.policy.newest(sequence)
         limits: list[tuple[int, Kind]] = [(segment.stop, segment.kind) for segment in sequence.segments]
         return [*limits, (recent, "open"), (sequence.tokens, "recent")]
 

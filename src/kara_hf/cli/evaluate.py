@@ -63,7 +63,7 @@ def evaluate(
         typer.Option(help="Last prompt queries that vote in eviction methods [default: 32; bundled model: 8]."),
     ] = None,
     sinks: Annotated[
-        int | None, typer.Option(help="First tokens that eviction methods always keep [default: 4].")
+        int | None, typer.Option(help="First tokens that window and eviction methods always keep [default: 4].")
     ] = None,
     sharing: Annotated[str | None, typer.Option(metavar="DIR", help="Sharing map for the methods with PoD.")] = None,
     calibration: Annotated[

@@ -10,7 +10,7 @@ from rich.console import Console
 from ..bundled import BUNDLED_MODEL
 from ..config import require
 from .display import show_runs
-from .options import Device, Dtype, Model, TrustRemoteCode, check_dtype, readable_errors
+from .options import Device, Dtype, Model, TrustRemoteCode, check_dtype, count_or_share, readable_errors
 
 # What runs without a model and a prompt: the problem, and how strongly its trace is compressed.
 BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated": 900, "seed": 3}
@@ -45,13 +45,21 @@ def generate(
     window: Annotated[
         int | None, typer.Option(help="kara: tokens in a window [default: 256; bundled model: 64].")
     ] = None,
-    recent: Annotated[int | None, typer.Option(help="kara: newest tokens, always kept whole [default: 32].")] = None,
+    recent: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N|SHARE", help="kara: newest tokens, always kept whole, or a share of those held [default: 32]."
+        ),
+    ] = None,
     score: Annotated[
         str | None,
         typer.Option(
-            help="kara: what ranks the tokens of a window: bidirectional, mean-square, key-norm, ..., or the folder or "
+            help="kara: what ranks the tokens of a window: bidirectional, key-difference, ..., or the folder or "
             "hub id of a key calibration [default: bidirectional]."
         ),
+    ] = None,
+    queries: Annotated[
+        int | None, typer.Option(help="kara: tokens of a window whose queries are held for the score [default: all].")
     ] = None,
     anchor_share: Annotated[
         float | None,
@@ -74,7 +82,9 @@ def generate(
     protected: Annotated[
         int | None, typer.Option(help="kv-compress: newest tokens, never evicted [default: 32].")
     ] = None,
-    sinks: Annotated[int | None, typer.Option(help="kv-compress: first tokens, never evicted [default: 4].")] = None,
+    sinks: Annotated[
+        int | None, typer.Option(help="kara, kv-compress: first tokens, never evicted [default: 4].")
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -126,8 +136,9 @@ def generate(
         options = {
             "retention": retention,
             "window": window,
-            "recent": recent,
+            "recent": count_or_share(recent),
             "score": score,
+            "queries": queries,
             "anchor_share": anchor_share,
             "compress_prompt": compress_prompt or None,
             "seed": seed,

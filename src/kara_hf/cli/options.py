@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -67,3 +67,8 @@ def _is_lack_of_memory(error: RuntimeError) -> bool:
     from ..storage import PoolExhausted
 
     return isinstance(error, OutOfMemoryError | PoolExhausted)
+
+
+def count_or_share(number: float | None) -> Any:
+    """A whole number as one, and a share as it is."""
+    return int(number) if number is not None and number.is_integer() else number

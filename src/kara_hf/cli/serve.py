@@ -7,7 +7,7 @@ import typer
 
 from ..bundled import BUNDLED_MODEL
 from ..config import require
-from .options import DTYPES, readable_errors
+from .options import DTYPES, count_or_share, readable_errors
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -22,8 +22,14 @@ def serve(
         typer.Option(help="Memory of the pool of keys and values, like 8GiB [default: what the engine finds free]."),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
-    recent: Annotated[int, typer.Option(help="Newest tokens, always kept whole.")] = 32,
+    recent: Annotated[
+        float, typer.Option(metavar="N|SHARE", help="Newest tokens, always kept whole, or a share of those held.")
+    ] = 32,
+    sinks: Annotated[int, typer.Option(help="First tokens of a request, always kept.")] = 4,
     score: Annotated[str, typer.Option(help="What ranks the tokens of a window.")] = "bidirectional",
+    queries: Annotated[
+        int | None, typer.Option(help="Tokens of a window whose queries are held for the score [default: all].")
+    ] = None,
     anchor_share: Annotated[float, typer.Option(help="Share of kept tokens picked singly; 1 is plain top-k.")] = 0.5,
     period: Annotated[int, typer.Option(help="Engine steps from one compression to the next.")] = 64,
     requests: Annotated[
@@ -53,8 +59,10 @@ def serve(
         config = ServingConfig.of(
             retention=retention,
             window=window,
-            recent=recent,
+            recent=count_or_share(recent),
+            sinks=sinks,
             score=score,
+            queries=queries,
             anchor_share=anchor_share,
             period=period,
             max_requests=requests,

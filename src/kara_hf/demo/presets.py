@@ -80,7 +80,7 @@ class MethodPreset:
     shares: bool = False
 
 
-_KARA = ("retention", "window", "recent", "score", "anchor_share", "compress_prompt")
+_KARA = ("retention", "window", "recent", "sinks", "score", "anchor_share", "compress_prompt")
 _KV = ("retention", "protected", "sinks", "observation", "metric", "block_size")
 FULL, KARA, RANDOM = "Full cache", "Kara", "Random control"
 METHOD_PRESETS = {
@@ -110,7 +110,7 @@ METHOD_PRESETS = {
     RANDOM: MethodPreset(
         "The control: as Kara, with as many tokens, chosen at random. What it loses is what the choice is worth.",
         "kara",
-        ("retention", "window", "recent", "compress_prompt"),
+        ("retention", "window", "recent", "sinks", "compress_prompt"),
         fixed=(("score", "random"),),
     ),
     FULL: MethodPreset("Transformers' own cache, which keeps everything.", "full"),
@@ -133,7 +133,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-SCORES = ["bidirectional", "mean-square", "key-norm", "causal", "recency", "random-chunks", "random"]
+SCORES = ["bidirectional", "key-difference", "mean-square", "key-norm", "causal", "recency", "random-chunks", "random"]
 
 
 def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int) -> ConfiguredCache:

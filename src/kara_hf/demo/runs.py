@@ -148,5 +148,5 @@ def _empty(title: str, method: ConfiguredCache, cache: Cache, prompt: int) -> Re
     config = cache.policy.config
     if isinstance(config, KaraConfig):
         pinned = 0 if config.compress_prompt else prompt
-        return Recording(title, settings, "windows", prompt, pinned, config.recent, config.block_size)
-    return Recording(title, settings, "budget", prompt, 0, config.protected, config.block_size)
+        return Recording(title, settings, "windows", prompt, pinned, int(config.recent), config.block_size)
+    return Recording(title, settings, "budget", prompt, 0, int(config.protected), config.block_size)

@@ -9,7 +9,7 @@ from .merge import merge, merge_reference
 from .precision import as_sdpa
 from .rows import Proximal, ProximalKeys, Rows, gather_rows
 from .shared_attention import shared_attention, shared_attention_reference
-from .window_scores import window_scores, window_scores_reference
+from .window_scores import sampled_places, window_scores, window_scores_reference
 
 __all__ = [
     "Proximal",
@@ -29,6 +29,7 @@ __all__ = [
     "lead_scores",
     "merge",
     "merge_reference",
+    "sampled_places",
     "shared_attention",
     "shared_attention_reference",
     "slot_index",

@@ -142,12 +142,13 @@ class Kara(Compressed):
         config = self.config
         return (
             f"window {config.window}, retention {config.retention}, recent {config.recent}, {config.score}, "
-            f"anchor share {config.anchor_share:g}"
+            f"anchor share {config.anchor_share:g}, sinks {config.sinks}"
         )
 
     def warm_up(self) -> WarmUp:
         """One window is sealed within a prompt."""
-        return WarmUp(self.config.window + self.config.recent, 4, {"compress_prompt": True, "max_bytes": None})
+        recent = self.config.recent if isinstance(self.config.recent, int) else self.config.window
+        return WarmUp(self.config.window + recent, 4, {"compress_prompt": True, "max_bytes": None})
 
 
 class KVCompress(Compressed):

@@ -8,11 +8,11 @@ from ..cache.bound_model import BoundModel
 from ..cache.compressed import CompressedCache
 from ..cache.compression import register_compression
 from ..cache.window_compression import WindowCompression
-from ..config import KaraConfig
+from ..config import KaraConfig, is_int, require
 from ..integration.attach import hooked, unwrap
 from ..integration.attention import AttentionFunction, AttentionHook
 from ..kernels import softcapped
-from ..policy import KaraPolicy, Window, top_tokens
+from ..policy import KaraPolicy, Window
 
 QUERY_CHUNK = 256  # queries whose attention to everything lies in memory at once, of one sequence
 
@@ -102,7 +102,7 @@ def _received(
 
 
 class OraclePolicy(KaraPolicy):
-    """Keeps of every window what will be attended to most. A future that is empty keeps the first tokens instead."""
+    """Keeps of every window its sinks and what will be attended to most; of an empty future the first tokens."""
 
     def __init__(self, config: KaraConfig, future: Future):
         super().__init__(config)
@@ -114,7 +114,7 @@ class OraclePolicy(KaraPolicy):
             return torch.arange(window.keep, device=window.keys.device).expand(len(window.starts), window.rows, -1)
         layer = torch.nn.functional.pad(self.future[window.layer], (0, max(window.starts) + width))
         parts = [layer[b, :, start : start + width] for b, start in zip(window.sequences, window.starts, strict=True)]
-        return top_tokens(torch.stack(parts), window.keep)
+        return self.pick(window, torch.stack(parts), chunks=False)
 
 
 register_compression(OraclePolicy, WindowCompression)
@@ -131,4 +131,5 @@ class OracleCache(CompressedCache):
 
     def __init__(self, model: Any, future: Future, *, max_bytes: int | None = None, **settings: Any):
         config = KaraConfig(**settings | {"score": "random"})
+        require(is_int(config.recent), "recent", config.recent, "a number of tokens for the oracle")
         super().__init__(model, policy=OraclePolicy(config, future), max_bytes=max_bytes)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ..cache.bound_model import BoundModel
-from ..cache.budget_compression import BudgetCompression, PendingQueries
+from ..cache.budget_compression import BudgetCompression
 from ..cache.layer import CompressedLayer
+from ..cache.pending_queries import PendingQueries
 from ..cache.sequence import Sequence
 from ..cache.state import CacheState
 from ..cache.step import Step

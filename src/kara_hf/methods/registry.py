@@ -35,7 +35,7 @@ class SharedSettings:
     Attributes:
         window, recent: of the window methods; `recent` tokens are protected by the eviction methods too.
         block_size: slots per block.
-        sinks: first tokens that eviction methods always keep where prompts are compressed.
+        sinks: first tokens that window and eviction methods always keep where prompts are compressed.
         observation: last prompt queries that vote in eviction methods.
     """
 
@@ -113,6 +113,7 @@ def window_settings(plan: Plan) -> dict[str, Any]:
         "retention": plan.share,
         "window": plan.shared.window,
         "recent": plan.shared.recent,
+        "sinks": plan.shared.sinks,
         "block_size": plan.shared.block_size,
         "compress_prompt": plan.rule != PROMPT_KEPT,
         "seed": plan.seed,
@@ -199,6 +200,9 @@ METHODS: dict[str, Method] = {
         Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),
         Method("causal", windows("causal"), "causal attention within the window"),
         Method("key-norm", windows("key-norm"), "largest norms of keys; holds nothing but keys and values"),
+        Method("key-difference", windows("key-difference"), "keys least like the window's mean key (KeyDiff)"),
+        Method("key-distance", windows("key-distance"), "keys farthest from the window's mean key"),
+        Method("value-norm", windows("value-norm"), "largest norms of values"),
         Method(
             "calibrated",
             _calibrated,

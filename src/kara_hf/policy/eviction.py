@@ -32,7 +32,7 @@ def evict(
     quota: torch.Tensor,
     *,
     block_size: int,
-    least: int = 0,
+    least: int | torch.Tensor = 0,
     levels: int | None = None,
     weights: torch.Tensor | None = None,
 ) -> Eviction:
@@ -51,7 +51,7 @@ def evict(
         lengths: ``[B, R]`` integer, tokens in each row, at most N.
         quota: ``[B]`` integer, blocks to free; where fewer can be freed, fewer are.
         block_size: P.
-        least: blocks that no row is cut below.
+        least: blocks that no row is cut below, a number or ``[B]`` integer.
         levels: different block counts of compressed rows, or None for any number.
         weights: ``[R]`` integer, how many blocks a block of each row counts for, because other rows follow it; None: 1.
 
@@ -81,6 +81,7 @@ def evict(
     blocks = -(-lengths // block_size)
     hanging = torch.where(blocks > 0, lengths - (blocks - 1) * block_size, block_size)  # tokens in the last block
     feasible = 1 + (evictable.sum(-1) - hanging) // block_size
+    least = torch.as_tensor(least, device=metric.device).view(-1, 1)
     feasible = torch.minimum(feasible, (blocks - least).clamp(min=0))
 
     nth = torch.arange(-(-slots // block_size), device=metric.device)

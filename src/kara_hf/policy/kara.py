@@ -1,14 +1,45 @@
 """Kara: when a window closes and which of its tokens survive (arXiv 2607.01237)."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from ..config import KaraConfig, require
 from .calibrated import KeyCalibration
 from .scores import SCORES, Window
-from .token2chunk import token2chunk, top_tokens
+from .token2chunk import token2chunk
+
+
+class Counts(Protocol):
+    """What is asked of a sequence: tokens seen, newest ones that are still open, and slots in front of these."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def open(self) -> int: ...
+
+    @property
+    def settled(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Seal:
+    """A window that is due.
+
+    Attributes:
+        start: true position of its first token.
+        keep: tokens that every KV head keeps of it.
+        recent: tokens behind it that are kept whole for certain.
+    """
+
+    start: int
+    keep: int
+    recent: int
 
 
 class KaraPolicy:
@@ -54,16 +85,49 @@ class KaraPolicy:
         """Whether the second moments of all queries must be held."""
         return self.compresses and self.score.moments
 
-    @property
-    def open_limit(self) -> int:
-        """Open tokens that a sequence has at most once its due windows are sealed: W + R - 1."""
-        return self.config.window + self.config.recent - 1
-
-    def windows_due(self, open_tokens: int) -> int:
-        """Windows to seal with `open_tokens` behind the last sealed one: one while W + R or more remain. None where
-        everything is kept.
+    def kept_of(self, start: int) -> int:
+        """Tokens that every KV head keeps of the window that starts at a true position: k, or its sinks if these are
+        more.
         """
-        return 0 if not self.compresses else max(0, (open_tokens - self.config.recent) // self.config.window)
+        return max(self.config.kept_per_window, self.config.sinks_from(start))
+
+    def recent_of(self, settled: int) -> int:
+        """R: tokens that stay whole behind `settled` slots; of a share of what is held, the fewest that make it up."""
+        recent = self.config.recent
+        if isinstance(recent, float):
+            return math.ceil(recent * settled / (1 - recent) - 1e-9)
+        return recent
+
+    def open_limit(self, sequence: Counts) -> int:
+        """Open tokens that a sequence can have before a window is due: W + R - 1."""
+        return self.config.window + self.certain(sequence) - 1
+
+    def certain(self, sequence: Counts) -> int:
+        """Newest tokens that stay open when the next window seals."""
+        return self.recent_of(sequence.settled + self.kept_of(sequence.tokens - sequence.open))
+
+    def newest(self, sequence: Counts) -> int:
+        """Newest tokens that are recent now."""
+        recent = self.config.recent
+        if isinstance(recent, float):
+            recent = math.ceil(recent * (sequence.settled + sequence.open) - 1e-9)
+        return min(recent, sequence.open)
+
+    def due(self, sequence: Counts) -> list[Seal]:
+        """The windows to seal, oldest first: one while W + R or more tokens are open. None where everything is kept."""
+        found: list[Seal] = []
+        width, left = self.config.window, sequence.open
+        if not self.compresses or left < width:
+            return found
+        start, settled = sequence.tokens - left, sequence.settled
+        while left >= width:
+            keep = self.kept_of(start)
+            recent = self.recent_of(settled + keep)
+            if left - width < recent:
+                break
+            found.append(Seal(start, keep, recent))
+            start, left, settled = start + width, left - width, settled + keep
+        return found
 
     def select(self, window: Window) -> torch.Tensor:
         """Tokens of a window that survive where fewer than all do, ``[b, H, k]`` int64, ascending.
@@ -79,6 +143,22 @@ class KaraPolicy:
             )
         if self.watch is not None:
             self.watch(window, scores)
-        if self.score.chunks:
-            return token2chunk(scores, window.keep, window.anchors)
-        return top_tokens(scores, window.keep)
+        return self.pick(window, scores, self.score.chunks)
+
+    def pick(self, window: Window, scores: torch.Tensor, chunks: bool) -> torch.Tensor:
+        """The sinks in a window, and of its other tokens those of the best `scores` ``[b, H, W]``: ``[b, H, k]``.
+
+        Sinks stand aside: what is left of k is chosen of the other tokens as if the window began behind them.
+        """
+        sinks = [self.config.sinks_from(start) for start in window.starts]
+        if not any(sinks):
+            return token2chunk(scores, window.keep, window.anchors if chunks else window.keep)
+        kept = torch.empty(*scores.shape[:2], window.keep, dtype=torch.int64, device=scores.device)
+        for count in set(sinks):
+            alike = torch.tensor([b for b, other in enumerate(sinks) if other == count], device=scores.device)
+            kept[alike, :, :count] = torch.arange(count, device=scores.device)
+            rest = window.keep - count
+            if rest:
+                anchors = (self.config.anchors_of(rest) if count else window.anchors) if chunks else rest
+                kept[alike, :, count:] = token2chunk(scores[alike, :, count:], rest, anchors) + count
+        return kept

@@ -11,6 +11,8 @@ from .votes import observe
 
 POWERS = {"l2": 2, "l1": 1}  # by metric: what attention probabilities are raised to before they are summed
 
+Voters = tuple[tuple[int, int], ...]  # stretches of true positions whose queries voted, ascending
+
 
 class KVCompressPolicy:
     """Decides per sequence, over the rows of all its layers: every row may keep a different number of blocks.
@@ -69,6 +71,26 @@ class KVCompressPolicy:
         share = np.ceil((full - certain) * rows * config.retention).astype(np.int64)
         return np.maximum(certain * rows + share, np.minimum(full, config.least_blocks + 1) * rows)
 
+    def newest(self, tokens: int) -> int:
+        """Newest tokens that are protected once `tokens` were seen: of a share at most as many as leave every row a
+        block for others.
+        """
+        config = self.config
+        if not isinstance(config.protected, float):
+            return config.protected
+        if config.max_cache_tokens is not None:
+            return max(1, round(config.protected * config.max_cache_tokens))
+        assert config.retention is not None
+        full = -(-tokens // config.block_size)
+        certain = min(full, config.least_blocks)
+        blocks = max(certain + int((full - certain) * config.retention), min(full, config.least_blocks + 1))
+        most = (blocks - 1) * config.block_size - config.sinks - config.floor
+        return max(1, min(most, round(config.protected * blocks * config.block_size)))
+
+    def least_blocks(self, tokens: np.ndarray) -> np.ndarray:
+        """Blocks that no row of a sequence is cut below once `tokens` ``[B]`` were seen, ``[B]``."""
+        return np.array([self.config.blocks_of(self.newest(int(count))) for count in tokens], np.int64)
+
     def quota(
         self, tokens: int | np.ndarray, rows: int, used_blocks: int | np.ndarray, ahead: int | np.ndarray
     ) -> np.ndarray:
@@ -88,7 +110,7 @@ class KVCompressPolicy:
         return np.maximum(0, np.asarray(used_blocks) + ahead - self.budget_blocks(then, rows))
 
     def evictable(self, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Which tokens may go: neither a sink nor among the newest ``protected``.
+        """Which tokens may go: neither a sink nor among the `newest`.
 
         Args:
             positions: ``[B, R, N]`` integer, true position of the token in every slot.
@@ -97,7 +119,8 @@ class KVCompressPolicy:
         Returns:
             ``[B, R, N]`` bool. Slots that hold no token give anything.
         """
-        return (positions >= self.config.sinks) & (positions < tokens[:, None, None] - self.config.protected)
+        newest = torch.tensor([self.newest(count) for count in tokens.tolist()], device=tokens.device)
+        return (positions >= self.config.sinks) & (positions < (tokens - newest)[:, None, None])
 
     def observe(
         self,
@@ -122,19 +145,22 @@ class KVCompressPolicy:
             queries, keys, scaling=scaling, softcap=softcap, sink_logits=sink_logits, power=self.power, pool=pool
         )
 
-    def ranking(self, votes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def ranking(self, votes: torch.Tensor, positions: torch.Tensor, voters: list[Voters] | None = None) -> torch.Tensor:
         """What tokens are ranked by, larger is better kept: their votes, or what a control puts in their place.
 
         Args:
             votes: ``[B, R, N]`` float32. Read only where there are `votes`.
             positions: ``[B, R, N]`` integer, true position of the token in every slot.
+            voters: of each sequence; needed for the mean.
 
         Returns:
             ``[B, R, N]`` float32.
         """
         if self.config.metric == "recency":
             return positions.float()
-        return noise(self.config.seed, positions) if self.config.metric == "random" else votes
+        if self.config.metric == "random":
+            return noise(self.config.seed, positions)
+        return votes if self.config.votes == "sum" or voters is None else votes / could_vote(positions, voters)
 
     def evict(
         self,
@@ -144,6 +170,7 @@ class KVCompressPolicy:
         tokens: np.ndarray,
         quota: np.ndarray,
         weights: torch.Tensor | None = None,
+        voters: list[Voters] | None = None,
     ) -> Eviction:
         """Frees `quota` blocks of each sequence, or as many as protected tokens and the floor allow.
 
@@ -154,12 +181,13 @@ class KVCompressPolicy:
             tokens: ``[B]`` integer, tokens seen, on the host.
             quota: ``[B]`` integer, from `quota`, on the host.
             weights: ``[R]`` integer, rows that each row stands for; None: itself alone.
+            voters: of each sequence, as in `ranking`.
 
         Returns:
             See `kara_hf.policy.evict`.
         """
         device = metric.device
-        ranking = self.ranking(metric, positions)
+        ranking = self.ranking(metric, positions, voters)
         if self.watch is not None:
             self.watch(ranking, positions, lengths)
         return evict(
@@ -168,10 +196,19 @@ class KVCompressPolicy:
             lengths,
             torch.as_tensor(quota, device=device),
             block_size=self.config.block_size,
-            least=self.config.least_blocks,
+            least=torch.from_numpy(self.least_blocks(tokens)).to(device),
             levels=self.config.levels,
             weights=weights,
         )
+
+
+def could_vote(positions: torch.Tensor, voters: list[Voters]) -> torch.Tensor:
+    """How many of the `voters` of each sequence came at or behind each of `positions` ``[B, R, N]``, at least 1."""
+    counts = []
+    for row, stretches in zip(positions, voters, strict=True):
+        behind = [(stop - row.clamp(min=start)).clamp(min=0) for start, stop in stretches]
+        counts.append(sum(behind, torch.zeros_like(row)).clamp(min=1))
+    return torch.stack(counts)
 
 
 def noise(seed: int, positions: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,10 @@ class Window:
     Attributes:
         rows: H, rows that a sequence has in the store: its KV heads, or 1 where all heads share one latent row.
         keys: ``[b, H, W, D]``, as attention saw them; of every query head where a latent row is expanded.
-        queries: ``[b, Hq, W, D]`` of the same tokens, or None for a score registered with ``queries=False``.
-        later: ``[b, Hq, R, D]`` of the R tokens behind the window, which are kept whole, or None as `queries`.
+        queries: ``[b, Hq, n, D]`` of the same tokens or of a sample of n, those of `kara_hf.kernels.sampled_places`, or
+            None for a score registered with ``queries=False``.
+        later: ``[b, Hq, R, D]`` of the R recent tokens behind the window, which are kept whole, or of as many as the
+            same sampling hits, perhaps none; or None as `queries`.
         moments: sums of q q^T over all queries of the sequence so far and the heads that share a key, ``[b, H, D, D]``
             float32, or None for a score registered with ``moments=False``.
         scaling: the layer's factor on q.k.
@@ -29,6 +31,8 @@ class Window:
         keep: k, tokens that will be kept per head.
         anchors: m, tokens that Token2Chunk picks singly.
         seed: of the cache.
+        values: ``[b, H, W, Dv]`` as they are stored, which is one latent row for all heads where there is one; or None
+            for a score registered with ``values=False``.
     """
 
     rows: int
@@ -45,6 +49,7 @@ class Window:
     keep: int
     anchors: int
     seed: int
+    values: torch.Tensor | None = None
 
     def attention(self, causal: bool = False) -> torch.Tensor:
         """Mean attention from the window's queries to each key, over the heads of a row: ``[b, H, W]`` float32."""
@@ -69,6 +74,7 @@ class Score:
         rank: from a `Window` to scores ``[b, H, W]``, larger is better.
         queries: whether it needs the window's queries, which must then be held until the window seals.
         moments: whether it needs second moments of queries, D x D numbers for each KV head of a sequence.
+        values: whether it needs the window's values, which are then read from the store.
         chunks: whether Token2Chunk expands its best tokens; otherwise the k best are kept.
     """
 
@@ -76,13 +82,14 @@ class Score:
     queries: bool
     moments: bool
     chunks: bool
+    values: bool = False
 
 
 SCORES: dict[str, Score] = {}
 
 
 def register_score(
-    name: str, *, queries: bool = False, moments: bool = False, chunks: bool = False
+    name: str, *, queries: bool = False, moments: bool = False, values: bool = False, chunks: bool = False
 ) -> Callable[[Callable[[Window], torch.Tensor]], Callable[[Window], torch.Tensor]]:
     """Makes a function from `Window` to scores ``[b, H, W]`` selectable as ``score=name``.
 
@@ -93,7 +100,7 @@ def register_score(
     def register(rank: Callable[[Window], torch.Tensor]) -> Callable[[Window], torch.Tensor]:
         if name in SCORES:
             raise ValueError(f"score {name!r} is registered already; choose another name")
-        SCORES[name] = Score(rank, queries, moments, chunks)
+        SCORES[name] = Score(rank, queries, moments, chunks, values)
         return rank
 
     return register
@@ -132,6 +139,31 @@ def key_norm(window: Window) -> torch.Tensor:
     measure before use.
     """
     return window.keys.float().norm(dim=-1).unflatten(1, (window.rows, -1)).mean(2)
+
+
+@register_score("key-difference")
+def key_difference(window: Window) -> torch.Tensor:
+    """How little a key points where the window's keys point on average: 1 - cosine (KeyDiff, arXiv 2504.15364).
+
+    Keys of tokens that are told apart get more attention than keys of the crowd. Nothing has to be held for it.
+    """
+    keys = window.keys.float()
+    likeness = torch.nn.functional.cosine_similarity(keys, keys.mean(2, keepdim=True), dim=-1)
+    return (1 - likeness).unflatten(1, (window.rows, -1)).mean(2)
+
+
+@register_score("key-distance")
+def key_distance(window: Window) -> torch.Tensor:
+    """How far a key lies from the window's mean key: key-difference with lengths. Ours; nothing has to be held."""
+    keys = window.keys.float()
+    return (keys - keys.mean(2, keepdim=True)).norm(dim=-1).unflatten(1, (window.rows, -1)).mean(2)
+
+
+@register_score("value-norm", values=True)
+def value_norm(window: Window) -> torch.Tensor:
+    """Norm of the value: what a token adds to the output where it is attended to. Ours, as a control."""
+    assert window.values is not None, "the score is registered with values=False"
+    return window.values.float().norm(dim=-1)
 
 
 @register_score("random")

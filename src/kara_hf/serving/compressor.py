@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..policy import KaraPolicy, Window
+from ..storage import Sampling
 from .config import ServingConfig
 from .queries import QueryPool
 
@@ -20,7 +21,7 @@ class ServedRequest:
         stored: tokens in the pool.
         evicted: tokens dropped: a stored token behind them is at position number + evicted.
         windows: windows sealed so far.
-        slots: where the queries of the open tokens are, oldest first; empty for a score without queries.
+        slots: where those queries of open tokens that are held are, oldest first; empty for a score without queries.
     """
 
     key: str
@@ -34,15 +35,23 @@ class ServedRequest:
     def open(self) -> int:
         return self.stored - self.settled
 
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return self.stored + self.evicted
+
 
 @dataclass(frozen=True)
 class EvictionPlan:
-    """What is done to one request: of the first `width` tokens in each of `count` windows `keep` stay in every head."""
+    """What is done to one request: of the first `width` tokens in each of `count` windows `keep` stay in every head.
+    Each is judged by `queries` of its own and of the tokens behind it.
+    """
 
     request: ServedRequest
     count: int
     width: int
     keep: int
+    queries: int
 
     @property
     def dropped(self) -> int:
@@ -61,25 +70,32 @@ class Compressor:
 
     Attributes:
         queries: of open tokens, for scores that need them.
+        sampling: of which open tokens.
     """
 
     def __init__(self, config: ServingConfig):
         self.config, self.policy = config, KaraPolicy(config.kara)
         self.queries = QueryPool()
+        self.sampling = Sampling(config.kara.queries or config.kara.window, config.kara.window)
 
     @property
     def least(self) -> int:
         """Tokens behind a prompt from which on a request can be compressed."""
-        return self.config.kara.window + self.config.kara.recent
+        return self.policy.open_limit(ServedRequest("", 0, 0)) + 1
 
     def plan(self, request: ServedRequest) -> EvictionPlan | None:
         """What is due in a request, or None."""
-        kara, count = self.config.kara, self.policy.windows_due(request.open)
-        if not count:
+        width, due = self.config.kara.window, self.policy.due(request)
+        if not due:
             return None
         if self.config.unit == "trace":
-            return EvictionPlan(request, 1, request.open - kara.recent, kara.kept_per_window)
-        return EvictionPlan(request, count, kara.window, kara.kept_per_window)
+            return EvictionPlan(request, 1, request.open - due[0].recent, self.policy.kept_of(request.settled), 0)
+        # A plan is of windows of which equally many tokens stay, judged by equally many queries.
+        plans = [
+            (seal.keep, self.sampling.place(width + seal.recent) if self.policy.needs_queries else 0) for seal in due
+        ]
+        keep, queries = plans[0]
+        return EvictionPlan(request, plans.count(plans[0]), width, keep, queries)
 
     def due(self, requests: Sequence[ServedRequest], page: int) -> list[EvictionPlan]:
         """The plans of the K requests that give most blocks of `page` tokens back, earlier ones first among equals."""
@@ -88,15 +104,22 @@ class Compressor:
         return plans[: self.config.max_requests]
 
     def select(
-        self, layer: int, plans: Sequence[EvictionPlan], keys: torch.Tensor, scaling: float, softcap: float | None
+        self,
+        layer: int,
+        plans: Sequence[EvictionPlan],
+        keys: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
+        values: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Survivors in one layer.
 
         Args:
             layer: its index.
-            plans: of equal width.
+            plans: that differ in request and number of windows alone.
             keys: of all their windows, ``[b, H, width, D]``.
             scaling, softcap: of the layer's logits.
+            values: of all their windows, ``[b, H, width, Dv]``, for a score that needs them.
 
         Returns:
             ``[b, H, keep]`` int64 places in the windows, ascending.
@@ -106,12 +129,14 @@ class Compressor:
         """
         kara, width = self.config.kara, plans[0].width
         queries = later = None
+        trace = self.config.unit == "trace"  # its window begins at the prompt again, and sinks are there still
         windows = [(plan.request, number) for plan in plans for number in range(plan.count)]
         if self.policy.needs_queries:
             pool = self.queries.layers[layer]
-            places = [request.slots[n * width : (n + 1) * width + kara.recent] for request, n in windows]
-            found = pool[torch.tensor(places, device=pool.device)].transpose(1, 2)  # [b, Hq, width + recent, D]
-            queries, later = found[:, :, :width], found[:, :, width:]
+            own, all_of_them = self.sampling.place(width), plans[0].queries
+            places = [request.slots[n * own : n * own + all_of_them] for request, n in windows]
+            found = pool[torch.tensor(places, device=pool.device)].transpose(1, 2)
+            queries, later = found.tensor_split([own], dim=2)
         window = Window(
             rows=keys.shape[1],
             keys=keys,
@@ -122,13 +147,20 @@ class Compressor:
             softcap=softcap,
             layer=layer,
             sequences=list(range(len(windows))),
-            starts=[request.settled + request.evicted + n * width for request, n in windows],
+            starts=[request.settled + n * width + (0 if trace else request.evicted) for request, n in windows],
             ordinals=[request.windows + n for request, n in windows],
             keep=plans[0].keep,
-            anchors=kara.anchors,
+            anchors=kara.anchors_of(plans[0].keep),
             seed=kara.seed,
+            values=values,
         )
         return self.policy.select(window)
+
+    def slots(self, request: ServedRequest) -> list[int]:
+        """For the queries of all open tokens of a request, those that have come just now among them."""
+        needed = request.open if self.sampling.every else self.sampling.place(request.open - 1) + 2
+        request.slots += self.queries.take(max(0, needed - len(request.slots)))
+        return list(request.slots)
 
     def done(self, plan: EvictionPlan) -> None:
         """Books a cut that was carried out."""
@@ -138,8 +170,9 @@ class Compressor:
         request.windows += plan.count
         if self.config.unit == "window":
             request.settled += plan.count * plan.keep
-        self.queries.give(request.slots[:seen])
-        del request.slots[:seen]
+        sampled = self.sampling.place(seen)
+        self.queries.give(request.slots[:sampled])
+        del request.slots[:sampled]
 
     def drop(self, request: ServedRequest) -> None:
         """Forgets a request that is gone."""

@@ -72,6 +72,12 @@ class ServingConfig(Settings):
             True,
             "False while serving, since requests share the blocks of their prompts",
         )
+        require(
+            self.unit == "window" or is_int(self.kara.recent),
+            "recent",
+            self.kara.recent,
+            'a number of tokens with unit="trace"',
+        )
         policy = KaraPolicy(self.kara)
         require(
             not policy.needs_moments, "score", self.kara.score, "one that needs no moments of queries while serving"

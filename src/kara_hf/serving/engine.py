@@ -23,6 +23,7 @@ from .compressor import Compressor, EvictionPlan, ServedRequest
 from .config import ServingConfig
 from .metrics import ServingMetrics
 from .pool import Pool
+from .queries import Brought, Places
 from .seams import SLIDING, check_internals
 from .survivors import Logits, choose_each
 
@@ -72,7 +73,8 @@ class Engine:
         self.limits = Limits.of(model, self.pool.capacity)
         self._known: dict[str, tuple[Any, ServedRequest]] = {}  # by id: the engine's state, and what we know of it
         self._turn = 0  # evicted tokens of the request that the engine deals with just now
-        self._columns = self._slots = torch.zeros(0, dtype=torch.int64)  # of the batch: whose queries are held, where
+        self._brought: list[Brought] = []  # of the batch: whose queries are held
+        self._places: dict[tuple[int, int], Places] = {}  # where they are, by query heads and those of a KV head
         self._logits: Logits = {}
         processor._generation_step = self._step
         self.scheduler.schedule_batch = self._schedule
@@ -178,8 +180,7 @@ class Engine:
         turns = [0 if request is None else request.evicted for request in known]
         _own(self.batch, "prepare_batch_tensors")(_Turns(requests_in_batch, turns, self), *args, **kwargs)
         shifts: list[int] = []
-        columns: list[int] = []
-        slots: list[int] = []
+        brought: list[Brought] = []
         for future, request, shift in zip(requests_in_batch, known, turns, strict=True):
             length, start = future.query_length, len(shifts)
             shifts += [shift] * length
@@ -187,15 +188,15 @@ class Engine:
                 continue
             request.stored = future.state.position_offset
             if self.compressor.policy.needs_queries:
-                new = request.open - len(request.slots)
-                request.slots += self.compressor.queries.take(new)
-                columns += range(start + length - new, start + length)
-                slots += request.slots[-new:] if new else []
+                new = min(length, request.open)
+                if new:
+                    slots = self.compressor.slots(request)
+                    brought.append(Brought(start + length - new, request.open - new, new, slots))
         if any(shifts):
             ids = self.batch.position_ids
             ids[: len(shifts)] += torch.tensor(shifts, dtype=ids.dtype, device=ids.device)
-        self._columns = torch.tensor(columns, dtype=torch.int64, device=self.cache.device)
-        self._slots = torch.tensor(slots, dtype=torch.int64, device=self.cache.device)
+        self._brought = brought
+        self._places.clear()
         self._count(len(requests_in_batch))
 
     def _step(self, model: Any) -> None:
@@ -250,8 +251,14 @@ class Engine:
     def record(self, layer: int, query: torch.Tensor, scaling: float | None, softcap: float | None) -> None:
         """Holds the queries of open tokens of a layer, of ``[1, Hq, T, D]`` as attention sees them."""
         self._logits[layer] = (scaling or query.shape[-1] ** -0.5, softcap)
-        if len(self._slots):
-            self.compressor.queries.put(layer, self._slots, query[0].transpose(0, 1)[self._columns])
+        if not self._brought:
+            return
+        heads = query.shape[1]
+        shape = heads, heads // self.pool.heads(layer)
+        if shape not in self._places:
+            sampling, device = self.compressor.sampling, self.cache.device
+            self._places[shape] = Places.of(self._brought, sampling, *shape, device)
+        self.compressor.queries.put(layer, self._places[shape], query[0])
 
     # -------------------------------------------------------------------------------------------------- what is known
     def _find(self, state: Any) -> ServedRequest | None:

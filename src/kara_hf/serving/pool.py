@@ -81,10 +81,20 @@ class Pool:
         rows: list[int] = self.allocator.get_read_indices(request.key, 0, request.stored)
         return rows[request.settled :]
 
+    def heads(self, layer: int) -> int:
+        """KV heads of a layer."""
+        heads: int = self.allocator._kv_token_views[layer][0].shape[1]
+        return heads
+
     def keys(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """The keys of a layer in `rows` ``[T]`` int64, as ``[T, H, D]``."""
         keys: torch.Tensor = self.allocator._kv_token_views[layer][0][rows]
         return keys
+
+    def values(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """As `keys` the values, ``[T, H, Dv]``."""
+        values: torch.Tensor = self.allocator._kv_token_views[layer][1][rows]
+        return values
 
     def unshare(self, plan: EvictionPlan) -> bool:
         """Makes the blocks that a plan writes to the request's own, by copying those it shares. False without room."""

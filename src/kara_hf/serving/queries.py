@@ -1,6 +1,12 @@
 """Queries of open tokens of all requests of an engine, in slots that any request may use."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 import torch
+
+from ..storage import Sampling
 
 
 class QueryPool:
@@ -48,8 +54,56 @@ class QueryPool:
             self.layers.clear()
             self._free, self.slots = [], 0
 
-    def put(self, layer: int, slots: torch.Tensor, queries: torch.Tensor) -> None:
-        """Writes `queries` ``[n, Hq, D]`` of a layer to `slots` ``[n]`` int64."""
+    def put(self, layer: int, brought: "Places", queries: torch.Tensor) -> None:
+        """Writes those of `queries` ``[Hq, T, D]`` of a layer in a step that are held to where they are held."""
+        heads = queries.shape[0]
+        flat = self._of(layer, queries, heads).flatten(0, 1)
+        flat.index_copy_(0, brought.slots * heads + brought.heads, queries[brought.heads, brought.columns])
+
+    def _of(self, layer: int, queries: torch.Tensor, heads: int) -> torch.Tensor:
         if layer not in self.layers:
-            self.layers[layer] = queries.new_zeros(self.slots, *queries.shape[1:])
-        self.layers[layer].index_copy_(0, slots, queries)
+            self.layers[layer] = queries.new_zeros(self.slots, heads, queries.shape[-1])
+        return self.layers[layer]
+
+
+@dataclass(frozen=True)
+class Brought:
+    """Open tokens that a step brings of one request.
+
+    Attributes:
+        column: of the first of them in the step.
+        before: open tokens in front of it.
+        new: how many they are.
+        slots: of all open tokens of the request.
+    """
+
+    column: int
+    before: int
+    new: int
+    slots: list[int]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which queries of a step are held and where: slots, query heads and columns of the step, ``[N]`` int64 each."""
+
+    slots: torch.Tensor
+    heads: torch.Tensor
+    columns: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, brought: Sequence[Brought], sampling: Sampling, heads: int, group: int, device: torch.device
+    ) -> "Places":
+        """Of a layer with so many query heads, `group` for each KV head."""
+        sampling = replace(sampling, group=group)
+        slots, columns = [], []
+        for part in brought:
+            first, last = sampling.place(part.before), sampling.places(part.before + part.new)
+            tokens = sampling.tokens_of(first, last).clip(max=part.before + part.new - 1) - part.before
+            columns.append(np.where(tokens < 0, -1, part.column + tokens))
+            slots.append(part.slots[first:last])
+        chosen = np.tile(np.concatenate(columns, 1), (heads // group, 1))
+        head, place = np.nonzero(chosen >= 0)
+        found = np.concatenate(slots).astype(np.int64)[place], head, chosen[head, place]
+        return cls(*(torch.from_numpy(part).to(device) for part in found))

@@ -35,14 +35,18 @@ def choose(pool: Pool, compressor: Compressor, logits: Logits, plans: Sequence[E
         ValueError: a score is NaN. Otherwise what a score raises.
     """
     chosen: Survivors = {plan.request.key: {} for plan in plans}
-    for width in sorted({plan.width for plan in plans}):
-        group = [plan for plan in plans if plan.width == width]
+    kinds = {(plan.width, plan.keep, plan.queries) for plan in plans}
+    for width, keep, queries in sorted(kinds):
+        group = [plan for plan in plans if (plan.width, plan.keep, plan.queries) == (width, keep, queries)]
         places = [pool.open_rows(plan.request)[: plan.count * width] for plan in group]
         rows = torch.tensor([row for part in places for row in part], device=pool.cache.device)
         for layer in pool.layers:
             keys = pool.keys(layer, rows).unflatten(0, (-1, width)).transpose(1, 2)
             scaling, softcap = logits.get(layer, (keys.shape[-1] ** -0.5, None))
-            kept = compressor.select(layer, group, keys, scaling, softcap)
+            values = None
+            if compressor.policy.score.values:
+                values = pool.values(layer, rows).unflatten(0, (-1, width)).transpose(1, 2)
+            kept = compressor.select(layer, group, keys, scaling, softcap, values)
             for plan, part in zip(group, kept.split([plan.count for plan in group]), strict=True):
                 chosen[plan.request.key][layer] = part
     return chosen

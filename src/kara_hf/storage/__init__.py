@@ -5,7 +5,7 @@ from .followers import FollowerStore, paged_store
 from .meter import MemoryMeter, PoolExhausted
 from .paged import PagedStore
 from .prompt import Prompt
-from .queries import QueryBuffer, QueryMoments
+from .queries import QueryBuffer, QueryMoments, Sampling
 from .store import Store
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Prompt",
     "QueryBuffer",
     "QueryMoments",
+    "Sampling",
     "Store",
     "paged_store",
     "upload",

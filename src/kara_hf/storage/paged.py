@@ -289,9 +289,16 @@ class PagedStore(Store):
         stored whole: ``[b, K, tokens, Dk]``.
         """
         slots = self.rows().of_keys(self.slots(start, tokens))
-        table = self.keys.table[self._index(sequences)]
-        flat = slot_index(table, slots, self.block_size)
-        return self.keys.pools[0].flatten(0, 1)[flat]
+        return self._read_slots(self.keys, sequences, slots)
+
+    def window_values(self, sequences: np.ndarray, start: np.ndarray, tokens: int) -> torch.Tensor:
+        """As `window` the values, of all heads: ``[b, H, tokens, Dv]``."""
+        return self._read_slots(self.values, sequences, self.slots(start, tokens))
+
+    def _read_slots(self, blocks: Blocks, sequences: np.ndarray, slots: torch.Tensor) -> torch.Tensor:
+        """What the first pool of `blocks` has in `slots` ``[b, K, n]`` of the named sequences, ``[b, K, n, D]``."""
+        flat = slot_index(blocks.table[self._index(sequences)], slots, self.block_size)
+        return blocks.pools[0].flatten(0, 1)[flat]
 
     def slots(self, start: np.ndarray, tokens: int) -> torch.Tensor:
         """Logical slots `start` ``[b]`` to `start` + `tokens` for every head: ``[b, H, tokens]`` int32."""

@@ -1,26 +1,85 @@
 """What windows are scored with when their turn comes: the queries of tokens that are not sealed yet, or moments of all
 queries that there were."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from ..kernels import as_sdpa
 from .meter import MemoryMeter
 
-GROWTH = 32  # places added at once
+GROWTH = 32  # places added at once where every token has one
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which of a sequence's open tokens have their queries held: n of every window of W for every query head.
+
+    Token j of them, counted from 0, has place j * n // W, which it shares with its neighbours. The last of these is the
+    one whose query is read, so that a step which cannot look may write every token's query to its place. The G heads
+    that share a key take tokens a G-th of such a stretch apart; see `kara_hf.kernels.sampled_places`.
+    """
+
+    count: int
+    window: int
+    group: int = 1
+
+    @property
+    def every(self) -> bool:
+        """Whether all queries are held."""
+        return self.count == self.window
+
+    @property
+    def growth(self) -> int:
+        """Places that a buffer adds at once."""
+        return max(1, GROWTH * self.count // self.window)
+
+    @property
+    def earlier(self) -> list[int]:
+        """By how many tokens each head of a group is ahead of the first."""
+        return [member * self.window // (self.count * self.group) for member in range(self.group)]
+
+    def place(self, token: int) -> int:
+        """Of token j in the first head; also how many queries of j tokens every head holds for certain."""
+        return token * self.count // self.window
+
+    def places(self, tokens: int) -> int:
+        """Places that `tokens` tokens are written to."""
+        return self.place(tokens - 1 + self.earlier[-1]) + 1 if tokens else 0
+
+    def tokens(self, places: int) -> int:
+        """The most tokens that can be written to so many places."""
+        return max(0, -(-places * self.window // self.count) - self.earlier[-1])
+
+    def tokens_of(self, first: int, last: int) -> np.ndarray:
+        """The tokens whose queries are held in places `first` to `last`, by head of a group ``[G, n]``."""
+        ends = (np.arange(first + 1, last + 1) * self.window - 1) // self.count
+        return ends - np.array(self.earlier)[:, None]
 
 
 class QueryBuffer:
-    """Queries of every sequence's open tokens, oldest first, ``[B, Hq, C, D]``; all bytes go through the meter.
+    """Queries of every sequence's open tokens, or of a sample of them, oldest first, ``[B, Hq, C, D]``; all bytes go
+    through the meter.
 
     Queries of another dtype are rounded to that of the buffer: they rank tokens, and attend to none.
-    How many of a sequence's C places are in use is the caller's knowledge: it is the number of its open tokens.
+    How many open tokens a sequence has is the caller's knowledge; all counts are of these.
+
+    Args:
+        sampling: which tokens; None: all.
     """
 
     def __init__(
-        self, sequences: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, meter: MemoryMeter
+        self,
+        sequences: int,
+        heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        meter: MemoryMeter,
+        sampling: Sampling | None = None,
     ):
-        self.meter = meter
+        self.meter, self.sampling = meter, sampling or Sampling(1, 1)
         self.buffer = meter.zeros((sequences, heads, 0, dim), dtype, device)
 
     @property
@@ -28,40 +87,69 @@ class QueryBuffer:
         """C, of every sequence."""
         return self.buffer.shape[2]
 
-    def reserve(self, places: int) -> None:
-        """Makes room for `places` queries of every sequence. Raises `PoolExhausted`; nothing is lost then."""
+    def reserve(self, tokens: int) -> None:
+        """Makes room for queries of `tokens` of every sequence. Raises `PoolExhausted`; nothing is lost then."""
+        places = self.sampling.places(tokens)
         if places > self.places:
-            self._resize(-(-places // GROWTH) * GROWTH)
+            self._resize(self._rounded(places))
 
-    def put(self, queries: torch.Tensor, places: torch.Tensor) -> None:
-        """Writes one query ``[B, Hq, 1, D]`` of every sequence to its place ``[B, 1]`` int64, which must be there."""
-        self.buffer.scatter_(2, places[:, None, :, None].expand_as(queries), queries.to(self.buffer.dtype))
+    def put(self, queries: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Takes one query ``[B, Hq, 1, D]`` of every sequence, of its token ``[B, 1]`` int64, for which there is room.
+
+        Waits for nothing: it is written whether it is one of the sample or not.
+        """
+        places, sampling = tokens.expand(-1, queries.shape[1]), self.sampling
+        if not sampling.every:
+            member = torch.arange(queries.shape[1], device=tokens.device) % sampling.group
+            earlier = member * sampling.window // (sampling.count * sampling.group)
+            places = (places + earlier) * sampling.count // sampling.window
+        self.buffer.scatter_(2, places[:, :, None, None].expand_as(queries), queries.to(self.buffer.dtype))
 
     def append(self, queries: torch.Tensor, filled: np.ndarray, real: torch.Tensor | None = None) -> None:
-        """Adds `queries` ``[B, Hq, S, D]`` behind the `filled` ``[B]`` ones, those where `real` ``[B, S]`` says so."""
-        new, places = queries.shape[2], filled.tolist()
-        self.reserve(max(places) + new)
-        if real is None and min(places) == max(places):
-            self.buffer.narrow(2, places[0], new).copy_(queries)
+        """Adds `queries` ``[B, Hq, S, D]`` of tokens behind `filled` ``[B]`` ones, where `real` ``[B, S]`` says so."""
+        tokens = filled.tolist()
+        self.reserve(max(tokens) + queries.shape[2])
+        if real is None and min(tokens) == max(tokens):
+            self._write(self.buffer, queries, tokens[0])
             return
-        for b, start in enumerate(places):
-            chosen = queries[b] if real is None else queries[b][:, real[b]]
-            self.buffer[b, :, start : start + chosen.shape[1]] = chosen
+        for b, start in enumerate(tokens):
+            self._write(self.buffer[b], queries[b] if real is None else queries[b][:, real[b]], start)
+
+    def _write(self, buffer: torch.Tensor, queries: torch.Tensor, start: int) -> None:
+        """Those of `queries` ``[..., Hq, S, D]`` of tokens from `start` on that are of the sample, or may be yet."""
+        new, sampling = queries.shape[-2], self.sampling
+        if sampling.every or not new:
+            buffer.narrow(-2, start, new).copy_(queries)
+            return
+        first, last = sampling.place(start), sampling.places(start + new)
+        chosen = sampling.tokens_of(first, last).clip(max=start + new - 1) - start
+        chosen = np.tile(chosen, (buffer.shape[-3] // sampling.group, 1))[..., None]
+        index = torch.from_numpy(chosen.clip(min=0)).to(queries.device)
+        found = queries.gather(-2, index.expand(*queries.shape[:-2], -1, queries.shape[-1])).to(buffer.dtype)
+        held = buffer.narrow(-2, first, last - first)
+        held.copy_(torch.where(torch.from_numpy(chosen >= 0).to(queries.device), found, held))
 
     def window(self, sequences: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Queries of places `start` to `stop` of the named sequences: ``[b, Hq, stop - start, D]``."""
-        return self.buffer[sequences, :, start:stop]
+        """Queries of tokens `start` to `stop` of the named sequences: ``[b, Hq, n, D]``."""
+        return self.buffer[sequences, :, self.sampling.place(start) : self.sampling.place(stop)]
 
     def forget(self, sequences: torch.Tensor, first: int) -> None:
-        """Forgets the oldest `first` queries of the named sequences."""
-        rest = self.buffer[sequences, :, first:]
+        """Forgets the oldest `first` tokens of the named sequences; where queries are sampled, whole windows."""
+        rest = self.buffer[sequences, :, self.sampling.place(first) :]
         self.buffer[sequences, :, : rest.shape[2]] = rest
 
     def shrink(self, filled: np.ndarray, room: int) -> None:
-        """Gives memory back down to `room` places, or as many as are in use, rounded up."""
-        needed = -(-max(room, int(filled.max(initial=0))) // GROWTH) * GROWTH
+        """Gives memory back down to room for `room` tokens, or as many as there are, rounded up."""
+        needed = self._rounded(self.sampling.places(max(room, int(filled.max(initial=0)))))
         if self.places > needed:
             self._resize(needed)
+
+    def _rounded(self, places: int) -> int:
+        return -(-places // self.sampling.growth) * self.sampling.growth
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.nbytes
 
     @torch.inference_mode(False)
     def fork(self, index: torch.Tensor) -> None:
@@ -122,6 +210,10 @@ class QueryMoments:
     def discard_step(self) -> None:
         """Forgets what was not committed."""
         self._pending = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.sums.nbytes
 
     @torch.inference_mode(False)
     def fork(self, index: torch.Tensor) -> None:

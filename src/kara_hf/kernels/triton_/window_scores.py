@@ -1,4 +1,4 @@
-"""window_scores in Triton: two passes over tiles of the W x W attention, which never lies in memory.
+"""window_scores in Triton: two passes over tiles of the n x W attention, which never lies in memory.
 
 The first finds every query's log-sum-exp, the second adds up what each key receives. Nothing is added atomically, so
 the result is the same every time.
@@ -13,7 +13,7 @@ from .common import NOTHING, attention_logits, on_its_device
 from .configs import score_config
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "count"])
 def query_totals_kernel(
     queries,
     keys,
@@ -29,6 +29,7 @@ def query_totals_kernel(
     heads,
     group,
     window,
+    count,
     size,
     PAD: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -36,14 +37,15 @@ def query_totals_kernel(
     SOFTCAP: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Log to base 2 of each query's sum of exponentials: programs (B * Hq, tiles of W).
+    """Log to base 2 of each query's sum of exponentials: programs (B * Hq, tiles of n).
 
-    queries              [B, Hq, W, D], of any strides but the last, any float
+    queries              [B, Hq, n, D], of any strides but the last, any float
     keys                 [B, H, W, D], the same, of the same dtype
-    totals               [B, Hq, W] float32, written
+    totals               [B, Hq, n] float32, written
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // (heads * group), row % (heads * group)
+    earlier = (head % group) * window // (count * group)
     query = tl.program_id(1) * TILE + tl.arange(0, TILE)
     queries += batch * query_stride_b + head * query_stride_h
     keys += batch * key_stride_b + head // group * key_stride_h
@@ -52,13 +54,13 @@ def query_totals_kernel(
     total = tl.zeros([TILE], tl.float32)
     stop = window
     if CAUSAL:
-        stop = tl.minimum(window, (tl.program_id(1) + 1) * TILE)
+        stop = tl.minimum(window, ((tl.program_id(1) + 1) * TILE * window - 1) // count + 1)
     for start in range(0, stop, TILE):
         key = start + tl.arange(0, TILE)
         key_columns = keys + (key.to(tl.int64) * key_stride_s)[None, :]
         logits = attention_logits(
             query_rows,
-            query < window,
+            query < count,
             key_columns,
             key < window,
             scaling,
@@ -72,15 +74,15 @@ def query_totals_kernel(
         )
         seen = (key < window)[None, :]
         if CAUSAL:
-            seen = seen & (key[None, :] <= query[:, None])
+            seen = seen & (key[None, :] <= (((query + 1) * window - 1) // count - earlier)[:, None])
         logits = tl.where(seen, logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
         peak = higher
-    tl.store(totals + row * window + query, peak + tl.log2(total), mask=query < window)
+    tl.store(totals + row * count + query, peak + tl.log2(total), mask=query < count)
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "count"])
 def key_means_kernel(
     queries,
     keys,
@@ -97,6 +99,7 @@ def key_means_kernel(
     heads,
     group,
     window,
+    count,
     size,
     PAD: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -106,9 +109,9 @@ def key_means_kernel(
 ):
     """Mean over the queries of all G heads of what each key receives: programs (B * H, tiles of W).
 
-    queries              [B, Hq, W, D], of any strides but the last, any float
+    queries              [B, Hq, n, D], of any strides but the last, any float
     keys                 [B, H, W, D], the same, of the same dtype
-    totals               [B, Hq, W] float32, of the first pass
+    totals               [B, Hq, n] float32, of the first pass
     scores               [B, H, W] float32, written
     """
     row = tl.program_id(0).to(tl.int64)
@@ -119,16 +122,17 @@ def key_means_kernel(
     received = tl.zeros([TILE], tl.float32)
     first = 0
     if CAUSAL:
-        first = tl.program_id(1) * TILE
+        first = tl.program_id(1) * TILE * count // window
     for member in range(group):
         query_head = head * group + member
+        earlier = member * window // (count * group)
         query_first = queries + batch * query_stride_b + query_head * query_stride_h
-        for start in range(first, window, TILE):
+        for start in range(first, count, TILE):
             query = start + tl.arange(0, TILE)
             query_rows = query_first + (query.to(tl.int64) * query_stride_s)[:, None]
             logits = attention_logits(
                 query_rows,
-                query < window,
+                query < count,
                 key_columns,
                 key < window,
                 scaling,
@@ -140,13 +144,13 @@ def key_means_kernel(
                 TILE,
                 SOFTCAP,
             )
-            place = (batch * heads * group + query_head) * window + query
-            total = tl.load(totals + place, mask=query < window, other=0.0)
-            seen = (query < window)[:, None]
+            place = (batch * heads * group + query_head) * count + query
+            total = tl.load(totals + place, mask=query < count, other=0.0)
+            seen = (query < count)[:, None]
             if CAUSAL:
-                seen = seen & (key[None, :] <= query[:, None])
+                seen = seen & (key[None, :] <= (((query + 1) * window - 1) // count - earlier)[:, None])
             received += tl.sum(tl.where(seen, tl.exp2(logits - total[:, None]), 0.0), 0)
-    tl.store(scores + row * window + key, received / (group * window), mask=key < window)
+    tl.store(scores + row * window + key, received / (group * count), mask=key < window)
 
 
 @on_its_device
@@ -159,17 +163,16 @@ def window_scores(
     causal: bool = False,
 ) -> torch.Tensor:
     """As `kara_hf.kernels.window_scores`."""
-    batch, query_heads, window, size = queries.shape
-    heads = keys.shape[1]
+    batch, query_heads, count, size = queries.shape
+    heads, window = keys.shape[1:3]
     common = common_dtype(queries, keys)
     queries, keys = (part.to(common) for part in (queries, keys))
     queries, keys = (part if part.stride(-1) == 1 else part.contiguous() for part in (queries, keys))
     scores = queries.new_empty(batch, heads, window, dtype=torch.float32)
     if not scores.numel():
         return scores
-    totals = queries.new_empty(batch, query_heads, window, dtype=torch.float32)
+    totals = queries.new_empty(batch, query_heads, count, dtype=torch.float32)
     constants = score_config(queries.dtype, size)
-    tiles = triton.cdiv(window, constants["TILE"])
     settings = (
         scaling,
         softcap or 1.0,
@@ -178,9 +181,11 @@ def window_scores(
         heads,
         query_heads // heads,
         window,
+        count,
         size,
     )
     constants |= {"SOFTCAP": softcap is not None, "CAUSAL": causal}
-    query_totals_kernel[batch * query_heads, tiles](queries, keys, totals, *settings, **constants)
-    key_means_kernel[batch * heads, tiles](queries, keys, totals, scores, *settings, **constants)
+    tiles = [triton.cdiv(number, constants["TILE"]) for number in (count, window)]
+    query_totals_kernel[batch * query_heads, tiles[0]](queries, keys, totals, *settings, **constants)
+    key_means_kernel[batch * heads, tiles[1]](queries, keys, totals, scores, *settings, **constants)
     return scores
