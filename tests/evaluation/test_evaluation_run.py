@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import build
+from support.marks import slow
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 from typer.testing import CliRunner
 
@@ -61,10 +62,11 @@ def measure(evaluator, out, request, task=TASK, **more):
 
 
 # ---------------------------------------------------------------------------------------------------------- what is run
-def test_every_method_answers_the_same_examples_under_every_rule(evaluator, tmp_path):
+@pytest.mark.parametrize("rules", [("query-agnostic",), slow(tuple(RULES))], ids=["one", "all"])
+def test_every_method_answers_the_same_examples_under_every_rule(evaluator, tmp_path, rules):
     names = [name for name, method in METHODS.items() if not method.shares]
     calibration = str(BUNDLED_CALIBRATION)
-    wanted = request(*names, rules=tuple(RULES), n=2, equal="tokens", calibration=calibration)
+    wanted = request(*names, rules=rules, n=2, equal="tokens", calibration=calibration)
     frame = measure(evaluator, tmp_path, wanted)
     for (rule, name), group in frame.groupby(["rule", "method"]):
         assert sorted(group.number) == [0, 1]
@@ -107,8 +109,8 @@ def test_an_answer_is_that_of_generate(evaluator, tmp_path, reasoner):
 def test_methods_hold_equal_bytes(evaluator, tmp_path):
     """Or keep the budget's share of tokens where they cannot hold so little, and show it."""
     names = ("random", "oracle", "key-norm", "mean-square", "kv-compress-uniform", "kara")
-    task = "trace:generated=220"
-    shared = SharedSettings(window=32, recent=8, block_size=2, sinks=2, observation=4)
+    task = "trace:generated=64"
+    shared = SharedSettings(window=16, recent=4, block_size=2, sinks=2, observation=4)
     frame = measure(evaluator, tmp_path, request(*names, budgets=(0.5,), n=2, batch=2, shared=shared), task)
     shares = {name: group.settings.iloc[0]["share"] for name, group in frame.groupby("method")}
     assert shares["random"] == shares["oracle"] == shares["kara"] == 0.5
