@@ -11,6 +11,7 @@ MODULES = (
     "kvpress.speed",
     "kvpress.tasks",
     "quality.requests",
+    "quality.divergence",
     "gpu.checks",
     "gpu.kernels",
     "gpu.models",
