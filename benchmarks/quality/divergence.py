@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.case import Job, register
-from ..common.rows import ROOT, Row
+from ..common.rows import Row
 from ..common.run import Run
 from .kit import folder_of
 
@@ -46,7 +46,7 @@ SIZES: Row = {
     "tokens": 1536,
     "prompt": 256,
     "window": 128,
-    "out": str(ROOT / "runs" / "divergence"),
+    "out": "runs/divergence",
 }
 SMOKE: Row = {"methods": ("random", "kara, 8 queries"), "budgets": (0.5,), "documents": 1, "tokens": 200, "prompt": 40}
 SMOKE |= {"window": 32}
