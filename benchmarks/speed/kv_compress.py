@@ -265,7 +265,9 @@ class Watch:
     def __init__(self, evict: Callable[..., Any]):
         self.evict, self.passes = evict, []
 
-    def __call__(self, metric: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor, *rest: Any, **more: Any) -> Any:
+    def __call__(
+        self, metric: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor, *rest: Any, **more: Any
+    ) -> Any:
         eviction = self.evict(metric, positions, lengths, *rest, **more)
         self.passes.append((metric, lengths, eviction.dropped))
         return eviction
