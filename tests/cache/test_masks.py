@@ -61,6 +61,8 @@ def widths(*ends):
 def test_tokens_that_a_mask_hides_later_are_hidden(kind, name):
     """Pads behind an early end, and holes: from a turn on, and in all decode steps behind it."""
     model = build(name)
+    if name == "gemma2":  # whose soft cap sdpa leaves out
+        model.set_attn_implementation("eager")
     if name == "deepseek-v3" and kind != "kara":
         pytest.skip("multi-head latent attention has a row for all heads")
     text, masks = ids(2, 40), widths(20, 24, 30, 31, 32, 40)

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.architectures import build
 from support.caches import feed
@@ -40,6 +40,7 @@ def test_sampling_is_even_and_the_same_for_every_window(window, group, data):
             assert mine == [max(t for t, place in enumerate(row) if place == i) for i in range(len(mine))]
 
 
+@example(count=3, group=2, steps=[(10, False), (10, False), (2, False)], ragged=True)  # nothing new in a row
 @settings(max_examples=30)
 @given(
     count=st.integers(1, 9),

@@ -106,12 +106,22 @@ def test_a_forward_that_fails_behind_the_attention_is_taken_back(kind, first):
 
 
 # --------------------------------------------------------------------------------------------------------------- modes
+def goes_on_with_drafts(model, prompt, turn):
+    cache = DynamicCache(config=model.config)
+    first = model.generate(prompt, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    whole = torch.cat([first, turn], 1)
+    out = model.generate(whole, past_key_values=cache, max_new_tokens=3, prompt_lookup_num_tokens=4, do_sample=False)
+    return cache.get_seq_length() <= out.shape[1]
+
+
 @pytest.mark.parametrize("second", [{}, {"prompt_lookup_num_tokens": 4}], ids=["plain", "assisted"])
 @pytest.mark.parametrize("recent", [8, 32])
 def test_a_turn_after_assisted_decoding_is_a_turn(recent, second):
     """Drafts are of the call that made them: the next message is kept whole, as it is without."""
     model, settings = build("llama"), {"window": 64, "recent": recent, "block_size": 4}
     prompt, turn = torch.randint(3, 90, (1, 6)).repeat(1, 5), torch.randint(3, 90, (1, 7))
+    if second and not goes_on_with_drafts(model, prompt, turn):
+        pytest.skip("this version of Transformers reads everything anew there, with its own cache too")
     for extra in ({}, {"prompt_lookup_num_tokens": 4}):
         cache = KaraCache(model, retention=0.25, **settings)
         first = model.generate(prompt, past_key_values=cache, max_new_tokens=24, do_sample=False, **extra)

@@ -42,6 +42,8 @@ newest = pytest.mark.skipif(
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_chosen_class(name):
+    if not hasattr(transformers, name):
+        pytest.skip(f"this version of Transformers has no {name}")
     implementation = CHOSEN[name]
     row = check(name, (implementation,))
     assert wrong(row) == []

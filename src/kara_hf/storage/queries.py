@@ -118,7 +118,9 @@ class QueryBuffer:
     def _write(self, buffer: torch.Tensor, queries: torch.Tensor, start: int) -> None:
         """Those of `queries` ``[..., Hq, S, D]`` of tokens from `start` on that are of the sample, or may be yet."""
         new, sampling = queries.shape[-2], self.sampling
-        if sampling.every or not new:
+        if not new:
+            return
+        if sampling.every:
             buffer.narrow(-2, start, new).copy_(queries)
             return
         first, last = sampling.place(start), sampling.places(start + new)
