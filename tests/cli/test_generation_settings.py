@@ -103,7 +103,7 @@ HOSTILE = {
 }
 # What a model's end tokens are is its own to say; a result carries it.
 ITS_OWN = {"eos_token_id"}
-NO_SETTING = {"_from_model_config", "transformers_version"}
+NO_SETTING = {"_commit_hash", "_from_model_config", "transformers_version"}
 
 
 KNOWN = HOSTILE.keys() & vars(GenerationConfig()).keys()

@@ -20,7 +20,7 @@ from .attach import unwrap
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
 # Fields of a model's settings that say which tokens are special. They are its own; of them only the ends are used.
 _TOKENS = {"bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"}
-_NO_SETTINGS = {"_from_model_config", "transformers_version"}
+_NO_SETTINGS = {"_commit_hash", "_from_model_config", "transformers_version"}
 _LENGTHS = {"max_length", "max_new_tokens"}  # which every call gives
 # Values that change nothing in greedy generation, beside those that are false.
 _NEUTRAL: dict[str, Any] = {
