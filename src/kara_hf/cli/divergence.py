@@ -63,27 +63,13 @@ def divergence(
     step: Annotated[int, typer.Option(help="Tokens of a document that are read at once; 1 decodes.")] = 32,
     batch: Annotated[int, typer.Option(help="Documents that are read together.")] = 4,
     together: Annotated[int, typer.Option(help="Caches that are read together; fewer take less memory.")] = 16,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens in a window of window methods [default: 256; bundled model: 64].")
-    ] = None,
-    recent: Annotated[int | None, typer.Option(help="Newest tokens, always kept whole [default: 32].")] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="Slots per block of memory [default: 16; bundled model: 4].")
-    ] = None,
-    observation: Annotated[
-        int | None,
-        typer.Option(help="Last prompt queries that vote in eviction methods [default: 32; bundled model: 8]."),
-    ] = None,
-    sinks: Annotated[
-        int | None, typer.Option(help="First tokens that eviction methods always keep [default: 4].")
-    ] = None,
-    sharing: Annotated[str | None, typer.Option(metavar="DIR", help="Sharing map for the methods with PoD.")] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", help="Key calibration for the method `calibrated` [default for the bundled model: its own]."
-        ),
-    ] = None,
+    window: options.Window = None,
+    recent: options.Recent = None,
+    block_size: options.BlockSize = None,
+    observation: options.Observation = None,
+    sinks: options.Sinks = None,
+    sharing: options.Sharing = None,
+    calibration: options.Calibration = None,
     seed: Annotated[int, typer.Option(help="Of random methods, and of traces that are drawn.")] = 0,
     split: Annotated[str, typer.Option(help="Split of a dataset of the hub.")] = "train",
     text_column: options.TextColumn = "text",

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ..bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
 from ..config import require
 from ..needs import Check, Need, Package, check_needs, extra
+from . import options
 from .options import Dtype, Model, TrustRemoteCode, check_dtype, names_in, numbers_in, readable_errors
 
 # What runs without a model and tasks: the bundled model has a language of its own and short windows.
@@ -51,27 +52,13 @@ def evaluate(
     seeds: Annotated[str, typer.Option(help="Seeds of random methods, separated by commas.")] = "0",
     n: Annotated[int, typer.Option(help="Examples of each task.")] = 200,
     batch: Annotated[int, typer.Option(help="Sequences generated together, in each process.")] = 16,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens in a window of window methods [default: 256; bundled model: 64].")
-    ] = None,
-    recent: Annotated[int | None, typer.Option(help="Newest tokens, always kept whole [default: 32].")] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="Slots per block of memory [default: 16; bundled model: 4].")
-    ] = None,
-    observation: Annotated[
-        int | None,
-        typer.Option(help="Last prompt queries that vote in eviction methods [default: 32; bundled model: 8]."),
-    ] = None,
-    sinks: Annotated[
-        int | None, typer.Option(help="First tokens that window and eviction methods always keep [default: 4].")
-    ] = None,
-    sharing: Annotated[str | None, typer.Option(metavar="DIR", help="Sharing map for the methods with PoD.")] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", help="Key calibration for the method `calibrated` [default for the bundled model: its own]."
-        ),
-    ] = None,
+    window: options.Window = None,
+    recent: options.Recent = None,
+    block_size: options.BlockSize = None,
+    observation: options.Observation = None,
+    sinks: options.Sinks = None,
+    sharing: options.Sharing = None,
+    calibration: options.Calibration = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...; under `accelerate launch` each process has its own.")
     ] = None,

@@ -27,6 +27,25 @@ Data = Annotated[
 SampleLength = Annotated[
     int | None, typer.Option(help="Tokens of a sample [default: 8192; bundled model: 1024, to calibrate 512].")
 ]
+# Of the methods that are compared, the same for all.
+Window = Annotated[
+    int | None, typer.Option(help="Tokens in a window of window methods [default: 256; bundled model: 64].")
+]
+Recent = Annotated[int | None, typer.Option(help="Newest tokens, always kept whole [default: 32].")]
+BlockSize = Annotated[int | None, typer.Option(help="Slots per block of memory [default: 16; bundled model: 4].")]
+Observation = Annotated[
+    int | None, typer.Option(help="Last prompt queries that vote in eviction methods [default: 32; bundled model: 8].")
+]
+Sinks = Annotated[
+    int | None, typer.Option(help="First tokens that window and eviction methods always keep [default: 4].")
+]
+Sharing = Annotated[str | None, typer.Option(metavar="DIR", help="Sharing map for the methods with PoD.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR", help="Key calibration for the method `calibrated` [default for the bundled model: its own]."
+    ),
+]
 TextColumn = Annotated[str, typer.Option(help="Column or field of the text.")]
 
 
