@@ -51,8 +51,7 @@ class BudgetCompression(Compression):
     # ------------------------------------------------------------------------------------------------------ in a step
     def begin(self, step: Step) -> None:
         state = self.state
-        newest = min(self.policy.newest(sequence.tokens) for sequence in state.sequences)
-        drafts = step.drafts and 1 < step.new <= newest + 1
+        drafts = step.drafts and 1 < step.new <= 1 + min(self.policy.newest(s.tokens) for s in state.sequences)
         self.decoding = not step.first and (step.new == 1 or drafts or step.replayed)
         # Drafts do not vote: those that are refused could not take their votes back.
         self.voting = self.decoding and not drafts and self.config.accumulate and self.policy.votes
