@@ -84,6 +84,20 @@ def test_gsm8k_keeps_the_order_of_its_file(tmp_path, kind):
             task.example(number)
 
 
+def test_problems_of_gsm8k_are_solved_one_after_the_other_in_one_answer(tmp_path):
+    name = f"gsm8k:path={written(tmp_path, GSM8K)}:problems=2"
+    task = make_task(name, None)
+    assert task.size == 2
+    first, second = task.example(0), task.example(1)
+    assert (first.answers, second.answers) == (("11", "8"), ("1500", "2")) and first.max_new_tokens == 2048
+    assert all(row["question"] in first.context for row in GSM8K[:2])
+    assert first.score(first.reference) == second.score(second.reference) == 1 and first.score("") == 0
+    answer = "### Problem {}:\nIt is \\boxed{{{}}}.\n\n"
+    right, wrong = answer.format(1, 11) + answer.format(2, 8), answer.format(1, 8) + answer.format(2, 8)
+    assert first.score(right) == 1 and first.score(wrong) == 0.5 and first.score(answer.format(2, 8)) == 0.5
+    assert first.score(right + answer.format(3, 9)) == 1, "what a base model goes on with does not count"
+
+
 @pytest.mark.parametrize(("name", "rows"), [("math500", MATH500), ("aime24", AIME), ("aime25", AIME)])
 def test_mathematics_sets(tmp_path, name, rows):
     task = make_task(f"{name}:path={written(tmp_path, rows)}", None)
@@ -246,6 +260,7 @@ def test_max_length_cuts_the_context_only(tmp_path):
         ),
         ("gsm8k:path={}", MATH500, "has no question; its columns are problem, solution, answer, level"),
         ("math500:path={}:max_new_tokens=0", MATH500, "max_new_tokens=0 is not possible"),
+        ("gsm8k:path={}:problems=0", GSM8K, "problems=0 is not possible; give at least 1"),
         ("math500:path={}:shots=4", MATH500, "has no option 'shots'; options of math500, .*path, max_new_tokens"),
         ("longbench-trec:path={}:max_length=1", [longbench_row()], "max_length=1 is not possible"),
         ("longbench-trec:path={}", AIME, "has no input and no context and no answers"),

@@ -5,12 +5,14 @@ no question; LongBench's questions stand behind their context.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..config import is_int
 from ..needs import Package, extra
 from .grading import gsm8k_answer, mathematics, optional
 from .longbench import DATASETS, Dataset
@@ -28,13 +30,13 @@ class PublishedTask:
 
     Attributes:
         rows: the set, a sequence of mappings from column to value.
-        make: from number and row to the example.
+        make: from number and row, or several rows, to the example.
         source: what tells the set or file from others.
     """
 
     name: str
     rows: Any
-    make: Callable[[str, int, Row], Example]
+    make: Callable[[str, int, Any], Example]
     source: str
     chat: bool = True
 
@@ -130,16 +132,56 @@ def _room(name: str, max_new_tokens: object) -> int:
 
 
 @register_task("gsm8k", packages=MATHEMATICS, files=("path",))
-def _gsm8k(name: str, tokenizer: Any, *, path: str | None = None, max_new_tokens: int = 1024) -> PublishedTask:
+def _gsm8k(
+    name: str, tokenizer: Any, *, path: str | None = None, problems: int = 1, max_new_tokens: int | None = None
+) -> PublishedTask:
+    """GSM8K; with more than one of `problems` so many are solved one after the other in one long answer."""
     hub = "openai/gsm8k"
+    if not is_int(problems) or problems < 1:
+        raise ValueError(f"task={name!r}: problems={problems!r} is not possible; give at least 1")
+    room = _room(name, 1024 * problems if max_new_tokens is None else max_new_tokens)
     rows = load_rows(name, hub, "main", "test", ("question", "answer"), path)
-    make = partial(
-        _mathematics,
-        problem="question",
-        gold=gsm8k_answer,
-        room=_room(name, max_new_tokens),
+    if problems == 1:
+        make = partial(_mathematics, problem="question", gold=gsm8k_answer, room=room)
+        return PublishedTask(name, rows, make, source_of(hub, path))
+    groups = [[rows[first + i] for i in range(problems)] for first in range(0, len(rows) - problems + 1, problems)]
+    return PublishedTask(name, groups, partial(_problems_in_turn, room=room), source_of(hub, path))
+
+
+def _problems_in_turn(name: str, number: int, rows: Sequence[Row], *, room: int) -> Example:
+    """Problems of GSM8K that one answer solves in their order; its score is the share solved."""
+    right = [gsm8k_answer(str(row["answer"])) for row in rows]
+    asked = "\n\n".join(f"Problem {place}: {row['question']}" for place, row in enumerate(rows, 1))
+    solved = (f"Problem {place}: {row['answer']}" for place, row in enumerate(rows, 1))
+    return Example(
+        task=name,
+        number=number,
+        context=(
+            f"{asked}\n\nSolve these {len(rows)} problems step by step, one after the other. Begin each solution with "
+            '"Problem" and its number, and end it with its final answer in \\boxed{}.\n\n'
+        ),
+        question="",
+        answers=tuple(right),
+        score=lambda text: sum(map(mathematics, answers_in_turn(text, len(right)), right)) / len(right),
+        max_new_tokens=room,
+        reference="\n\n".join(solved),
     )
-    return PublishedTask(name, rows, make, source_of(hub, path))
+
+
+def answers_in_turn(text: str, count: int) -> list[str]:
+    """Answers in the parts of a text behind "Problem 1" to "Problem `count`", each up to the next; "" where one is
+    missing.
+    """
+    heads: list[tuple[int, re.Match[str]]] = []
+    for found in re.finditer(r"\bProblem (\d+)\b", text):
+        number = int(found[1])
+        if (
+            (heads[-1][0] if heads else 0) < number <= count + 1
+        ):  # a problem more is what base models like to go on with
+            heads.append((number, found))
+    ends = [head.start() for _, head in heads[1:]] + [len(text)]
+    parts = {number: text[head.end() : end] for (number, head), end in zip(heads, ends, strict=False)}
+    return [gsm8k_answer(parts.get(number, "")) for number in range(1, count + 1)]
 
 
 def _register_mathematics(task: str, hub: str, split: str, room: int) -> None:
