@@ -96,7 +96,8 @@ def summarise(
     reference; gap with low and high, the share of what lies between `floor` and `ceiling` that is closed; of what the
     full cache holds in the end: resident (most while decoding), held (mean over decode steps), peak (most at any
     moment), and each of these in bytes; allocated_bytes, what a GPU's allocator gave out at most; generated (tokens),
-    truncated, looped; tokens_per_second; solved_per_minute. What is not known is NaN.
+    evictable, how many of these were in windows that could be compressed; truncated, looped; tokens_per_second;
+    solved_per_minute. What is not known is NaN.
 
     A cell is compared with the cells of the same model, task, rule, budget and kind of equality, or with a method
     to which no rule applies.
@@ -180,6 +181,16 @@ def _measures(cell: pd.DataFrame) -> dict[str, Any]:
         **{name: float((cell[column] / cell["full_bytes"]).mean()) for name, column in sizes.items()},
         **{column: float(cell[column].mean()) for column in (*sizes.values(), "full_bytes", "allocated_bytes")},
         **{name: float(cell[name].mean()) for name in ("generated", "truncated", "looped")},
+        "evictable": _evictable(cell),
         "tokens_per_second": cell["generated"].sum() / seconds if seconds else math.nan,
         "solved_per_minute": 60 * cell["score"].sum() / seconds if seconds else math.nan,
     }
+
+
+def _evictable(cell: pd.DataFrame) -> float:
+    """Of the tokens generated, those in whole windows with the recent tokens behind them when the answer ended."""
+    shared = cell["settings"].iloc[0].get("shared")
+    if shared is None:
+        return math.nan
+    behind = (cell["generated"] - 1 - shared["recent"]).clip(lower=0)  # the last token is never stored
+    return float((behind // shared["window"] * shared["window"]).sum() / cell["generated"].sum())

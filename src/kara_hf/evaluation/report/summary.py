@@ -165,6 +165,7 @@ COSTS: dict[str, Callable[[Row], str]] = {
     "mean": lambda row: percent(row["held"]),
     "peak": lambda row: f"{percent(row['peak'])}, {size_in_words(row['peak_bytes'])}" + _allocated(row),
     "tokens": lambda row: rounded(row["generated"]),
+    "evictable": lambda row: percent(row["evictable"], 0) if is_known(row["evictable"]) else "",
     "cut off, loops": lambda row: f"{percent(row['truncated'], 0)}, {percent(row['looped'], 0)}",
     "tokens/s": lambda row: rounded(row["tokens_per_second"]),
     "solved/min": lambda row: rounded(row["solved_per_minute"]),
@@ -189,7 +190,9 @@ def guide_lines(results: Results, mark: Mark) -> list[str]:
         f"tokens; behind it, how many bytes more or less than {reference}, where that is over "
         f"{100 * UNEQUAL:g} %. **Mean**: over decode steps. **Peak**: most at any moment, prefill and copies included; "
         "in brackets what a GPU's allocator gave out at most for one sequence, activations included.",
-        "**Tokens**: generated, on average. **Cut off**: answers that reached the limit. **Loops**: answers that ended "
+        "**Tokens**: generated, on average. **Evictable**: how many of them were in whole windows, the recent tokens "
+        "behind these, when the answer ended: of the others no window method can drop any. **Cut off**: answers that reached the limit. "
+        "**Loops**: answers that ended "
         "in repetition. **Tokens/s** and **solved/min** are of the same runs, for one sequence of a batch.",
     ]
 
