@@ -43,11 +43,13 @@ class KaraConfig(Settings):
     """Settings of Kara (arXiv 2607.01237): what is kept of every window of tokens.
 
     Attributes:
-        retention: share of a window's tokens that each KV head keeps, in (0, 1].
+        retention: share of a window's tokens that each KV head keeps, in (0, 1]; where `recent` is a share, the share
+            of all tokens, recent ones among them, that it holds in the long run.
         window: tokens in a window; a multiple of `block_size`.
-        recent: newest tokens that are always kept whole; or a share in (0, 1) of the tokens that a head holds, a pinned
-            prompt among them: a window then seals once what is left open behind it is that share of what is held after.
-            Queries, if the score needs them, are held of all open tokens, which then grow with the sequence.
+        recent: newest tokens that are always kept whole; or a share in (0, 1) of the tokens that a head holds, a prompt
+            that is kept whole left out: a window then seals once what stays open behind it is that share of what is
+            held after. Queries, if the score needs them, are held of all open tokens, which then grow with the
+            sequence.
         sinks: first tokens of a sequence that are kept whatever their score: language models lay the attention that
             they need nowhere on these, and fall apart without (arXiv 2309.17453). They are among the tokens that their
             window keeps; where they are more than that, the window keeps them and no others.
@@ -116,8 +118,15 @@ class KaraConfig(Settings):
 
     @property
     def kept_per_window(self) -> int:
-        """k = max(1, round(retention * window)), the tokens a KV head keeps of each window with no more sinks."""
-        return max(1, round(self.retention * self.window))
+        """k, the tokens a KV head keeps of each window with no more sinks: max(1, round(r * W)) of a retention r.
+
+        With a share s of recent tokens, windows keep r (1 - s) / (1 - r s) instead of r: of N tokens r N are held then,
+        s r N of them recent ones and the others those of N - s r N tokens in windows.
+        """
+        share: float = self.retention
+        if isinstance(self.recent, float):
+            share *= (1 - self.recent) / (1 - self.retention * self.recent)
+        return max(1, round(share * self.window))
 
     @property
     def anchors(self) -> int:

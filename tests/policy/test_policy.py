@@ -452,7 +452,7 @@ class Counted:
 
     tokens: int
     open: int
-    settled: int = 0
+    kept: int = 0
 
 
 @pytest.mark.parametrize(("window", "recent"), [(16, 0), (16, 5), (32, 32), (16, 40)], ids=lambda number: str(number))
@@ -483,20 +483,33 @@ def test_windows_due(window, recent):
 def test_a_share_of_what_is_held_is_recent(share, retention, sinks, prompt, steps):
     """Exactly then a window seals when what is open behind it is its share of all that is held afterwards."""
     policy = KaraPolicy(KaraConfig(window=16, retention=retention, recent=share, sinks=sinks))
-    sequence = Counted(prompt, 0, prompt)
+    sequence = Counted(prompt, 0)
     for new in steps:
-        sequence = Counted(sequence.tokens + new, sequence.open + new, sequence.settled)
+        sequence = Counted(sequence.tokens + new, sequence.open + new, sequence.kept)
         due = policy.due(sequence)
         assert bool(due) == (sequence.open > policy.open_limit(sequence))
         for seal in due:
-            assert sequence.open - 16 >= seal.recent >= share * (sequence.settled + seal.keep + seal.recent) - 1e-6
-            assert seal.recent - 1 < share * (sequence.settled + seal.keep + seal.recent - 1) + 1e-6
+            assert sequence.open - 16 >= seal.recent >= share * (sequence.kept + seal.keep + seal.recent) - 1e-6
+            assert seal.recent - 1 < share * (sequence.kept + seal.keep + seal.recent - 1) + 1e-6
             assert policy.certain(sequence) == seal.recent
-            sequence = Counted(sequence.tokens, sequence.open - 16, sequence.settled + seal.keep)
-        held = sequence.settled + sequence.open
+            sequence = Counted(sequence.tokens, sequence.open - 16, sequence.kept + seal.keep)
+        held = sequence.kept + sequence.open
         if due:
             assert sequence.open >= share * held - 1e-6
             assert share * held - 1e-6 <= policy.newest(sequence) <= sequence.open
+
+
+@given(share=st.floats(0.05, 0.9), retention=st.floats(0.05, 0.95))
+def test_where_recent_tokens_are_a_share_retention_is_of_all_tokens(share, retention):
+    policy = KaraPolicy(KaraConfig(window=128, retention=retention, recent=share, sinks=0))
+    sequence = Counted(0, 0)
+    for tokens in range(16, 12_801, 16):
+        sequence = Counted(tokens, sequence.open + 16, sequence.kept)
+        for seal in policy.due(sequence):
+            sequence = Counted(tokens, sequence.open - 128, sequence.kept + seal.keep)
+    held = sequence.kept + sequence.open
+    rounding = 0.5 / 128 / (1 - share)  # of a window's tokens, of which recent ones are a share again
+    assert abs(held / sequence.tokens - retention) <= rounding + 130 / sequence.tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------- sinks

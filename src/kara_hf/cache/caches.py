@@ -16,10 +16,11 @@ class KaraCache(CompressedCache):
 
     Args:
         model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
-        retention: share of each window's tokens that every KV head keeps, in (0, 1].
+        retention: share of each window's tokens that every KV head keeps, in (0, 1]; where `recent` is a share, of all
+            tokens, recent ones among them.
         window: tokens in a window; a multiple of `block_size`. Sealed once `recent` more tokens stand behind it.
-        recent: newest tokens that are always kept whole, or a share of all tokens held, in (0, 1), which grows with the
-            sequence (ours).
+        recent: newest tokens that are always kept whole; or a share, in (0, 1), of the tokens held behind a prompt that
+            is kept whole, which grows with the sequence (ours).
         sinks: first tokens of a sequence that are kept wherever the window that holds them seals, whatever the score:
             without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
         score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens or of `queries` of

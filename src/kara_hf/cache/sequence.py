@@ -43,6 +43,11 @@ class Sequence:
         return sum(segment.slots for segment in self.segments)
 
     @property
+    def kept(self) -> int:
+        """Slots of the sealed windows."""
+        return sum(segment.slots for segment in self.segments if segment.kind == "sealed")
+
+    @property
     def windows(self) -> int:
         """Windows sealed so far."""
         return sum(segment.kind == "sealed" for segment in self.segments)

@@ -15,7 +15,7 @@ from .token2chunk import token2chunk
 
 
 class Counts(Protocol):
-    """What is asked of a sequence: tokens seen, newest ones that are still open, and slots in front of these."""
+    """What is asked of a sequence: tokens seen, newest ones that are still open, and slots of its sealed windows."""
 
     @property
     def tokens(self) -> int: ...
@@ -24,7 +24,7 @@ class Counts(Protocol):
     def open(self) -> int: ...
 
     @property
-    def settled(self) -> int: ...
+    def kept(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ class KaraPolicy:
         """
         return max(self.config.kept_per_window, self.config.sinks_from(start))
 
-    def recent_of(self, settled: int) -> int:
-        """R: tokens that stay whole behind `settled` slots; of a share of what is held, the fewest that make it up."""
+    def recent_of(self, kept: int) -> int:
+        """R: tokens that stay whole behind sealed windows of `kept` slots; of a share, the fewest that make it up."""
         recent = self.config.recent
         if isinstance(recent, float):
-            return math.ceil(recent * settled / (1 - recent) - 1e-9)
+            return math.ceil(recent * kept / (1 - recent) - 1e-9)
         return recent
 
     def open_limit(self, sequence: Counts) -> int:
@@ -104,13 +104,13 @@ class KaraPolicy:
 
     def certain(self, sequence: Counts) -> int:
         """Newest tokens that stay open when the next window seals."""
-        return self.recent_of(sequence.settled + self.kept_of(sequence.tokens - sequence.open))
+        return self.recent_of(sequence.kept + self.kept_of(sequence.tokens - sequence.open))
 
     def newest(self, sequence: Counts) -> int:
         """Newest tokens that are recent now."""
         recent = self.config.recent
         if isinstance(recent, float):
-            recent = math.ceil(recent * (sequence.settled + sequence.open) - 1e-9)
+            recent = math.ceil(recent * (sequence.kept + sequence.open) - 1e-9)
         return min(recent, sequence.open)
 
     def due(self, sequence: Counts) -> list[Seal]:
@@ -119,14 +119,14 @@ class KaraPolicy:
         width, left = self.config.window, sequence.open
         if not self.compresses or left < width:
             return found
-        start, settled = sequence.tokens - left, sequence.settled
+        start, kept = sequence.tokens - left, sequence.kept
         while left >= width:
             keep = self.kept_of(start)
-            recent = self.recent_of(settled + keep)
+            recent = self.recent_of(kept + keep)
             if left - width < recent:
                 break
             found.append(Seal(start, keep, recent))
-            start, left, settled = start + width, left - width, settled + keep
+            start, left, kept = start + width, left - width, kept + keep
         return found
 
     def select(self, window: Window) -> torch.Tensor:

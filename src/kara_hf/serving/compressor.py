@@ -19,6 +19,7 @@ class ServedRequest:
         key: of the request.
         settled: stored tokens in front of the open ones: the prompt and the survivors of sealed windows.
         stored: tokens in the pool.
+        kept: survivors of sealed windows.
         evicted: tokens dropped: a stored token behind them is at position number + evicted.
         windows: windows sealed so far.
         slots: where those queries of open tokens that are held are, oldest first; empty for a score without queries.
@@ -27,6 +28,7 @@ class ServedRequest:
     key: str
     settled: int
     stored: int
+    kept: int = 0
     evicted: int = 0
     windows: int = 0
     slots: list[int] = field(default_factory=list)
@@ -170,6 +172,7 @@ class Compressor:
         request.windows += plan.count
         if self.config.unit == "window":
             request.settled += plan.count * plan.keep
+            request.kept += plan.count * plan.keep
         sampled = self.sampling.place(seen)
         self.queries.give(request.slots[:sampled])
         del request.slots[:sampled]
