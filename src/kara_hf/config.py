@@ -157,8 +157,8 @@ class KVCompressConfig(Settings):
             partly filled blocks counted whole.
         retention: share that is kept of the tokens beyond `least_blocks`, in (0, 1].
         observation: w, last prompt queries that vote on what is kept; None: all of them, and no pooling.
-        protected: newest cached tokens that are never evicted, from 1 on; or a share of what a row may hold on average,
-            in (0, 1), which grows with the sequence where the budget does (`retention`).
+        protected: newest cached tokens that are never evicted, from 1 on; or a share, in (0, 1), of what a row may hold
+            on average behind its sinks, which grows with the sequence where the budget does (`retention`).
         sinks: first tokens of a sequence that are never evicted.
         pool: width of the max-pool along keys, odd; 1 is no pooling.
         metric: what ranks tokens. "l2" sums squared attention probabilities, "l1" the probabilities. "recency" keeps
@@ -207,7 +207,7 @@ class KVCompressConfig(Settings):
             is_count_or_share(self.protected, 1),
             "protected",
             self.protected,
-            "a whole number from 1 on, or a share of what a row may hold in (0, 1)",
+            "a whole number from 1 on, or a share in (0, 1) of what a row may hold behind its sinks",
         )
         for name in ("observation", "levels"):
             count(name, 1, optional=True)
@@ -247,7 +247,7 @@ class KVCompressConfig(Settings):
         """
         protected: int | float = self.protected
         if isinstance(protected, float):
-            protected = max(1, round(protected * (self.max_cache_tokens or 0)))
+            protected = max(1, round(protected * max(0, (self.max_cache_tokens or 0) - self.sinks)))
         return self.blocks_of(protected)
 
     def blocks_of(self, protected: int) -> int:

@@ -33,9 +33,9 @@ BAD_SETTINGS = [
     ("retention", "0.5", "a number in (0, 1]"),
     ("observation", 0, "a whole number from 1 on or None"),
     ("observation", 8.0, "a whole number from 1 on or None"),
-    ("protected", 0, "a whole number from 1 on, or a share of what a row may hold in (0, 1)"),
-    ("protected", None, "a whole number from 1 on, or a share of what a row may hold in (0, 1)"),
-    ("protected", 1.0, "a whole number from 1 on, or a share of what a row may hold in (0, 1)"),
+    ("protected", 0, "a whole number from 1 on, or a share in (0, 1) of what a row may hold behind its sinks"),
+    ("protected", None, "a whole number from 1 on, or a share in (0, 1) of what a row may hold behind its sinks"),
+    ("protected", 1.0, "a whole number from 1 on, or a share in (0, 1) of what a row may hold behind its sinks"),
     ("sinks", -1, "a whole number from 0 on"),
     ("pool", 0, "an odd whole number"),
     ("pool", 4, "an odd whole number"),
@@ -617,9 +617,9 @@ def test_evictable_tokens_are_neither_sinks_nor_among_the_newest():
 @pytest.mark.parametrize(
     ("chosen", "tokens", "newest"),
     [
-        ({"max_cache_tokens": 200, "protected": 0.5}, 50, 100),
-        ({"max_cache_tokens": 200, "protected": 0.5}, 5000, 100),
-        ({"retention": 0.25, "protected": 0.5}, 1600, 200),  # of 25 blocks: one and 25 % of 99
+        ({"max_cache_tokens": 200, "protected": 0.5}, 50, 98),
+        ({"max_cache_tokens": 200, "protected": 0.5}, 5000, 98),
+        ({"retention": 0.25, "protected": 0.5}, 1600, 198),  # of 25 blocks: one and 25 % of 99
         ({"retention": 0.25, "protected": 0.99}, 1600, 380),  # with 4 sinks all of them but one
         ({"retention": 0.25, "protected": 0.9}, 16, 1),
         ({"retention": 0.5, "protected": 7}, 1600, 7),

@@ -92,7 +92,8 @@ class KVCompressCache(CompressedCache):
         max_cache_tokens: tokens per KV head and layer that a sequence holds at most, on average, while it decodes.
         retention: share of the tokens that is kept, in (0, 1].
         observation: prompt queries that vote on what is kept, the last ones; None for all, without pooling.
-        protected: newest tokens that are never evicted, or a share of what a row may hold on average, in (0, 1) (ours).
+        protected: newest tokens that are never evicted, or a share, in (0, 1), of what a row may hold on average behind
+            its sinks (ours).
         sinks: first tokens that are never evicted.
         pool: width of the max-pool over neighbouring tokens, odd.
         metric: "l2" sums squared attention probabilities, "l1" probabilities; controls: "random", "recency".

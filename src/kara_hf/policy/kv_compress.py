@@ -79,13 +79,13 @@ class KVCompressPolicy:
         if not isinstance(config.protected, float):
             return config.protected
         if config.max_cache_tokens is not None:
-            return max(1, round(config.protected * config.max_cache_tokens))
+            return max(1, round(config.protected * max(0, config.max_cache_tokens - config.sinks)))
         assert config.retention is not None
         full = -(-tokens // config.block_size)
         certain = min(full, config.least_blocks)
         blocks = max(certain + int((full - certain) * config.retention), min(full, config.least_blocks + 1))
         most = (blocks - 1) * config.block_size - config.sinks - config.floor
-        return max(1, min(most, round(config.protected * blocks * config.block_size)))
+        return max(1, min(most, round(config.protected * (blocks * config.block_size - config.sinks))))
 
     def least_blocks(self, tokens: np.ndarray) -> np.ndarray:
         """Blocks that no row of a sequence is cut below once `tokens` ``[B]`` were seen, ``[B]``."""
