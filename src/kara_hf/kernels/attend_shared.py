@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .attend import add_to_metric, check_fits
+from .attend import check_fits
 from .backend import use_triton
 from .dense import grouped_logits, grouped_sinks, row_logits, row_weights, weighted, weights_of
+from .metric import add_to_metric
 from .precision import as_sdpa
 from .rows import ProximalKeys, Rows
 from .shared_attention import skipped
