@@ -57,6 +57,7 @@ HALF_AND_SINGLE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16
         for name, file, *more in (
             ("ops", "test_kernels.py"),
             ("dtypes", "test_kernel_dtypes.py"),
+            ("rounded", "test_rounded_kernels.py"),
             ("checks", "test_triton.py", "-o", "python_functions=check_*"),
         )
     ],

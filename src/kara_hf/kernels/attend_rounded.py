@@ -111,9 +111,7 @@ def _attend_some(
         weights = weights_of(logits.masked_fill(~seen, float("-inf")), sinks)
         weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0.0)
     if metric_power is not None:
-        votes = (weights.detach() ** metric_power).sum((2, 3))
-        for part, received in zip((rounded, rows), votes.split([rounded.max_length, rows.max_length], -1), strict=True):
-            add_to_metric(part, received)
+        add_to_both(rows, (weights.detach() ** metric_power).sum((2, 3)))
     return mixed(weights, rows, values, query.dtype)
 
 
@@ -132,6 +130,13 @@ def rounded_logits(
     inside, beside = rounded.framed(grouped)
     logits = rounded.key_packing.products(inside, rounded.records()[0]).add_(beside)
     return softcapped(logits.unflatten(2, (-1, query.shape[2])), softcap)
+
+
+def add_to_both(rows: Rows, received: torch.Tensor) -> None:
+    """As `add_to_metric`, of both parts: `received` ``[B, H, columns]``."""
+    rounded = parts_of(rows)
+    add_to_metric(rounded, received[..., : rounded.max_length])
+    add_to_metric(rows, received[..., rounded.max_length :])
 
 
 def mixed(weights: torch.Tensor, rows: Rows, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

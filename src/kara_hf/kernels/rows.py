@@ -230,6 +230,22 @@ class Rows:
             return positions
         return torch.cat([self.rounded.dense_positions(), positions.expand(*self.lengths.shape, -1)], 2)
 
+    def all_slots(self) -> torch.Tensor:
+        """Which slot of its row every column of `all_keys` is, rounded tokens counted first, ``[B, H, columns]`` int64;
+        `columns` where there is no token. Rows of the same tokens in other layers may have them in other columns.
+        """
+        lengths = self.lengths[..., None].long()
+        slots = torch.arange(self.max_length, device=lengths.device)
+        if self.rounded is None:
+            return torch.where(slots < lengths, slots, self.columns)
+        before = self.rounded.lengths[..., None].long()
+        first = torch.arange(self.rounded.max_length, device=lengths.device)
+        parts = (
+            torch.where(first < before, first, self.columns),
+            torch.where(slots < lengths, before + slots, self.columns),
+        )
+        return torch.cat(parts, 2)
+
 
 @dataclass(kw_only=True)
 class RoundedRows(Rows):

@@ -80,6 +80,8 @@ class RecordStore(PagedStore):
             PoolExhausted: there is no room under the cap; nothing has changed then.
         """
         counts = chosen.sum(2, dtype=torch.int32).cpu().numpy()
+        if not counts.any():
+            return
         needed = self._blocks_for(counts)
         self.meter.require(self._growth(0, needed))
         try:

@@ -60,6 +60,9 @@ ATTEND_OBSERVED = ATTEND | {
 ATTEND_SHARED = {(2, size): _unspilled(ATTEND[2, size, True]) for size in PADS}
 ATTEND_SHARED |= {(4, size): _unspilled(_attend(16, 32, 32, 8, 1)) for size in PADS}
 
+# (bytes of an element, the larger padded size, whether there are few query rows), of records
+ATTEND_ROUNDED = {key: _unspilled(constants) for key, constants in ATTEND_OBSERVED.items()}
+
 OBSERVE = {"TILE_QUERIES": 4, "TILE_SLOTS": 128, "num_warps": 4}
 
 # bytes of an element
@@ -90,6 +93,12 @@ def attend_config(itemsize: int, key_size: int, value_size: int, query_rows: int
     pads = padded_pair(key_size, value_size)
     chosen = (ATTEND_OBSERVED if observed else ATTEND)[itemsize, max(pads.values()), query_rows <= FEW]
     return chosen | pads
+
+
+def attend_rounded_config(itemsize: int, key_size: int, value_size: int, query_rows: int) -> Constants:
+    """Of `attend_rounded_kernel`, whose products have elements of at most `itemsize` bytes."""
+    pads = padded_pair(key_size, value_size)
+    return ATTEND_ROUNDED[itemsize, max(pads.values()), query_rows <= FEW] | pads
 
 
 def attend_shared_config(itemsize: int, key_size: int, value_size: int) -> Constants:
