@@ -102,7 +102,9 @@ def check(model, make, padding, steps, first, attention="oracle"):
             actual = model(**inputs, past_key_values=cache, use_cache=True).logits
             if seen and first:
                 compare()
-            expected = oracle(**inputs, past_key_values=dense, use_cache=True, output_attentions=attention is not None).logits
+            expected = oracle(
+                **inputs, past_key_values=dense, use_cache=True, output_attentions=attention is not None
+            ).logits
             real = mask[:, seen : seen + new].bool()
             torch.testing.assert_close(actual[real], expected[real], atol=1e-4, rtol=1e-3)
             seen += new

@@ -139,7 +139,7 @@ def shipped():
                 yield f"attend_shared-{sizes[0]}-{sizes[1]}-{kind}-{name}", kernel, dtype, constants
         for sizes, rows in itertools.product(configs.PAIRS, (configs.FEW, configs.FEW + 1)):
             for name, constants in rounded_variants(dtype):
-                constants = constants | configs.attend_rounded_config(dtype.itemsize, *sizes, rows)
+                constants = constants | configs.attend_rounded_config(*sizes, rows)
                 kernel = attend_rounded.attend_rounded_kernel
                 yield f"attend_rounded-{sizes[0]}-{sizes[1]}-{rows}-{kind}-{name}", kernel, dtype, constants
         for size in configs.PADS:

@@ -170,7 +170,7 @@ def attend(
     batch, query_heads, new, key_size = query.shape
     check_paged(rows)
     dtype, (common, itemsize) = query.dtype, read_dtypes(query, rows)
-    rounded = None if rows.rounded is None else RoundedAttention(query, rows, rows.rounded, common, itemsize)
+    rounded = None if rows.rounded is None else RoundedAttention(query, rows, rows.rounded, common)
     query = query.to(common)
     heads, value_size = rows.lengths.shape[1], rows.values.shape[-1]
     group = query_heads // heads

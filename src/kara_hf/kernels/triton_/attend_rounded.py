@@ -178,7 +178,7 @@ class RoundedAttention:
         splits: parts that it makes.
     """
 
-    def __init__(self, query: torch.Tensor, rows: Rows, rounded: RoundedRows, common: torch.dtype, itemsize: int):
+    def __init__(self, query: torch.Tensor, rows: Rows, rounded: RoundedRows, common: torch.dtype):
         check_paged(rounded)
         self.rows, self.rounded = rows, rounded
         batch, query_heads, new, self.key_size = query.shape
@@ -188,7 +188,7 @@ class RoundedAttention:
         framed, beside = rounded.framed(query.float().reshape(batch, self.heads, group * new, self.key_size))
         self.query = framed.view(query.shape).to(common)
         self.beside = beside.view(batch, query_heads, new).contiguous()
-        self.constants = attend_rounded_config(itemsize, self.key_size, self.value_size, group * new)
+        self.constants = attend_rounded_config(self.key_size, self.value_size, group * new)
         tiles = triton.cdiv(group * new, self.constants["TILE_QUERIES"])
         target = WAVES * processors(query.device)
         splits, self.span = plan_splits(

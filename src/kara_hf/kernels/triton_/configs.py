@@ -60,8 +60,9 @@ ATTEND_OBSERVED = ATTEND | {
 ATTEND_SHARED = {(2, size): _unspilled(ATTEND[2, size, True]) for size in PADS}
 ATTEND_SHARED |= {(4, size): _unspilled(_attend(16, 32, 32, 8, 1)) for size in PADS}
 
-# (bytes of an element, the larger padded size, whether there are few query rows), of records
-ATTEND_ROUNDED = {key: _unspilled(constants) for key, constants in ATTEND_OBSERVED.items()}
+# (the larger padded size, whether there are few query rows), of records: numbers are float32 before they are rounded to
+# what products take, so that half precisions need the registers of float32.
+ATTEND_ROUNDED = {key[1:]: constants for key, constants in ATTEND_OBSERVED.items() if key[0] == 4}
 
 OBSERVE = {"TILE_QUERIES": 4, "TILE_SLOTS": 128, "num_warps": 4}
 
@@ -95,10 +96,10 @@ def attend_config(itemsize: int, key_size: int, value_size: int, query_rows: int
     return chosen | pads
 
 
-def attend_rounded_config(itemsize: int, key_size: int, value_size: int, query_rows: int) -> Constants:
-    """Of `attend_rounded_kernel`, whose products have elements of at most `itemsize` bytes."""
+def attend_rounded_config(key_size: int, value_size: int, query_rows: int) -> Constants:
+    """Of `attend_rounded_kernel`, for heads of these sizes and `query_rows` = G * S query rows."""
     pads = padded_pair(key_size, value_size)
-    return ATTEND_ROUNDED[itemsize, max(pads.values()), query_rows <= FEW] | pads
+    return ATTEND_ROUNDED[max(pads.values()), query_rows <= FEW] | pads
 
 
 def attend_shared_config(itemsize: int, key_size: int, value_size: int) -> Constants:
