@@ -245,6 +245,8 @@ class BudgetCompression(Compression):
             need += self._bytes_of(layer, lengths[:, rows], ahead) - layer.stored().paged_bytes
             # What a block of a row is worth at least: where its keys are another layer's, its values.
             key, value = layer.stored().slot_bytes
+            if self.rounding is not None:  # what goes is rounded, as nearly all that may go
+                key, value = self.rounding.widths(layer.stored().sizes)
             block = min(block, self.block_size * (value + 8 + (0 if layer.followers else key)))
         return -(-(need - meter.max_bytes) // block)
 
@@ -327,14 +329,20 @@ class BudgetCompression(Compression):
     # ------------------------------------------------------------------------------------------------------- rounding
     def _round(self) -> None:
         """Rounds what a pass has left that is neither among the first tokens nor among the newest, layer by layer."""
-        for layer in self.state.compressed_layers:
-            store = layer.store
-            if isinstance(store, RoundedStore):
-                rows = store.whole.rows()
-                positions = rows.dense_positions().expand(*rows.lengths.shape, -1)
-                chosen = self._settled(positions, positions >= 0, torch.from_numpy(store.records.lengths))
-                if bool(chosen.any()):
-                    round_chosen([(store, chosen)])
+        stores = [store for layer in self.state.compressed_layers if isinstance(store := layer.store, RoundedStore)]
+        waiting = [store for store in stores if not self._round_in(store)]
+        if waiting:  # other layers may hold free blocks that these need
+            for store in stores:
+                store.free_blocks()
+            for store in waiting:
+                self._round_in(store)
+
+    def _round_in(self, store: RoundedStore) -> bool:
+        """Whether there was room for it."""
+        rows = store.whole.rows()
+        positions = rows.dense_positions().expand(*rows.lengths.shape, -1)
+        chosen = self._settled(positions, positions >= 0, torch.from_numpy(store.records.lengths))
+        return not bool(chosen.any()) or round_chosen([(store, chosen)])
 
     def _settled(self, positions: torch.Tensor, kept: torch.Tensor, rounded: torch.Tensor | int) -> torch.Tensor:
         """Which of the tokens that are `kept` ``[B, H, N]`` bool are rounded now, where rows have `rounded` ``[B, H]``

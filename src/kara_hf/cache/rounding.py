@@ -88,11 +88,14 @@ class Rounding:
                     "load the model in bfloat16, float16 or float32, or leave bits out"
                 )
 
+    def widths(self, sizes: tuple[int, int]) -> tuple[int, int]:
+        """Bytes of a record of a key and of one of a value, of these sizes."""
+        return Packing(sizes[0], self.bits[0]).width, Packing(sizes[1], self.bits[1]).width
+
     def record_bytes(self, layer: CompressedLayer, blocks: np.ndarray, block_size: int) -> int:
         """Bytes of a layer's records, with a metric, in so many `blocks` of each row ``[B, H]``."""
-        store = layer.stored()
-        sizes = store.sizes
-        key, value = (Packing(size, bits).width for size, bits in zip(sizes, self.bits, strict=True))
+        sizes = layer.stored().sizes
+        key, value = self.widths(sizes)
         of_keys = blocks if layer.deciding is None else blocks[:, list(layer.deciding)]
         held = block_size * (int(of_keys.sum()) * key + int(blocks.sum()) * (value + 4 + 4))  # position and metric
         tables = (blocks.size + of_keys.size) * int(blocks.max(initial=0)) * 4 + blocks.size * 4
@@ -128,15 +131,16 @@ def _oldest(store: RoundedStore, counts: list[int]) -> torch.Tensor:
     return torch.from_numpy(chosen).to(store.device)[:, None].expand(batch, heads, -1)
 
 
-def round_chosen(plan: list[tuple[RoundedStore, torch.Tensor]]) -> None:
-    """Settles in every store the whole tokens that were chosen, ``[B, H, N]`` bool; if there is no room, in none. They
-    are then rounded another time.
+def round_chosen(plan: list[tuple[RoundedStore, torch.Tensor]]) -> bool:
+    """Settles in every store the whole tokens that were chosen, ``[B, H, N]`` bool; if there is no room, in none, and
+    says so. They are then rounded another time.
     """
     try:
         for store, _ in plan:
             store.own_edges()
         plan[0][0].meter.require(sum(store.records.add_bytes(chosen) for store, chosen in plan))
     except PoolExhausted:
-        return
+        return False
     for store, chosen in plan:
         store.settle(chosen)
+    return True

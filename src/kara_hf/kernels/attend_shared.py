@@ -92,7 +92,8 @@ def attend_shared(
         query: ``[B, Hq, 1, Dk]``, of tokens that are stored already.
         rows: where heads in `rows.proximal` follow. Followers and leads hold the same tokens in the same slots.
         scores: ``[B, H, G, 1, T]`` float32, logits of the leads by slot, anything where they hold nothing; modified
-            in place, or copied where these rows lead and may be longer than T; no follower is. None below the first lead.
+            in place, or copied where these rows lead and may be longer than T; no follower is. None below the
+            first lead.
         positions: ``[B, 1]`` int32, true positions of the queries; negative: padding, which sees nothing.
         leading: heads that another layer follows, whose logits are handed on.
         scaling, softcap, sink_logits, metric_power: as in `attend`.
@@ -266,20 +267,19 @@ def attend_shared_rounded(
     rounded, proximal, (keys, values) = parts_of(rows), rows.proximal, rows.dense()
     here, slots = rows.all_positions(), rows.all_slots()[:, :, None, None]
     by_head = query.unflatten(1, (rows.lengths.shape[1], -1))
-    everyone = by_head if proximal is None else by_head[:, proximal.rest]
-    asking = everyone.flatten(1, 2)
-    logits = torch.cat(
-        [rounded_logits(asking, rounded, scaling, softcap), grouped_logits(asking, keys, scaling, softcap)], -1
-    )
     places = slots.expand(-1, -1, by_head.shape[2], -1, -1)
-    wide = logits.new_zeros(*places.shape[:-1], 0) if scores is None else scores
+    wide = query.new_zeros(*places.shape[:-1], 0, dtype=torch.float32) if scores is None else scores
     wide = _as_wide(wide, rows.columns + 1)  # one place for columns without a token
+    logits = wide.gather(-1, places)
+    asking = by_head if proximal is None else by_head[:, proximal.rest]
+    if asking.shape[1]:
+        asking = asking.flatten(1, 2)
+        own = [rounded_logits(asking, rounded, scaling, softcap), grouped_logits(asking, keys, scaling, softcap)]
+        logits = torch.cat(own, -1) if proximal is None else logits.index_copy(1, proximal.rest, torch.cat(own, -1))
     if proximal is not None:
-        lent = wide.gather(-1, places)
-        logits = lent.index_copy(1, proximal.rest, logits)
         following = by_head[:, proximal.index].flatten(1, 2)
-        own = grouped_logits(following, rows.read(proximal.keys), scaling, softcap)
-        _put_own(logits, own, rows, proximal, positions, here)
+        near = grouped_logits(following, rows.read(proximal.keys), scaling, softcap)
+        _put_own(logits, near, rows, proximal, positions, here)
     for head in leading:
         wide[:, head].scatter_(-1, places[:, head], logits[:, head])
     stored = here[:, :, None, None] >= 0

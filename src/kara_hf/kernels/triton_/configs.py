@@ -61,8 +61,15 @@ ATTEND_SHARED = {(2, size): _unspilled(ATTEND[2, size, True]) for size in PADS}
 ATTEND_SHARED |= {(4, size): _unspilled(_attend(16, 32, 32, 8, 1)) for size in PADS}
 
 # (the larger padded size, whether there are few query rows), of records: numbers are float32 before they are rounded to
-# what products take, so that half precisions need the registers of float32.
-ATTEND_ROUNDED = {key[1:]: constants for key, constants in ATTEND_OBSERVED.items() if key[0] == 4}
+# what products take, and an address stands for every code, so that tiles are small in all dtypes.
+ATTEND_ROUNDED = {
+    (64, True): _unspilled(_attend(16, 32, 32, 4, 2)),
+    (128, True): _unspilled(_attend(16, 32, 32, 8, 1)),
+    (256, True): _unspilled(_attend(16, 16, 32, 8, 1)),
+    (64, False): _unspilled(_attend(32, 32, 32, 8, 2)),
+    (128, False): _unspilled(_attend(32, 32, 32, 8, 2)),
+    (256, False): _unspilled(_attend(32, 16, 32, 8, 1)),
+}
 
 OBSERVE = {"TILE_QUERIES": 4, "TILE_SLOTS": 128, "num_warps": 4}
 
