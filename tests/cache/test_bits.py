@@ -8,18 +8,20 @@ import itertools
 
 import numpy as np
 import pytest
+import test_decode
 import test_pod_selection
 import torch
 from support.architectures import ARCHITECTURES, _small, build
 from support.batches import left_padded, prompt
 from support.caches import memory_of, state
+from support.interpreter import run
 from support.marks import slow
 from support.oracle import EVICTED, evicted_of
 from support.sharing import SHARED, deep
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from kara_hf import KaraCache, KaraConfig, KVCompressCache, KVCompressConfig, PoDCache, PoolExhausted
-from kara_hf.cache import compressed
+from kara_hf.cache import budget_compression, compressed, rounding, steps
 from kara_hf.serving.config import ServingConfig
 
 KARA = {"window": 16, "recent": 8, "sinks": 2, "block_size": 4, "score": "random"}
@@ -71,7 +73,7 @@ def mirror(cache, dense, padding, columns):
 
 
 @torch.no_grad()
-def check(model, make, padding, steps, first, attention="oracle"):
+def check(model, make, padding, forwards, first, attention="oracle"):
     """The logits of every step are those of dense attention over what the cache holds: the records' numbers, and
     nothing of what was evicted. `first`: a step first compresses and then attends. `attention`: what the oracle attends
     with; with None its own, which knows of no eviction.
@@ -81,7 +83,7 @@ def check(model, make, padding, steps, first, attention="oracle"):
         model.set_attn_implementation("eager")
         oracle.set_attn_implementation(attention)
     cache, dense = make(model), DynamicCache(config=model.config)
-    ids = torch.randint(3, 100, (len(padding), sum(steps)), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(3, 100, (len(padding), sum(forwards)), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     for b, pad in enumerate(padding):
         mask[b, :pad] = 0
@@ -93,7 +95,7 @@ def check(model, make, padding, steps, first, attention="oracle"):
         mirror(cache, dense, padding, seen)
 
     try:
-        for new in steps:
+        for new in forwards:
             inputs = {
                 "input_ids": ids[:, seen : seen + new],
                 "attention_mask": mask[:, : seen + new],
@@ -118,9 +120,11 @@ def check(model, make, padding, steps, first, attention="oracle"):
 @EVERY
 @pytest.mark.parametrize("bits", [{"bits": 8}, {"bits": 4}, {"key_bits": 8, "value_bits": 2}], ids=str)
 def test_attention_is_over_what_records_stand_for(model, name, bits):
-    steps = [2 * PROMPT] + [1] * 20 + [7] + [1] * 20
+    forwards = [2 * PROMPT] + [1] * 20 + [7] + [1] * 20
     bits = {"bits": None} | bits
-    cache = check(build("llama"), lambda model: CACHES[name](model, **bits), [5, 0], steps, first=name.startswith("kv"))
+    cache = check(
+        build("llama"), lambda model: CACHES[name](model, **bits), [5, 0], forwards, first=name.startswith("kv")
+    )
     assert (records_of(cache) > 40).all()
 
 
@@ -170,9 +174,9 @@ def test_keys_that_are_shared_are_rounded_at_their_lead(kind, padding, distant_q
         return CACHES["kara-prompt" if kind == "kara" else "kv-compress"](model, sharing=sharing)
 
     test_pod_selection.SHARING["now"], test_pod_selection.PADDING[:] = sharing, padding
-    steps = [150] + [1] * 20 + ([] if any(padding) else [7] + [1] * 12)
+    forwards = [150] + [1] * 20 + ([] if any(padding) else [7] + [1] * 12)
     try:
-        cache = check(deep(), make, padding, steps, first=kind == "kv-compress", attention="oracle-pod")
+        cache = check(deep(), make, padding, forwards, first=kind == "kv-compress", attention="oracle-pod")
     finally:
         test_pod_selection.LEADS.clear()
     assert (records_of(cache)[0] > 0).any()
@@ -388,3 +392,43 @@ def test_a_graph_and_serving_are_refused(model, monkeypatch):
             make(model, cuda_graph=True)
     with pytest.raises(ValueError, match="bits=4 is not possible: bits must be None while serving"):
         ServingConfig.of(bits=4)
+
+
+# --------------------------------------------------------------------------------------------------------------- a GPU
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no-mask"])
+@pytest.mark.parametrize("name", ["kara-all", "kara-prompt", "kv-compress", "kv-compress-all"])
+def test_decode_steps_wait_for_nothing(model, name, masked, monkeypatch):
+    """The path of a GPU: between compressions nothing is read back, and the tokens are those of a CPU's path."""
+    ids, mask = test_decode.inputs(5 if masked else 0, 100)
+    expected, _ = test_decode.decode(model, CACHES[name](model), ids, mask, 40, masked)
+    monkeypatch.setattr(steps, "syncs_are_free", lambda device: False)
+    cache = CACHES[name](model)
+    logits, waited = test_decode.decode(model, cache, ids, mask, 40, masked)
+    assert len(waited) > 25 and not any(waited), waited
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+    assert (records_of(cache) > 64).all()
+
+
+def test_kernels_wait_for_nothing_either():
+    """With the kernels of Triton's interpreter, in a process of its own."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    flags = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "python_functions=check_*"]
+    done = run(*flags, __file__, KARA_BACKEND="triton", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["kara-all", "kv-compress"])
+def check_the_kernels_themselves(model, name, monkeypatch):
+    monkeypatch.setattr(steps, "syncs_are_free", lambda device: False)
+    monkeypatch.setattr(rounding, "OPENING", 8)
+    monkeypatch.setattr(budget_compression, "OPENING", 8)
+    del model.model.layers[1:]
+    model.config.num_hidden_layers, model.config.layer_types = 1, None
+    ids, mask = test_decode.inputs(3, 30)
+    cache = CACHES[name](model)
+    logits, waited = test_decode.decode(model, cache, ids, mask, 6)
+    assert len(waited) > 3 and not any(waited), waited
+    monkeypatch.setenv("KARA_BACKEND", "reference")
+    expected, _ = test_decode.decode(model, CACHES[name](model), ids, mask, 6)
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+    assert (records_of(cache) > 0).all()

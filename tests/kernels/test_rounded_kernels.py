@@ -122,7 +122,9 @@ CASES = [
     Case("softcap", [[5, 33]], [[16, 1]], group=4, softcap=0.7),
     Case("sinks", [[5, 33]], [[16, 1]], group=4, sink_logits=True, new=3),
 ]
-if not INTERPRETED:
+if INTERPRETED:
+    CASES = [case for case in CASES if case.name not in ("uniform", "eight-bits", "larger", "one-padding")]
+else:
     CASES.append(Case("more-than-a-chunk", [[75, 80]], [[40, 20]], new=70))
 
 
@@ -134,6 +136,9 @@ def assert_error_bounded(got, plain, exact):
     error, allowed = ((out.double() - exact).abs().max().item() for out in (got, plain))
     unavoidable = max(16 * torch.finfo(torch.float32).eps, torch.finfo(got.dtype).eps / 2) * exact.abs().max().item()
     assert error <= max(4 * allowed, unavoidable), f"error {error:.3g}, plain torch {allowed:.3g}"
+
+
+UNEVEN = next(case for case in CASES if case.name == "uneven")
 
 
 def inputs(case, dtype, block_size, layout, metric=False, seed=0):
@@ -194,7 +199,7 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_attend(case, layout, dtype):
-    for block_size in (4, 16):
+    for block_size in (4,) if INTERPRETED else (4, 16):
         query, rows, settings = inputs(case, dtype, block_size, layout)
         exact, _ = plain(query, rows, torch.float64, **settings)
         allowed, _ = plain(query, rows, dtype, **settings)
@@ -243,7 +248,9 @@ def clone_both(rows):
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("case", [CASES[1], CASES[6], CASES[7]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("uneven", "several", "padding")], ids=lambda case: case.name
+)
 def test_what_is_visible_is_said_of_both_parts(case, heads):
     query, rows, settings = inputs(case, torch.float32, 4, "shuffled")
     visible = torch.rand(len(rows.lengths), heads, case.new, rows.columns) < 0.6
@@ -257,7 +264,7 @@ def test_what_is_visible_is_said_of_both_parts(case, heads):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_everything_is_laid_out_with_records_in_front(layout):
-    _, rows, _ = inputs(CASES[1], torch.float32, 4, layout)
+    _, rows, _ = inputs(UNEVEN, torch.float32, 4, layout)
     keys, values, positions = rows.all_keys(), rows.all_values(), rows.all_positions()
     assert keys.shape[2] == values.shape[2] == positions.shape[2] == rows.columns
     for b, h in itertools.product(*map(range, rows.lengths.shape)):
@@ -278,7 +285,7 @@ def test_positions_that_follow_from_slots_take_no_byte():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_records_are_moved_bit_by_bit(layout):
-    _, rows, _ = inputs(CASES[1], torch.float32, 4, layout, metric=True)
+    _, rows, _ = inputs(UNEVEN, torch.float32, 4, layout, metric=True)
     moved = [clone(rows.rounded) for _ in range(2)]
     source = torch.tensor([[[0, 0], [39, 30]], [[0, 0], [15, 14]]], dtype=torch.int32)
     target = torch.tensor([[[-1, -1], [3, 38]], [[-1, -1], [0, 1]]], dtype=torch.int32)

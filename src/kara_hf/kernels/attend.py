@@ -116,11 +116,7 @@ def attend(
     if new == 0 or rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
     settings: LogitSettings = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
-    if (
-        rows.rounded is None
-        and visible is None
-        and use_triton(query, key_dim, rows.values.shape[-1], dtypes=rows.dtypes)
-    ):
+    if visible is None and use_triton(query, key_dim, rows.values.shape[-1], dtypes=rows.dtypes):
         return _attend_triton(query, rows, num_unseen, metric_power, **settings)
     if rows.rounded is not None:
         return attend_rounded(
