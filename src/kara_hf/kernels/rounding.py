@@ -9,6 +9,8 @@ by an orthonormal matrix. The frame is fixed before a row's first key is rounded
 its row it lies, and moving it rounds nothing again. No later key can fall outside: every record has a range of its own.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,16 +63,7 @@ class Packing:
     def unpack(self, records: torch.Tensor) -> torch.Tensor:
         """Numbers ``[..., D]`` float32 that `records` ``[..., width]`` stand for."""
         step, lowest = self.ranges(records)
-        return self.codes_of(records) * step[..., None] + lowest[..., None]
-
-    def codes_of(self, records: torch.Tensor) -> torch.Tensor:
-        """Codes of `records`, ``[..., D]`` float32."""
-        codes = records[..., : self.codes].contiguous()  # bytes in a row are several times faster to work on
-        if self.per_byte > 1:
-            last, first = codes >> (8 - self.bits), codes & self.top
-            between = [codes >> place * self.bits & self.top for place in range(1, self.per_byte - 1)]
-            codes = torch.cat([first, *between, last], -1)
-        return codes.float()[..., : self.size]
+        return self._spread(records)[..., : self.size] * step[..., None] + lowest[..., None]
 
     def ranges(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Step and lowest number of every record, each ``[...]`` float32."""
@@ -83,24 +76,50 @@ class Packing:
         float32.
         """
         step, lowest = (part[:, :, None] for part in self.ranges(records))
-        sums = [vectors @ self.codes_of(chunk).transpose(-1, -2) for chunk in self._chunks(records)]
-        found = torch.cat(sums, -1) if len(sums) > 1 else sums[0]
-        return found.mul_(step).add_(vectors.sum(-1, keepdim=True) * lowest)
+        wide = F.pad(vectors, (0, self.per_byte * self.codes - self.size)).flatten(0, 1)
+        found = vectors.new_empty(len(wide), vectors.shape[2], records.shape[2])
+        for rows, tokens, codes in self._unpacked(records.flatten(0, 1), fresh=wide.requires_grad):
+            found[rows, :, tokens] = torch.bmm(wide[rows], codes.transpose(1, 2))
+        return found.unflatten(0, vectors.shape[:2]).mul_(step).add_(vectors.sum(-1, keepdim=True) * lowest)
 
     def mixtures(self, weights: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
         """Sums of the numbers of `records` ``[B, H, T, width]`` by `weights` ``[B, H, N, T]``: ``[B, H, N, D]``
         float32.
         """
         step, lowest = (part[:, :, None] for part in self.ranges(records))
-        chunks = self._chunks(records)
-        shares = (weights * step).split([chunk.shape[2] for chunk in chunks], -1)
-        sums = [share @ self.codes_of(chunk) for share, chunk in zip(shares, chunks, strict=True)]
-        return torch.stack(sums).sum(0) + (weights * lowest).sum(-1, keepdim=True)
+        shares = (weights * step).flatten(0, 1)
+        found = weights.new_zeros(*shares.shape[:2], self.per_byte * self.codes)
+        for rows, tokens, codes in self._unpacked(records.flatten(0, 1), fresh=weights.requires_grad):
+            found[rows] += torch.bmm(shares[rows, :, tokens], codes)
+        found = found[..., : self.size].unflatten(0, weights.shape[:2])
+        return found + (weights * lowest).sum(-1, keepdim=True)
 
-    def _chunks(self, records: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """`records` ``[B, H, T, width]`` in parts whose codes are float32 one at a time."""
-        rows = max(1, records.shape[0] * records.shape[1] * self.size)
-        return records.split(max(64, CHUNK // rows), 2)
+    def _unpacked(self, records: torch.Tensor, fresh: bool) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Codes of a few of the `records` ``[R, T, width]`` at a time, float32, and which rows and tokens they are of.
+
+        ``[r, t, C * per_byte]``, with zeros behind the last element. One piece of memory serves all, unless each is to
+        be `fresh`: a gradient would need them later.
+        """
+        every, tokens = records.shape[:2]
+        wide = self.per_byte * self.codes
+        some = max(1, min(tokens, CHUNK // wide))
+        several = max(1, CHUNK // (wide * some))
+        numbers = None
+        for row, token in itertools.product(range(0, every, several), range(0, tokens, some)):
+            codes = self._spread(records[row : row + several, token : token + some])
+            if numbers is None or fresh:
+                numbers = codes.new_empty(min(several, every), some, wide, dtype=torch.float32)
+            found = numbers[: codes.shape[0], : codes.shape[1]].copy_(codes)
+            yield slice(row, row + several), slice(token, token + some), found
+
+    def _spread(self, records: torch.Tensor) -> torch.Tensor:
+        """A byte for every code of `records`, ``[..., C * per_byte]`` uint8."""
+        codes = records[..., : self.codes].contiguous()  # bytes in a row are several times faster to work on
+        if self.per_byte == 1:
+            return codes
+        last, first = codes >> (8 - self.bits), codes & self.top
+        between = [codes >> place * self.bits & self.top for place in range(1, self.per_byte - 1)]
+        return torch.cat([first, *between, last], -1)
 
 
 @lru_cache
