@@ -244,6 +244,14 @@ def test_sequences_that_fork_share_records_and_copy_what_they_write():
         assert same(keys[:22], before[b, h][0][:22]) and torch.equal(values[:22], before[b, h][1][:22])
 
 
+def test_a_row_of_which_nothing_settles_needs_no_block_more():
+    store = rounded(2, 1, 1)
+    filled(store, 4)
+    store.settle(some(store, [0, 1], [0, 1]))
+    store.settle(some(store, [0, 1], [1, 0]))
+    assert store.records.lengths.tolist() == [[1], [1]]
+
+
 def test_without_room_nothing_is_lost():
     meter = MemoryMeter()
     store = rounded(1, 1, 4, meter=meter)

@@ -93,7 +93,8 @@ class RecordStore(PagedStore):
         opened = rows.of_keys(rows.lengths == 0) & of_keys.any(2)
         if bool(opened.any()):
             self.frame.copy_(torch.where(opened[..., None, None], frame_of(keys, of_keys), self.frame))
-        slots = rows.lengths[..., None] + chosen.cumsum(2, dtype=torch.int32).sub_(1).clamp_(min=0)
+        slots = rows.lengths[..., None] + chosen.cumsum(2, dtype=torch.int32) - 1
+        slots = slots.masked_fill(~chosen, 0)  # needs no block: any that exists stands in
         where_key = slot_index(self.keys.table, rows.of_keys(slots), self.block_size)[of_keys]
         where_value = slot_index(self.values.table, slots, self.block_size)[chosen]
         self.keys.pools[0].flatten(0, 1)[where_key] = self.packings[0].pack(into_frame(keys, self.frame))[of_keys]
