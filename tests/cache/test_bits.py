@@ -409,6 +409,7 @@ def test_decode_steps_wait_for_nothing(model, name, masked, monkeypatch):
     assert (records_of(cache) > 64).all()
 
 
+@pytest.mark.slow
 def test_kernels_wait_for_nothing_either():
     """With the kernels of Triton's interpreter, in a process of its own."""
     pytest.importorskip("triton", reason="triton is not installed")
