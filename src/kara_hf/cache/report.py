@@ -20,7 +20,7 @@ class CacheReport:
         kept: tokens stored, ``[layer, sequence, head]`` int64.
         layers: the model's layer index of each entry of `kept`.
         full_bytes: what a cache without compression would hold for the tokens seen.
-        nominal_bytes: keys and values of the tokens kept, and nothing else.
+        nominal_bytes: keys and values of the tokens kept, and nothing else; of rounded ones their records.
         resident_bytes: everything held: blocks (free ones too), tables, lengths, positions, buffered queries.
         peak_bytes: the most that was resident at any moment, copies made while a pool grows included.
         other_bytes: held by the layers that are not compressed (sliding-window, linear, recurrent).
