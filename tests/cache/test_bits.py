@@ -306,6 +306,17 @@ def test_under_a_cap_a_step_is_refused_or_makes_room(model, name):
     assert cache.meter.held - cache.meter.lent <= limit and cache.report().resident_bytes == memory_of(cache)
 
 
+@pytest.mark.parametrize(
+    "make", [kara(retention=1.0, recent=0.5), kv(retention=1.0, protected=0.5)], ids=["kara", "kv"]
+)
+def test_of_a_share_of_newest_tokens_few_stay_whole(model, make):
+    cache = make(model)
+    with torch.no_grad():
+        model(**prompt(150), past_key_values=cache)
+        model(torch.tensor([[7]]), past_key_values=cache)
+    assert (150 - records_of(cache) <= 2 + 32 + 16).all()
+
+
 def test_a_turn_is_rounded_as_a_prompt_is(model):
     cache = CACHES["kara-prompt"](model)
     with torch.no_grad():

@@ -350,8 +350,7 @@ class BudgetCompression(Compression):
         """
         assert self.rounding is not None
         sequences = self.state.sequences
-        stops = [s.tokens - max(self.rounding.near, self.policy.newest(s.tokens)) for s in sequences]
-        stop = torch.tensor(stops, device=kept.device)[:, None, None]
+        stop = torch.tensor([s.tokens - self.rounding.near for s in sequences], device=kept.device)[:, None, None]
         chosen = kept & (positions >= self.rounding.first) & (positions < stop)
         begun = (torch.as_tensor(rounded, device=kept.device) > 0) | (chosen.sum(2) >= OPENING)
         return chosen & begun[..., None]
@@ -360,8 +359,7 @@ class BudgetCompression(Compression):
         """How many tokens of rows with `lengths` ``[B, H]`` are records after a pass, ``[B, H]``."""
         if self.rounding is None:
             return np.zeros_like(lengths)
-        newest = [max(self.rounding.near, self.policy.newest(s.tokens)) for s in self.state.sequences]
-        found = np.maximum(0, lengths - self.rounding.first - np.array(newest)[:, None])
+        found = np.maximum(0, lengths - self.rounding.first - self.rounding.near)
         store = layer.store
         begun = store.records.lengths > 0 if isinstance(store, RoundedStore) else np.zeros(lengths.shape, bool)
         return np.where(begun | (found >= OPENING), found, 0)

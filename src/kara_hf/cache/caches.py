@@ -7,6 +7,7 @@ from ..config import KaraConfig, KVCompressConfig
 from ..policy import KaraPolicy, KVCompressPolicy
 from ..policy.sharing import PoDSharing
 from .compressed import CompressedCache
+from .rounding import NEAREST
 
 
 class KaraCache(CompressedCache):
@@ -211,6 +212,12 @@ class PoDCache(CompressedCache):
     ):
         window = -(-KaraConfig.window // block_size) * block_size
         config = KaraConfig(
-            retention=1.0, window=window, bits=bits, key_bits=key_bits, value_bits=value_bits, block_size=block_size
+            retention=1.0,
+            window=window,
+            recent=NEAREST,
+            bits=bits,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            block_size=block_size,
         )
         super().__init__(model, policy=KaraPolicy(config), sharing=sharing, max_bytes=max_bytes, cuda_graph=cuda_graph)

@@ -13,7 +13,7 @@ from .layer import CompressedLayer
 
 OPENING = 64  # tokens, at least, that are rounded first: the frame of a row's keys is theirs
 AT_ONCE = 16  # tokens, at least, that are rounded together later
-NEAREST = 32  # newest tokens that stay whole where `recent` is a share, which may be of nothing
+NEAREST = 32  # newest tokens that stay whole where a share of them says what may be dropped
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Rounding:
     Attributes:
         bits: of keys and of values.
         first: first tokens of a sequence that stay whole.
-        near: newest tokens that stay whole; a share says it elsewhere, and is at least this.
+        near: newest tokens that stay whole.
     """
 
     bits: tuple[int, int]
@@ -34,7 +34,7 @@ class Rounding:
     def of(
         cls, config: KaraConfig | KVCompressConfig, newest: int | float, sharing: PoDSharing | None, steady: bool
     ) -> "Rounding | None":
-        """As `config` says, or None if nothing is rounded; `newest` tokens, or a share, stay whole.
+        """As `config` says, or None if nothing is rounded; so many of the `newest` tokens, or a share, are never dropped.
 
         Raises:
             ValueError: the bits are not possible, or memory must be `steady`.

@@ -254,8 +254,7 @@ class WindowCompression(Compression):
 
     def _free(self, sequence: Sequence, rounding: Rounding) -> int:
         """How many tokens of a sequence may be rounded: those that have settled, where anything is compressed."""
-        near = max(rounding.near, self.policy.newest(sequence))
-        near = max(near, sequence.open) if self.policy.compresses else near
+        near = max(rounding.near, sequence.open) if self.policy.compresses else rounding.near
         return sequence.settled + sequence.open - near - rounding.first
 
     def _rounded(self, layer: CompressedLayer | None = None) -> np.ndarray:

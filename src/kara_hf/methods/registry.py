@@ -13,6 +13,7 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import Cache
 
 from ..cache.caches import KaraCache, KVCompressCache, PoDCache
+from ..cache.rounding import NEAREST
 from ..config import KaraConfig, require
 from ..integration.attach import detach
 from ..integration.shape import head_dim
@@ -173,7 +174,7 @@ def _pod(bits: int | None = None) -> Callable[[Any, Plan], Cache]:
 
 def _all_in(**bits: int) -> Callable[[Any, Plan], Cache]:
     """Every token, in few bits."""
-    return windows("random", retention=1.0, **bits)
+    return windows("random", retention=1.0, recent=NEAREST, **bits)
 
 
 def _calibrated(model: Any, plan: Plan) -> Cache:
