@@ -34,7 +34,7 @@ class Rounding:
     def of(
         cls, config: KaraConfig | KVCompressConfig, newest: int | float, sharing: PoDSharing | None, steady: bool
     ) -> "Rounding | None":
-        """As `config` says, or None if nothing is rounded; so many of the `newest` tokens, or a share, are never dropped.
+        """As `config` says, or None if nothing is rounded; so many `newest` tokens, or a share, are never dropped.
 
         Raises:
             ValueError: the bits are not possible, or memory must be `steady`.
