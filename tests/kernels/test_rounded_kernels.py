@@ -12,7 +12,6 @@ from support.kernel_cases import (
     bounded_loosely,
     clone,
     dtype_id,
-    ids,
     make_rows,
     same_bits,
 )
@@ -197,7 +196,7 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_attend(case, layout, dtype):
     for block_size in (4,) if INTERPRETED else (4, 16):
         query, rows, settings = inputs(case, dtype, block_size, layout)
@@ -226,7 +225,7 @@ def metrics(rows):
 
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_metric_of_both_parts_gains_what_attention_gives(case, layout, power):
     query, rows, settings = inputs(case, torch.float32, 4, layout, metric=True)
     exact, expected = plain(query, rows, torch.float64, metric_power=power, **settings)
