@@ -251,7 +251,7 @@ def test_summary_by_hand():
     assert kara["gap"] == pytest.approx(0.6) and rows["oracle", "prompt-kept"]["gap"] == 1
     assert kara["bytes_apart"] == pytest.approx(0.2)
     assert (kara["resident"], kara["held"], kara["peak"], kara["looped"]) == pytest.approx((0.3, 0.2, 0.4, 0.05))
-    assert kara["evictable"] == pytest.approx(0.64)  # of 99 that are stored two windows of 32, and 16 behind them
+    assert kara["evictable"] == pytest.approx(0.96)  # of 99 that are stored three windows of 32
     assert kara["tokens_per_second"] == 200 and kara["solved_per_minute"] == pytest.approx(84)
     assert recency["difference_high"] < 0 and recency["gap"] == pytest.approx(-0.8)
     for alone in (rows["full", "none"], rows["kara", "query-aware"]):

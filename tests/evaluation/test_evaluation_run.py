@@ -279,11 +279,12 @@ def test_float8_keeps_what_float8_can(reasoner):
 # ---------------------------------------------------------------------------------------------------------- the oracle
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("rule", RULES)
-def test_the_oracle_knows_the_largest_future_attention(name, rule):
+@pytest.mark.parametrize("recent", [2, 0.5])
+def test_the_oracle_knows_the_largest_future_attention(name, rule, recent):
     """Against the model's own attention probabilities, query by query."""
     model = build(name)
     model.set_attn_implementation("eager")
-    config = KaraConfig(window=8, recent=2, block_size=4, compress_prompt=rule != "prompt-kept")
+    config = KaraConfig(window=8, recent=recent, retention=0.4, block_size=4, compress_prompt=rule != "prompt-kept")
     ids, mask = torch.randint(3, 100, (2, 40)), torch.ones(2, 40, dtype=torch.long)
     mask[0, :5] = 0
     prompts, contexts = [19, 24], [15, 17] if rule == "query-agnostic" else [0, 0]
@@ -301,7 +302,10 @@ def test_the_oracle_knows_the_largest_future_attention(name, rule):
             heads = future[layer].shape[1]
             for j in range(40 - padding):
                 first = 0 if config.compress_prompt else prompts[b]
-                seal = first + (j - first) // 8 * 8 + 8 + 2
+                number = (j - first) // 8
+                # Of 0.5 as many are recent as windows keep: 2 of each, of the first one its 4 sinks.
+                behind = 2 if recent == 2 else 2 * (number + 1) + 2 * config.compress_prompt
+                seal = first + number * 8 + 8 + behind
                 if config.compress_prompt:  # sealed within the forward that brings the last of the recent tokens
                     seal = next((end for end in (contexts[b], prompts[b]) if end and seal <= end), seal)
                 later = own[:, seal:, j]

@@ -119,7 +119,12 @@ def divergence(
             reference is None or reference in names, "reference", reference, f"one of the methods, {', '.join(names)}"
         )
         shared: dict[str, Any] = {} if model else dict(BUNDLED_SHARED)
-        given = {"window": window, "recent": recent, "block_size": block_size, "observation": observation}
+        given = {
+            "window": window,
+            "recent": options.count_or_share(recent),
+            "block_size": block_size,
+            "observation": observation,
+        }
         shared |= {name: value for name, value in {**given, "sinks": sinks}.items() if value is not None}
         settings: dict[str, Any] = {
             "rules": [rule_named(rule) for rule in names_in(rules)],

@@ -91,7 +91,12 @@ def evaluate(
         from ..tasks import make_task
 
         shared: dict[str, Any] = {} if model else dict(BUNDLED_SHARED)
-        given = {"window": window, "recent": recent, "block_size": block_size, "observation": observation}
+        given = {
+            "window": window,
+            "recent": options.count_or_share(recent),
+            "block_size": block_size,
+            "observation": observation,
+        }
         shared |= {name: value for name, value in {**given, "sinks": sinks}.items() if value is not None}
         request = Request(
             methods=[make_method(name) for name in method_names],

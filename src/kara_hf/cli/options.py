@@ -31,7 +31,10 @@ SampleLength = Annotated[
 Window = Annotated[
     int | None, typer.Option(help="Tokens in a window of window methods [default: 256; bundled model: 64].")
 ]
-Recent = Annotated[int | None, typer.Option(help="Newest tokens, always kept whole [default: 32].")]
+Recent = Annotated[
+    float | None,
+    typer.Option(metavar="N|SHARE", help="Newest tokens, always kept whole, or a share of those held [default: 32]."),
+]
 BlockSize = Annotated[int | None, typer.Option(help="Slots per block of memory [default: 16; bundled model: 4].")]
 Observation = Annotated[
     int | None, typer.Option(help="Last prompt queries that vote in eviction methods [default: 32; bundled model: 8].")

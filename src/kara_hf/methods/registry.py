@@ -33,16 +33,16 @@ class SharedSettings:
     """Settings that are the same for all methods.
 
     Attributes:
-        window, recent: of the window methods; `recent` tokens are protected by the eviction methods too.
+        window, recent: of the window methods; `recent`, tokens or a share, is protected by the eviction methods too.
         block_size: slots per block.
         sinks: first tokens that window and eviction methods always keep where prompts are compressed.
         observation: last prompt queries that vote in eviction methods.
     """
 
-    window: int = 256
-    recent: int = 32
-    block_size: int = 16
-    sinks: int = 4
+    window: int = KaraConfig.window
+    recent: int | float = KaraConfig.recent
+    block_size: int = KaraConfig.block_size
+    sinks: int = KaraConfig.sinks
     observation: int = 32
 
 
@@ -127,7 +127,7 @@ def eviction_settings(plan: Plan) -> dict[str, Any]:
     return {
         "retention": plan.share,
         "observation": plan.shared.observation,
-        "protected": max(1, plan.shared.recent),
+        "protected": plan.shared.recent or 1,
         "sinks": max(plan.prompts) if plan.rule == PROMPT_KEPT else plan.shared.sinks,
         "block_size": plan.shared.block_size,
         "seed": plan.seed,
