@@ -304,7 +304,7 @@ def test_the_oracle_knows_the_largest_future_attention(name, rule, recent):
                 first = 0 if config.compress_prompt else prompts[b]
                 number = (j - first) // 8
                 # Of 0.5 as many are recent as windows keep: 2 of each, of the first one its 4 sinks.
-                behind = 2 if recent == 2 else 2 * (number + 1) + 2 * config.compress_prompt
+                behind = 2 if recent == 2 else 2 * (max(number, 0) + 1) + 2 * config.compress_prompt
                 seal = first + number * 8 + 8 + behind
                 if config.compress_prompt:  # sealed within the forward that brings the last of the recent tokens
                     seal = next((end for end in (contexts[b], prompts[b]) if end and seal <= end), seal)
