@@ -18,6 +18,7 @@ from kara_hf.policy.scores import shuffle_runs
 
 BUILT_IN = [
     "bidirectional",
+    "blend",
     "causal",
     "key-difference",
     "key-distance",
@@ -51,8 +52,8 @@ BAD_SETTINGS = [
     ("recent", False, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
     ("sinks", -1, "a whole number of tokens from 0 on"),
     ("sinks", 0.5, "a whole number of tokens from 0 on"),
-    ("score", "bidirectonal", "one of bidirectional, causal, "),
-    ("score", None, "one of bidirectional, causal, "),
+    ("score", "bidirectonal", "one of bidirectional, blend, causal, "),
+    ("score", None, "one of bidirectional, blend, causal, "),
     ("queries", 0, "a whole number from 1 to window=256, or None for all"),
     ("queries", 257, "a whole number from 1 to window=256, or None for all"),
     ("queries", 8.0, "a whole number from 1 to window=256, or None for all"),
@@ -353,6 +354,8 @@ def test_scores_of_keys_and_values_as_written():
             assert rank("key-distance", window)[b, h // 2, j].item() == pytest.approx(
                 float(sum(distance) / 2), rel=1e-5
             )
+    places = [rank(name, window).argsort(-1).argsort(-1) for name in ("bidirectional", "key-difference")]
+    assert torch.equal(rank("blend", window), sum(places).float())
     assert torch.allclose(rank("value-norm", window), window.values.square().sum(-1).sqrt())
     with pytest.raises(AssertionError, match="registered with values=False"):
         rank("value-norm", replace(window, values=None))

@@ -152,6 +152,20 @@ def key_difference(window: Window) -> torch.Tensor:
     return (1 - likeness).unflatten(1, (window.rows, -1)).mean(2)
 
 
+@register_score("blend", queries=True)
+def blend(window: Window) -> torch.Tensor:
+    """Place by `bidirectional` plus place by `key_difference`, from 0 for the last of the window on. Ours.
+
+    Few queries do for it (`KaraConfig.queries`): where their mean says little, keys decide.
+    """
+    return _places(bidirectional(window)) + _places(key_difference(window))
+
+
+def _places(scores: torch.Tensor) -> torch.Tensor:
+    """How many of the last dimension score less, those in front of an equal one among them; NaN stays NaN."""
+    return scores.argsort(dim=-1, stable=True).argsort(-1) + 0 * scores
+
+
 @register_score("key-distance")
 def key_distance(window: Window) -> torch.Tensor:
     """How far a key lies from the window's mean key: key-difference with lengths. Ours; nothing has to be held."""
