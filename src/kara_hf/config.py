@@ -56,8 +56,9 @@ class KaraConfig(Settings):
         score: what ranks a window's tokens: the name of a score, or the folder or hub id of a `KeyCalibration`;
             `KaraPolicy` refuses one that is neither.
         queries: how many queries of a window every query head holds for a score that needs them, spread evenly over
-            the window and over the heads of a key, from 1 to `window`; None: all, as published. Means over queries are
-            estimated by a sample, at a fraction of the bytes. The recent tokens are sampled as densely. Ours.
+            the window and over the heads of a key, from 1 on; None, or more than `window`: all, as published. Means
+            over queries are estimated by a sample, at a fraction of the bytes. The recent tokens are sampled as
+            densely. Ours.
         anchor_share: share of the kept tokens that are picked singly, by score, before Token2Chunk fills gaps between
             them, in (0, 1]; 1 is plain top-k.
         compress_prompt: whether the prompt is walked in windows too; otherwise it is kept whole.
@@ -102,10 +103,10 @@ class KaraConfig(Settings):
         )
         require(is_int(self.sinks) and self.sinks >= 0, "sinks", self.sinks, "a whole number of tokens from 0 on")
         require(
-            self.queries is None or (is_int(self.queries) and 1 <= self.queries <= self.window),
+            self.queries is None or (is_int(self.queries) and self.queries >= 1),
             "queries",
             self.queries,
-            f"a whole number from 1 to window={self.window}, or None for all",
+            "a whole number from 1 on, or None for all",
         )
         require(
             is_number(self.anchor_share) and 0 < self.anchor_share <= 1,
@@ -127,6 +128,11 @@ class KaraConfig(Settings):
         if isinstance(self.recent, float):
             share *= (1 - self.recent) / (1 - self.retention * self.recent)
         return max(1, round(share * self.window))
+
+    @property
+    def queries_held(self) -> int:
+        """Queries of a window that every query head holds for a score that needs them."""
+        return self.window if self.queries is None else min(self.queries, self.window)
 
     @property
     def anchors(self) -> int:

@@ -157,7 +157,7 @@ class WindowCompression(Compression):
         if state.queries is None:
             batch, heads, _, size = query.shape
             group = heads // (key.shape[1] - len(layer.followers))
-            sampling = Sampling(self.config.queries or self.config.window, self.config.window, group)
+            sampling = Sampling(self.config.queries_held, self.config.window, group)
             state.queries = QueryBuffer(batch, heads, size, query.dtype, query.device, self.state.meter, sampling)
             if self.state.steady:
                 state.queries.reserve(self._limit(step.after) + 1)

@@ -135,7 +135,8 @@ def eviction_settings(plan: Plan) -> dict[str, Any]:
 
 
 def windows(score: str, **settings: Any) -> Callable[[Any, Plan], Cache]:
-    fixed = {"score": score, "anchor_share": 1.0} | settings
+    """Kara's frame with another score, which gets all queries, and keeps the best tokens singly."""
+    fixed = {"score": score, "anchor_share": 1.0, "queries": None} | settings
     return lambda model, plan: KaraCache(model, **window_settings(plan) | fixed)
 
 
