@@ -70,11 +70,11 @@ class KaraConfig(Settings):
     """
 
     retention: float = 0.25
-    window: int = 256
-    recent: int | float = 32
+    window: int = 128
+    recent: int | float = 0.5
     sinks: int = 4
-    score: str = "bidirectional"
-    queries: int | None = None
+    score: str = "blend"
+    queries: int | None = 8
     anchor_share: float = 0.5
     compress_prompt: bool = False
     block_size: int = 16

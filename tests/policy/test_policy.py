@@ -353,7 +353,9 @@ def test_scores_of_keys_and_values_as_written():
             assert rank("key-distance", window)[b, h // 2, j].item() == pytest.approx(
                 float(sum(distance) / 2), rel=1e-5
             )
-    places = [rank(name, window).argsort(-1).argsort(-1) for name in ("bidirectional", "key-difference")]
+    both = (24 * window.attention() + 5 * replace(window, queries=window.later).attention()) / 29
+    ranked = both, rank("key-difference", window)
+    places = [scores.argsort(-1).argsort(-1) for scores in ranked]
     assert torch.equal(rank("blend", window), sum(places).float())
     assert torch.allclose(rank("value-norm", window), window.values.square().sum(-1).sqrt())
     with pytest.raises(AssertionError, match="registered with values=False"):
@@ -371,6 +373,7 @@ def test_scores_of_a_batch_are_those_of_each_sequence(name):
                 window,
                 keys=window.keys[b : b + 1],
                 queries=window.queries[b : b + 1] if SCORES[name].queries else None,
+                later=window.later[b : b + 1] if SCORES[name].queries else None,
                 moments=window.moments[b : b + 1] if SCORES[name].moments else None,
                 ordinals=window.ordinals[b : b + 1],
                 values=window.values[b : b + 1] if SCORES[name].values else None,
@@ -440,7 +443,7 @@ def test_the_policy_selects_by_token2chunk_or_top_k_as_the_score_says():
     assert torch.equal(KaraPolicy(KaraConfig(score="random")).select(window), top_tokens(rank("random", window), 9))
 
 
-@pytest.mark.parametrize("name", ["bidirectional", "causal", "random-chunks"])
+@pytest.mark.parametrize("name", ["bidirectional", "blend", "causal", "random-chunks"])
 def test_nan_is_refused(name):
     window = make_window()
     window.queries[1, 2, 7] = float("nan")

@@ -23,8 +23,8 @@ class KaraCache(CompressedCache):
             is kept whole, which grows with the sequence (ours).
         sinks: first tokens of a sequence that are kept wherever the window that holds them seals, whatever the score:
             without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
-        score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens or of `queries` of
-            them; "key-difference" (KeyDiff, arXiv 2504.15364) or "key-distance" (ours), which hold nothing; or a
+        score: "blend" (ours) of the two next; "bidirectional" (the paper), which holds queries of `window` + `recent`
+            tokens, or of `queries` of them; "key-difference" (KeyDiff, arXiv 2504.15364), which holds nothing; or a
             control: "causal", "random", "random-chunks", "recency", "value-norm", "key-norm" and "mean-square", which
             holds second moments of queries; see `kara_hf.policy.register_score`. Or the folder or hub id of a
             `KeyCalibration`, which holds nothing either (ours; `kara-hf calibrate` makes one). Drafts of assisted

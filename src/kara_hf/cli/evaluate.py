@@ -17,7 +17,7 @@ from .options import Dtype, Model, TrustRemoteCode, check_dtype, names_in, numbe
 
 # What runs without a model and tasks: the bundled model has a language of its own and short windows.
 BUNDLED_TASKS = "trace:generated=300,fact:generated=300"
-BUNDLED_SHARED = {"window": 64, "block_size": 4, "observation": 8}
+BUNDLED_SHARED = {"window": 64, "recent": 32, "block_size": 4, "observation": 8}
 RESULTS = [Package("pandas", extra("evaluate"))]
 REPORT = [*RESULTS, *(Package(name, extra("evaluate")) for name in ("scipy", "plotly"))]
 LADDER = "full,random,random-chunks,recency,causal,kara-top-k,kara,oracle"
