@@ -29,9 +29,9 @@ test: $(VENV)/test.stamp
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -n 2
 
-# Slow tests too, among them the sweep over every causal LM class of Transformers.
+# Slow tests too, among them the sweep over every causal LM class of Transformers; drawn tests draw more examples.
 test-all: test
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m "slow or hypothesis" --hypothesis-profile thorough
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import build
 from support.caches import live_tensors
+from support.marks import most_examples
 
 from kara_hf import KaraCache
 from kara_hf.integration.attention import CarriedKey
@@ -76,7 +77,7 @@ def test_numbers(model):
     assert json.loads(json.dumps(report.to_dict()))["kept"] == report.kept.tolist()
 
 
-@settings(max_examples=15)
+@most_examples(15)
 @given(
     prompt=st.integers(10, 70),
     window=st.sampled_from([4, 8, 16, 24]),
