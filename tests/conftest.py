@@ -6,6 +6,7 @@ import shutil
 import sys
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks for anything, and one that did would wait for long
 
 import numpy as np
 import pytest

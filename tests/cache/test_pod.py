@@ -134,7 +134,7 @@ def test_generate_equals_greedy(model, prefill, distant_query):
 @pytest.mark.parametrize("distant_query", ["lead", "own"])
 def test_left_padded_sequences_equal_single_runs(model, prefill, distant_query):
     sharing = dataclasses.replace(SHARED, prefill=prefill, distant_query=distant_query)
-    rows = [prompt(n, seed=n)["input_ids"][0] for n in (33, 7, 52, 1)]
+    rows = [prompt(n, seed=n)["input_ids"][0] for n in (33, 7, 1)]
     settings = {**LONG, "output_logits": True, "return_dict_in_generate": True}
     cache = PoDCache(model, sharing)
     together = model.generate(**left_padded(rows), past_key_values=cache, **settings)

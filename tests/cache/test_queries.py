@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.architectures import build
 from support.caches import feed
-from support.marks import most_examples
+from support.marks import few, most_examples, slow
 from support.oracle import check
 
 import kara_hf.methods.peer_scores  # noqa: F401  registers snapkv
@@ -84,7 +84,7 @@ def windows_of(monkeypatch) -> list:
     return seen
 
 
-@pytest.mark.parametrize("steps", [[40] + [1] * 40, [7] * 11, [4] + [1] * 76], ids=["first", "steps", "tokens"])
+@pytest.mark.parametrize("steps", [[40] + [1] * 40, [7] * 11, slow([4] + [1] * 76)], ids=["first", "steps", "tokens"])
 @pytest.mark.parametrize("count", [1, 5, 16])
 def test_windows_are_judged_by_the_sample_of_their_queries(count, steps, monkeypatch):
     """The same as are held without sampling, at the places that the sampling names, whatever the steps were."""
@@ -114,7 +114,7 @@ def indifferent_score():
     del SCORES["recency-of-queries"]
 
 
-@pytest.mark.parametrize("score", ["bidirectional", "causal", "random-chunks", "snapkv"])
+@pytest.mark.parametrize("score", few(["bidirectional", "causal", "random-chunks", "snapkv"], "causal", "snapkv"))
 @pytest.mark.parametrize("compress_prompt", [True, False])
 def test_what_is_left_is_attended_to_exactly(score, compress_prompt):
     make = {"score": score, "queries": 3, "compress_prompt": compress_prompt, **SMALL}

@@ -12,7 +12,7 @@ def slow(*values, **more):
 def few(values, *chosen):
     """Cases of `parametrize`: the `chosen` ones as they are, by value, and all others slow."""
     assert all(value in values for value in chosen)
-    return [value if value in chosen else slow(value) for value in values]
+    return [value if value in chosen else slow(*value) if isinstance(value, tuple) else slow(value) for value in values]
 
 
 def most_examples(most, **more):
