@@ -24,7 +24,6 @@ from kara_hf.cli.display import CacheRun, kept_table, show_runs, survival
 from kara_hf.tasks.reasoner import make_problem
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONAL = ("triton", "peft", "gradio", "datasets", "accelerate", "plotly", "matplotlib")
 PROBLEM = {"task": "trace", "split": "test", "generated": 100, "seed": 1}
 SETTINGS = {"retention": 0.5, "window": 32, "recent": 16}
 
@@ -166,7 +165,10 @@ def test_kv_compress_shows_what_each_head_keeps_and_whether_its_answer_is_right(
 
 
 def test_caches_are_named_one_by_one_or_with_commas():
-    both = [generate("--cache", "kara", "--cache", "kv-compress"), generate("--cache", "kara, kv-compress")]
+    both = [
+        generate(*given, "--max-new-tokens", 20)
+        for given in (["--cache", "kara", "--cache", "kv-compress"], ["--cache", "kara, kv-compress"])
+    ]
     first, second = ([line for line in output.splitlines() if "tokens/s" not in line] for output in both)
     assert first == second
     assert "KaraCache: window" in both[0] and "KVCompressCache: retention" in both[0]
@@ -425,12 +427,6 @@ def python(code):
     path = str(Path(kara_hf.__file__).parents[1])
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r})\n{code}"]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.strip()
-
-
-def test_importing_needs_no_optional_package():
-    modules = "kara_hf, kara_hf.cli.app, kara_hf.integration.loading"
-    code = f"sys.modules.update(dict.fromkeys({OPTIONAL!r})); import {modules}; print('done')"
-    assert python(code) == "done"
 
 
 def test_the_command_itself_starts_without_torch_and_quickly():

@@ -12,8 +12,9 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.marks import most_examples
 
 from kara_hf.evaluation.measure.results import EXAMPLE
 from kara_hf.evaluation.report import figures, summary, write
@@ -206,7 +207,7 @@ def test_gap_closed():
     assert gap_closed(ceiling, series(0, 1, 0, 1), series(1, 0, 1, 1)) is None  # not above it for sure
 
 
-@settings(max_examples=60, deadline=None)
+@most_examples(60)
 @given(
     st.lists(st.tuples(*[st.sampled_from([0, 0.25, 0.5, 1]) | st.floats(0, 1)] * 3), min_size=2, max_size=12),
 )

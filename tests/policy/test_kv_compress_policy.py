@@ -8,9 +8,10 @@ from dataclasses import asdict, fields
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import build
+from support.marks import most_examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kara_hf import KVCompressCache
@@ -368,7 +369,7 @@ def batches(draw, alike=False):
     return sequences, quota, block_size, -(-stay // block_size)
 
 
-@settings(max_examples=150)
+@most_examples(150)
 @given(batches(), st.integers(0, 3))
 def test_eviction_is_the_greedy_walk(batch, least):
     sequences, quota, block_size, _ = batch
@@ -399,7 +400,7 @@ def test_no_block_that_stays_is_cheaper_than_one_that_goes(batch):
         assert max(gone) <= min(stay)
 
 
-@settings(max_examples=80)
+@most_examples(80)
 @given(batches(alike=True), st.sampled_from([None, 1, 2, 3]))
 def test_a_sequence_loses_the_same_tokens_in_any_batch(batch, levels):
     sequences, quota, block_size, _ = batch
@@ -493,7 +494,7 @@ def test_the_worked_example(quota):
 
 
 # --------------------------------------------------------------------------------------------------------------- levels
-@settings(max_examples=150)
+@most_examples(150)
 @given(batches(alike=True), st.integers(1, 8))
 def test_levels(batch, levels):
     """No more blocks in all, few lengths, and everything else that holds of an eviction."""
@@ -683,7 +684,7 @@ def test_a_watcher_is_told_what_a_pass_ranks_by(kind):
     assert torch.equal(ranking, policy.ranking(*given[:2])) and positions is given[1] and lengths is given[2]
 
 
-@settings(max_examples=20)
+@most_examples(20)
 @given(st.data())
 def test_the_budget_holds_over_many_passes(data):
     """A sequence decoded for long, with a pass every `block_size` tokens: never above the budget, all that must stay

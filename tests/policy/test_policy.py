@@ -9,8 +9,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.marks import most_examples
 
 from kara_hf.config import KaraConfig
 from kara_hf.policy import SCORES, KaraPolicy, Window, register_score, token2chunk, top_tokens
@@ -158,7 +159,7 @@ def selections(draw):
     return draw(st.lists(st.lists(number, min_size=width, max_size=width), min_size=rows, max_size=rows)), keep, anchors
 
 
-@settings(max_examples=120)
+@most_examples(120)
 @given(selections())
 def test_token2chunk(selection):
     """What the text says, for each row of a batch; k tokens, ascending, with every anchor among them."""
