@@ -74,7 +74,7 @@ class KaraConfig(Settings):
     recent: int | float = 0.5
     sinks: int = 4
     score: str = "blend"
-    queries: int | None = 8
+    queries: int | None = 4
     anchor_share: float = 0.5
     compress_prompt: bool = False
     block_size: int = 16
@@ -176,8 +176,8 @@ class KVCompressConfig(Settings):
         floor: further tokens that every head keeps at least, on top of `sinks` and `protected`.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise it follows prompts only.
-        levels: different block counts that a pass may leave its compressed rows with; None: as many as there are rows.
-            1 gives every row of a sequence the same count: the same metric with uniform heads, the control for them.
+        levels: different block counts that a pass may leave its compressed rows with; None: as many as there are rows,
+            as published. 1 gives every row of a sequence the same count: the same metric with uniform heads.
         block_size: slots per block.
         seed: of the random numbers.
 
@@ -189,15 +189,15 @@ class KVCompressConfig(Settings):
     max_cache_tokens: int | None = None
     retention: float | None = None
     observation: int | None = 32
-    protected: int | float = 32
+    protected: int | float = 0.5
     sinks: int = 4
     pool: int = 7
     metric: Literal["l2", "l1", "random", "recency"] = "l2"
-    votes: Literal["sum", "mean"] = "sum"
+    votes: Literal["sum", "mean"] = "mean"
     floor: int = 0
     accumulate: bool = True
     continual: bool = True
-    levels: int | None = None
+    levels: int | None = 1
     block_size: int = 16
     seed: int = 0
 
@@ -231,9 +231,12 @@ class KVCompressConfig(Settings):
                 "retention (the share kept)"
             )
         if self.max_cache_tokens is not None:
+            require(
+                is_int(self.max_cache_tokens), "max_cache_tokens", self.max_cache_tokens, "a whole number of tokens"
+            )
             least = self.block_size * (self.least_blocks + 1)
             require(
-                is_int(self.max_cache_tokens) and self.max_cache_tokens >= least,
+                self.max_cache_tokens >= least,
                 "max_cache_tokens",
                 self.max_cache_tokens,
                 f"a whole number from {least} on: every row keeps {self.least_blocks} blocks of {self.block_size} for "

@@ -183,6 +183,9 @@ def test_turns_and_forks(model):
         same_group(cache, SHARED, 3)
 
 
-def test_levels_are_refused(model):
-    with pytest.raises(ValueError, match="levels=1 .*sharing"):
-        KVCompressCache(model, sharing=SHARED, **KV, levels=1)
+def test_heads_of_one_level_hold_as_many_tokens(model):
+    cache = KVCompressCache(model, sharing=SHARED, **KV, levels=1)
+    model.generate(**prompt(60), past_key_values=cache, **LONG)
+    kept = cache.report().kept
+    assert kept.min() == kept.max() <= 20
+    same_group(cache, SHARED, 1)

@@ -114,7 +114,7 @@ def test_an_answer_is_that_of_generate(evaluator, tmp_path, reasoner):
 
 
 @pytest.mark.parametrize(
-    ("dearer", "n"), [(("mean-square",), 1), slow(("key-norm", "mean-square", "kv-compress-uniform"), 2)], ids=str
+    ("dearer", "n"), [(("mean-square",), 1), slow(("key-norm", "mean-square", "kv-compress-ragged"), 2)], ids=str
 )
 def test_methods_hold_equal_bytes(evaluator, tmp_path, dearer, n):
     """Or keep the budget's share of tokens where they cannot hold so little, and show it."""

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 # ------------------------------------------------------------------------------------------------------------- settings
 BAD_SETTINGS = [
-    ("max_cache_tokens", 63, "a whole number from 64 on: every row keeps 3 blocks of 16 for sinks=4, protected=32"),
-    ("max_cache_tokens", 256.0, "a whole number from 64 on"),
-    ("max_cache_tokens", True, "a whole number from 64 on"),
+    ("max_cache_tokens", 31, "a whole number from 48 on: every row keeps 2 blocks of 16 for sinks=4, protected=0.5"),
+    ("max_cache_tokens", 256.0, "a whole number of tokens"),
+    ("max_cache_tokens", True, "a whole number of tokens"),
     ("retention", 0, "a number in (0, 1]"),
     ("retention", 1.5, "a number in (0, 1]"),
     ("retention", math.nan, "a number in (0, 1]"),
@@ -511,6 +511,19 @@ def test_levels(batch, levels):
             assert torch.equal(lengths, before)
 
 
+@given(batches(alike=True), st.integers(1, 4), st.data())
+def test_levels_free_what_is_asked_of_rows_that_others_follow(batch, levels, data):
+    sequences, quota, block_size, least = batch
+    packed, asked = pack(sequences), torch.tensor(quota)
+    rows = packed[2].shape[1]
+    weights = torch.tensor(data.draw(st.lists(st.integers(1, 3), min_size=rows, max_size=rows)))
+    settings = {"block_size": block_size, "least": least, "weights": weights}
+    free, levelled = evict(*packed, asked, **settings), evict(*packed, asked, **settings, levels=levels)
+    assert ((levelled.freed * weights).sum(1) >= (free.freed * weights).sum(1)).all()
+    for lengths, freed in zip(levelled.lengths, levelled.freed, strict=True):
+        assert len(set(lengths[freed > 0].tolist())) <= levels
+
+
 @given(batches(), st.integers(1, 4))
 def test_levels_hold_what_each_row_must_keep_whatever_that_is(batch, levels):
     sequences, quota, block_size, _ = batch
@@ -577,7 +590,7 @@ def test_the_cap_counts_blocks_whole():
 
 @given(st.integers(0, 5000), st.integers(1, 64), st.sampled_from([0.01, 0.25, 0.5, 0.999, 1]), st.integers(1, 20))
 def test_the_share_of_what_may_be_evicted(tokens, rows, retention, block_size):
-    config = make_config(retention=retention, block_size=block_size)
+    config = make_config(retention=retention, block_size=block_size, protected=32)
     budget = KVCompressPolicy(config).budget_blocks(tokens, rows)
     full, least = -(-tokens // block_size), -(-36 // block_size)
     if full <= least or retention == 1:
@@ -658,7 +671,7 @@ def test_the_mean_of_votes_ranks_by_what_a_query_gives():
     policy = KVCompressPolicy(make_config(votes="mean"))
     voters = [((2, 4), (8, 10))]
     torch.testing.assert_close(policy.ranking(votes, positions, voters), torch.tensor([[[1.5, 5 / 3, 2.0, 1.0]]]))
-    assert torch.equal(KVCompressPolicy(make_config()).ranking(votes, positions, voters), votes)
+    assert torch.equal(KVCompressPolicy(make_config(votes="sum")).ranking(votes, positions, voters), votes)
     assert torch.equal(policy.ranking(votes, positions), votes)
 
 

@@ -109,7 +109,7 @@ def test_json_with_unknown_or_bad_settings_is_refused():
     ],
 )
 def test_kept_per_window_and_anchors(retention, window, anchor_share, keep, anchors):
-    config = KaraConfig(retention=retention, window=window, anchor_share=anchor_share)
+    config = KaraConfig(retention=retention, window=window, anchor_share=anchor_share, recent=32)
     assert (config.kept_per_window, config.anchors) == (keep, anchors)
 
 
@@ -438,7 +438,7 @@ def test_a_new_score_is_one_function():
 def test_the_policy_selects_by_token2chunk_or_top_k_as_the_score_says():
     window = make_window()
     scores = rank("bidirectional", window)
-    chunked = KaraPolicy(KaraConfig()).select(window)
+    chunked = KaraPolicy(KaraConfig(score="bidirectional")).select(window)
     assert torch.equal(chunked, token2chunk(scores, 9, 4))
     assert not torch.equal(chunked, top_tokens(scores, 9))
     assert torch.equal(KaraPolicy(KaraConfig(score="random")).select(window), top_tokens(rank("random", window), 9))
@@ -520,7 +520,7 @@ def test_where_recent_tokens_are_a_share_retention_is_of_all_tokens(share, reten
 
 # ---------------------------------------------------------------------------------------------------------------- sinks
 def test_a_window_keeps_its_sinks_among_its_tokens_or_alone():
-    policy = KaraPolicy(KaraConfig(window=16, retention=0.25, sinks=6, block_size=1))
+    policy = KaraPolicy(KaraConfig(window=16, retention=0.25, sinks=6, block_size=1, recent=32))
     assert [policy.kept_of(start) for start in (0, 1, 2, 3, 5, 6, 16)] == [6, 5, 4, 4, 4, 4, 4]
     assert [seal.keep for seal in policy.due(Counted(100, 100))] == [6, 4, 4, 4]
     wide = KaraPolicy(KaraConfig(window=16, retention=0.25, sinks=40, block_size=1, recent=0))
@@ -553,7 +553,7 @@ def test_a_window_of_sinks_alone():
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_queries_are_held_only_where_they_are_needed(name):
-    needed = name in ("bidirectional", "causal", "random-chunks")
+    needed = name in ("bidirectional", "blend", "causal", "random-chunks")
     assert KaraPolicy(KaraConfig(score=name)).needs_queries == needed
     keeps_all = KaraPolicy(KaraConfig(score=name, retention=1.0))
     assert not keeps_all.compresses and not keeps_all.needs_queries

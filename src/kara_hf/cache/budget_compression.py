@@ -35,10 +35,6 @@ class BudgetCompression(Compression):
         self.until = 0  # columns of the cache at which the next pass is due
         self.decoding = False
         self.voting = False
-        if policy.config.levels is not None and state.sharing is not None:
-            raise ValueError(
-                f"levels={policy.config.levels} is not possible in a cache with `sharing`; leave one of them out"
-            )
 
     def layer_state(self) -> PendingQueries:
         return PendingQueries(self.state.meter)

@@ -80,7 +80,10 @@ class KaraCache(CompressedCache):
 
 
 class KVCompressCache(CompressedCache):
-    """KV-Compress (arXiv 2410.00161): every KV head of every layer keeps as much as it is worth, within one budget.
+    """KV-Compress (arXiv 2410.00161): one budget for all KV heads of all layers, spent by the votes of queries.
+
+    With ``levels=None`` every head keeps as much as it is worth, as published. By default all heads keep as much: that
+    is nearer to the full cache on the language models that were measured.
 
         out = model.generate(**inputs, cache=KVCompressCache(model, max_cache_tokens=512))
 
@@ -101,7 +104,7 @@ class KVCompressCache(CompressedCache):
         floor: further tokens that every head keeps at least.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise the cache grows behind the prompt.
-        levels: different lengths, in blocks, that rows may be cut to; None for any, 1 for uniform heads.
+        levels: different lengths, in blocks, that rows may be cut to; 1 for uniform heads, None for any, as published.
         block_size: slots per block.
         max_bytes: cap on resident bytes: more is evicted if it takes that, as long as there is something to evict.
             A prompt that comes at once is held whole outside the cap until decoding begins. Turns and prompts in chunks
@@ -130,7 +133,7 @@ class KVCompressCache(CompressedCache):
         floor: int = KVCompressConfig.floor,
         accumulate: bool = KVCompressConfig.accumulate,
         continual: bool = KVCompressConfig.continual,
-        levels: int | None = None,
+        levels: int | None = KVCompressConfig.levels,
         block_size: int = KVCompressConfig.block_size,
         max_bytes: int | None = None,
         sharing: PoDSharing | None = None,

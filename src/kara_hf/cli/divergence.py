@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BUNDLED: dict[str, Any] = {"data": "problems:trace=1", "tokens": 768, "prompt": 64}
 REAL: dict[str, Any] = {"data": None, "tokens": 2048, "prompt": 256}
 PROBLEM = 256  # tokens of a problem of the bundled model
-METHODS = "random,streaming-llm,kv-compress-random,kara,kara-top-k,kv-compress"
+METHODS = "random,streaming-llm,kv-compress-random,kara,kara-published,kv-compress,kv-compress-published"
 
 
 def divergence(

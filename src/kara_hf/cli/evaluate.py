@@ -20,7 +20,7 @@ BUNDLED_TASKS = "trace:generated=300,fact:generated=300"
 BUNDLED_SHARED = {"window": 64, "recent": 32, "block_size": 4, "observation": 8}
 RESULTS = [Package("pandas", extra("evaluate"))]
 REPORT = [*RESULTS, *(Package(name, extra("evaluate")) for name in ("scipy", "plotly"))]
-LADDER = "full,random,random-chunks,recency,causal,kara-top-k,kara,oracle"
+LADDER = "full,random,random-chunks,recency,causal,kara-top-k,kara-published,kara,oracle"
 
 
 def evaluate(

@@ -193,11 +193,19 @@ def _press(name: str) -> Callable[[Any, Plan], Cache]:
     return make
 
 
+# What `KaraCache` is asked for where nothing is said.
+KARA = {name: getattr(KaraConfig, name) for name in ("score", "queries", "anchor_share")}
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("full", _full, "Transformers' DynamicCache", budgeted=False),
-        Method("kara", windows("bidirectional", anchor_share=KaraConfig.anchor_share), "Kara as published"),
+        Method("kara", windows(**KARA), "KaraCache as it comes"),
+        Method(
+            "kara-published",
+            windows("bidirectional", anchor_share=KaraConfig.anchor_share, recent=32),
+            "Kara as published: bidirectional attention of all queries, Token2Chunk, 32 recent tokens",
+        ),
         Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),
         Method("causal", windows("causal"), "causal attention within the window"),
         Method("key-norm", windows("key-norm"), "largest norms of keys; holds nothing but keys and values"),
@@ -222,8 +230,13 @@ METHODS: dict[str, Method] = {
         Method("recency", windows("recency"), "the newest tokens of the window"),
         Method("oracle", _oracle, "most future attention of the full-cache run: the upper bound", oracle=True),
         *(Method(name, windows(name), about) for name, about in PEERS.items()),
-        Method("kv-compress", evictions(), "squared attention, heads may differ"),
-        Method("kv-compress-uniform", evictions(levels=1), "the same metric, uniform heads"),
+        Method("kv-compress", evictions(), "KVCompressCache as it comes"),
+        Method(
+            "kv-compress-published",
+            evictions(votes="sum", protected=32, levels=None),
+            "KV-Compress as published: votes summed up, heads differ, 32 newest protected",
+        ),
+        Method("kv-compress-ragged", evictions(levels=None), "the same, and heads may differ"),
         Method(
             "kv-compress-random", evictions(metric="random", levels=1), "random tokens, evicted at once", random=True
         ),
