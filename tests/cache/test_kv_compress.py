@@ -30,7 +30,9 @@ def model():
     return build("llama")
 
 
+PUBLISHED = {"votes": "sum", "levels": None}
 SMALL = {"block_size": 4, "protected": 6, "sinks": 2, "observation": 8, "pool": 3}  # no row has less than 2 blocks
+SMALL |= PUBLISHED
 CUT = {"max_cache_tokens": 20, **SMALL}
 LONG = {"max_new_tokens": 34, "do_sample": False}
 KEEP_ALL = pytest.mark.parametrize("keep", [{"retention": 1.0}, {"max_cache_tokens": 512}], ids=["share", "cap"])
@@ -979,7 +981,7 @@ def test_the_mean_of_votes_is_their_sum_by_who_could_vote(observation):
 
 @pytest.mark.parametrize("limit", [slow({"max_cache_tokens": 40}), {"retention": 0.4}], ids=str)
 def test_a_share_protected_is_exact_and_as_alone(limit):
-    made = {"protected": 0.5, "votes": "mean", "block_size": 4, **limit}
+    made = {"block_size": 4, **limit}  # else as it comes: votes are means, and heads hold as much
     assert check("llama", [3, 0], lambda model: KVCompressCache(model, **made), [24] + [1] * 20, first=True) > 0
     model, ids, mask = build("llama"), torch.randint(3, 100, (2, 80)), torch.ones(2, 80, dtype=torch.long)
     mask[0, :13] = 0

@@ -16,6 +16,7 @@ from kara_hf import KaraCache, KVCompressCache, PoDSharing
 
 KARA = {"window": 16, "recent": 4, "block_size": 4, "retention": 0.5}
 KV = {"block_size": 4, "protected": 6, "sinks": 2, "observation": 8, "pool": 3, "max_cache_tokens": 20}
+KV |= {"votes": "sum", "levels": None}
 WIDE = PoDSharing(lead=((0, 0),) * LAYERS, sinks=1, recent=12)
 
 SHARING: dict[str, PoDSharing] = {}
@@ -184,7 +185,7 @@ def test_turns_and_forks(model):
 
 
 def test_heads_of_one_level_hold_as_many_tokens(model):
-    cache = KVCompressCache(model, sharing=SHARED, **KV, levels=1)
+    cache = KVCompressCache(model, sharing=SHARED, **KV | {"levels": 1})
     model.generate(**prompt(60), past_key_values=cache, **LONG)
     kept = cache.report().kept
     assert kept.min() == kept.max() <= 20

@@ -25,7 +25,8 @@ from kara_hf.tasks.reasoner import make_problem
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEM = {"task": "trace", "split": "test", "generated": 100, "seed": 1}
-SETTINGS = {"retention": 0.5, "window": 32, "recent": 16}
+PUBLISHED = {"protected": 32, "votes": "sum", "levels": None}
+SETTINGS = {"retention": 0.5, "window": 32, "recent": 16, **PUBLISHED}
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +112,7 @@ def test_a_folder_is_a_model(tmp_path):
     output = generate(
         "ba : 3 ; ? ba ba >", "--model", folder, "--dtype", "bfloat16", "--device", "cpu", "--max-new-tokens", 4
     )
-    assert "mine | prompt of 8 tokens\nKaraCache: window 256, retention 0.25, recent 32, bidirectional" in output
+    assert "mine | prompt of 8 tokens\nKaraCache: window 128, retention 0.25, recent 0.5, blend" in output
 
 
 def test_settings_reach_the_cache():
@@ -129,7 +130,7 @@ def direct_run(**settings):
 
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
     model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL).eval()
-    cache, problem = KVCompressCache(model, **settings), make_problem(**PROBLEM)
+    cache, problem = KVCompressCache(model, **PUBLISHED | settings), make_problem(**PROBLEM)
     inputs = tokenizer(problem.prompt, return_tensors="pt")
     tokens = int(generating.SOLUTION_ALLOWANCE * len(problem.completion.split()))
     ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, do_sample=False)

@@ -16,7 +16,7 @@ from .options import Device, Dtype, Model, TrustRemoteCode, check_dtype, count_o
 BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated": 900, "seed": 3}
 # The bundled model is no language model: what is best for it is not what is best elsewhere.
 BUNDLED_SETTINGS: dict[str, Any] = {"retention": 0.4, "window": 64, "recent": 32, "score": "bidirectional"}
-BUNDLED_SETTINGS |= {"queries": None, "anchor_share": 1.0, "protected": 32, "votes": "sum"}
+BUNDLED_SETTINGS |= {"queries": None, "anchor_share": 1.0, "protected": 32, "votes": "sum", "levels": None}
 # Tokens generated at most: for a problem with a known solution so many times its length, otherwise a fixed number.
 SOLUTION_ALLOWANCE = 1.25
 MAX_NEW_TOKENS = 512
