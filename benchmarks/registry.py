@@ -5,6 +5,7 @@ from importlib import import_module
 MODULES = (
     "speed.generation",
     "speed.kv_compress",
+    "speed.bits",
     "speed.pod",
     "speed.serving",
     "speed.demo",

@@ -30,11 +30,13 @@ from .reference import (
     bounded,
     bounded_votes,
     cloned,
+    made_whole,
     make_rows,
     plain_attention,
     plain_scores,
     same_pools,
     with_followers,
+    with_records,
 )
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -61,6 +63,16 @@ ATTEND: dict[str, Row] = {
     "keys of 192, values of 128": {"lengths": UNEVEN, "sizes": (192, 128)},
     "blocks of 128": {"lengths": UNEVEN, "block_size": 128},
     "seven query heads to a KV head": {"lengths": UNEVEN, "group": 7},
+}
+ROUNDED: dict[str, Row] = {
+    "4 bits": {},
+    "8 bits": {"bits": (8, 8)},
+    "8 and 2 bits": {"bits": (8, 2)},
+    "several queries": {"new": 5},
+    "soft cap and sinks": {"softcap": 0.7, "sink_logits": True},
+    "heads of 64": {"sizes": (64, 64)},
+    "heads of 80": {"sizes": (80, 80)},
+    "heads of 256": {"sizes": (256, 256)},
 }
 SHARED: dict[str, Row] = {
     "rows in order": {},
@@ -113,6 +125,7 @@ def op_checks(run: Run, dtype: torch.dtype) -> Iterator[Check]:
     """Every op in one dtype."""
     for op, check, table in (
         ("attend", check_attend, ATTEND),
+        ("attend_rounded", check_rounded, ROUNDED),
         ("attend_shared", check_shared, SHARED),
         ("window_scores", check_scores, WINDOWS),
         ("merge", check_merge, MERGES),
@@ -170,6 +183,30 @@ def check_attend(
     if metric_power is None or not found["passed"]:
         return found
     return bounded_votes(rows, plain_weights, exact_weights, metric_power)
+
+
+def check_rounded(
+    run: Run,
+    dtype: torch.dtype,
+    bits: tuple[int, int] = (4, 4),
+    new: int = 1,
+    sizes: tuple[int, int] = (128, 128),
+    softcap: float | None = None,
+    sink_logits: bool = False,
+) -> Row:
+    """Over records and whole tokens behind them, against attention over what both stand for."""
+    torch.manual_seed(0)
+    rows = with_records(run, make_rows(run, [[70] * 4] * 2, sizes, dtype), 1000, bits)
+    query = torch.randn(2, new, 16, sizes[0], dtype=dtype, device=run.device).transpose(1, 2)
+    settings = {
+        "scaling": sizes[0] ** -0.5,
+        "num_unseen": None,
+        "softcap": softcap,
+        "sink_logits": torch.randn(16, device=run.device) if sink_logits else None,
+    }
+    whole = made_whole(rows)
+    (exact, _), (plain, _) = (plain_attention(query, whole, kind, **settings) for kind in (torch.float64, dtype))
+    return bounded(attend(query, rows, **settings), plain, exact)
 
 
 def check_shared(

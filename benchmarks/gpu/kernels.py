@@ -15,6 +15,7 @@ from ..common.rows import Row
 from ..common.run import Run, spread
 from ..common.table import GIB
 from .aims import LONG, SHORT, aims
+from .reference import with_records
 
 QUERY_HEADS, HEADS, SIZE, BLOCK = 32, 8, 128, 16
 SCALING = SIZE**-0.5
@@ -50,6 +51,11 @@ def attend_jobs(run: Run) -> list[Job]:
             labels = {"what": "attend", "batch": batch, "tokens": tokens, "rows": "uneven" if uneven else "even"}
             measure = partial(attend_speed, run, batch, tokens, uneven)
             found.append(Job(labels, measure, needs=("attend", "merge"), seconds=20))
+    for bits in (8, 4):
+        for batch, tokens in shapes[:2]:
+            labels = {"what": f"attend, {bits} bits", "batch": batch, "tokens": tokens, "rows": "even"}
+            measure = partial(rounded_speed, run, batch, tokens, bits)
+            found.append(Job(labels, measure, needs=("attend", "attend_rounded", "merge"), seconds=20))
     for batch, tokens, role in roles:
         labels = {"what": f"attend_shared, {role}", "batch": batch, "tokens": tokens, "rows": "even"}
         measure = partial(shared_speed, run, batch, tokens, role == "follows")
@@ -144,6 +150,21 @@ def attend_speed(run: Run, batch: int, tokens: int, uneven: bool) -> Row:
                 numbers |= spread(run.kernel_ms(sdpa), f"{name}_ms")
         except RuntimeError as error:  # a baseline that cannot run takes no number of ours away
             numbers[f"{name}_reason"] = str(error)[:200]
+    return numbers
+
+
+def rounded_speed(run: Run, batch: int, tokens: int, bits: int) -> Row:
+    """The same where all but the newest 64 tokens are records."""
+    rows = stored_rows(run, row_lengths(batch, min(64, tokens // 2), False), shuffled=False)
+    rows = with_records(run, rows, tokens - rows.max_length, (bits, bits))
+    query = torch.randn(batch, QUERY_HEADS, 1, SIZE, dtype=run.dtype, device=run.device)
+    numbers = spread(run.kernel_ms(lambda: attend(query, rows, scaling=SCALING)))
+    assert rows.rounded is not None
+    width = rows.rounded.keys.shape[-1] + rows.rounded.values.shape[-1]
+    records, whole = int(rows.rounded.lengths.sum()), int(rows.lengths.sum())
+    numbers["gbps"] = (records * width + whole * 2 * SIZE * run.dtype.itemsize) / numbers["ms"] / 1e6
+    if "copy_gbps" in run.shared:
+        numbers["share_of_copy"] = numbers["gbps"] / run.shared["copy_gbps"]
     return numbers
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from kara_hf.kernels import Proximal, ProximalKeys, Rows, gather_rows, slot_index
+from kara_hf.kernels.rounding import Packing
+from kara_hf.storage import MemoryMeter, RecordStore
 
 from ..common.rows import Row
 from ..common.run import Run
@@ -49,6 +51,31 @@ def make_rows(
         contiguous=False,
         metric=torch.rand(blocks, block_size, device=lengths.device),
     )
+
+
+def with_records(run: Run, rows: Rows, tokens: int, bits: tuple[int, int]) -> Rows:
+    """`rows` behind `tokens` records of random tokens in every row."""
+    shape, sizes = tuple(rows.lengths.shape), (rows.keys.shape[-1], rows.values.shape[-1])
+    packings = Packing(sizes[0], bits[0]), Packing(sizes[1], bits[1])
+    metric = rows.metric is not None
+    store = RecordStore(
+        shape, packings, device=run.device, block_size=rows.block_size, meter=MemoryMeter(), metric=metric
+    )
+    keys, values = (torch.randn(*shape, tokens, size, device=run.device) for size in sizes)
+    positions = torch.arange(tokens, dtype=torch.int32, device=run.device)[None, None]
+    chosen = torch.ones(*shape, tokens, dtype=torch.bool, device=run.device)
+    store.add(3 * keys + 1, values, positions, chosen.float() if metric else None, chosen)
+    return replace(rows, rounded=store.rows())
+
+
+def made_whole(rows: Rows) -> Rows:
+    """Rows that are rounded in part, all of one length, as float32 ones: a block for each row."""
+    keys, values = (part.float() for part in (rows.all_keys(), rows.all_values()))
+    batch, heads, tokens = keys.shape[:3]
+    table = torch.arange(batch * heads, dtype=torch.int32, device=keys.device).view(batch, heads, 1)
+    lengths = torch.full((batch, heads), tokens, dtype=torch.int32, device=keys.device)
+    positions = torch.zeros(batch * heads, tokens, dtype=torch.int32, device=keys.device)
+    return Rows(keys.flatten(0, 1), values.flatten(0, 1), positions, table, table, lengths, tokens, True, True)
 
 
 def bounded(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> Row:

@@ -24,6 +24,29 @@ def is_count_or_share(value: object, least: int) -> bool:
     return 0 < value < 1 if isinstance(value, float) else is_int(value) and value >= least  # type: ignore[operator]
 
 
+KEY_BITS, VALUE_BITS = (8, 4), (8, 4, 2)
+
+
+def rounding_bits(bits: int | None, key_bits: int | None, value_bits: int | None) -> tuple[int, int] | None:
+    """Bits of keys and of values; None: nothing is rounded. Raises ValueError, naming the setting and the remedy."""
+    for name, value, allowed in (
+        ("bits", bits, KEY_BITS),
+        ("key_bits", key_bits, KEY_BITS),
+        ("value_bits", value_bits, VALUE_BITS),
+    ):
+        expected = f"one of {', '.join(map(str, allowed))}, or None"
+        require(value is None or (is_int(value) and value in allowed), name, value, expected)
+    of_keys, of_values = key_bits or bits, value_bits or bits
+    if of_keys is None and of_values is None:
+        return None
+    if of_keys is None or of_values is None:
+        raise ValueError(
+            f"key_bits={key_bits} with value_bits={value_bits} is not possible without bits: keys and values are "
+            "rounded together; give bits, or both"
+        )
+    return of_keys, of_values
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the settings of every method have in common: a form in JSON."""
@@ -62,6 +85,9 @@ class KaraConfig(Settings):
         anchor_share: share of the kept tokens that are picked singly, by score, before Token2Chunk fills gaps between
             them, in (0, 1]; 1 is plain top-k.
         compress_prompt: whether the prompt is walked in windows too; otherwise it is kept whole.
+        bits: how many bits of every number of keys and values are stored once a token has settled, 8 or 4; None: tokens
+            stay in the model's dtype. Sinks, open and recent tokens always do. Ours.
+        key_bits, value_bits: the same of keys and of values alone, where these differ from `bits`; values may have 2.
         block_size: slots per block.
         seed: of the random scores.
 
@@ -77,6 +103,9 @@ class KaraConfig(Settings):
     queries: int | None = 4
     anchor_share: float = 0.5
     compress_prompt: bool = False
+    bits: int | None = None
+    key_bits: int | None = None
+    value_bits: int | None = None
     block_size: int = 16
     seed: int = 0
 
@@ -115,6 +144,7 @@ class KaraConfig(Settings):
             "a number in (0, 1]",
         )
         require(isinstance(self.compress_prompt, bool), "compress_prompt", self.compress_prompt, "True or False")
+        rounding_bits(self.bits, self.key_bits, self.value_bits)
         require(is_int(self.seed), "seed", self.seed, "a whole number")
 
     @property
@@ -178,6 +208,9 @@ class KVCompressConfig(Settings):
         continual: whether eviction goes on while decoding; otherwise it follows prompts only.
         levels: different block counts that a pass may leave its compressed rows with; None: as many as there are rows,
             as published. 1 gives every row of a sequence the same count: the same metric with uniform heads.
+        bits: how many bits of every number of keys and values are stored once a token has settled, 8 or 4; None: tokens
+            stay in the model's dtype. Sinks and protected tokens always do. Ours.
+        key_bits, value_bits: the same of keys and of values alone, where these differ from `bits`; values may have 2.
         block_size: slots per block.
         seed: of the random numbers.
 
@@ -198,6 +231,9 @@ class KVCompressConfig(Settings):
     accumulate: bool = True
     continual: bool = True
     levels: int | None = 1
+    bits: int | None = None
+    key_bits: int | None = None
+    value_bits: int | None = None
     block_size: int = 16
     seed: int = 0
 
@@ -223,6 +259,7 @@ class KVCompressConfig(Settings):
         require(self.votes in ("sum", "mean"), "votes", self.votes, "'sum' or 'mean'")
         require(isinstance(self.accumulate, bool), "accumulate", self.accumulate, "True or False")
         require(isinstance(self.continual, bool), "continual", self.continual, "True or False")
+        rounding_bits(self.bits, self.key_bits, self.value_bits)
         require(is_int(self.seed), "seed", self.seed, "a whole number")
         if (self.max_cache_tokens is None) == (self.retention is None):
             raise ValueError(

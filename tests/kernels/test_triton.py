@@ -58,15 +58,20 @@ def checks():
     return [*own, f"{Path(__file__).parents[1] / 'cache' / 'test_decode.py'}::check_the_kernels_themselves"]
 
 
-OPS, DTYPES = (Path(__file__).with_name(name) for name in ("test_kernels.py", "test_kernel_dtypes.py"))
+OPS, DTYPES, ROUNDED = (
+    Path(__file__).with_name(name) for name in ("test_kernels.py", "test_kernel_dtypes.py", "test_rounded_kernels.py")
+)
 THOROUGH = ["-m", "slow or hypothesis", "--hypothesis-profile", "thorough"]
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("what", "chosen"),
-    [([OPS, DTYPES, checks], ["-m", "not slow"]), *(slow([what], THOROUGH) for what in (OPS, DTYPES, checks))],
-    ids=["few", "ops", "dtypes", "checks"],
+    [
+        ([OPS, DTYPES, ROUNDED, checks], ["-m", "not slow"]),
+        *(slow([what], THOROUGH) for what in (OPS, DTYPES, ROUNDED, checks)),
+    ],
+    ids=["few", "ops", "dtypes", "rounded", "checks"],
 )
 def test_interpreted(what, chosen):
     pytest.importorskip("triton", reason="triton is not installed")

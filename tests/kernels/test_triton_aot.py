@@ -16,7 +16,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kara_hf.kernels.triton_ import append, attend, attend_shared, compact, configs, merge, observe, window_scores
+from kara_hf.kernels.triton_ import (
+    append,
+    attend,
+    attend_rounded,
+    attend_shared,
+    compact,
+    configs,
+    merge,
+    observe,
+    window_scores,
+)
 
 TARGETS = (80, 90)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -27,6 +37,9 @@ POINTERS = {
     **dict.fromkeys(["key_table", "value_table", "lengths", "num_unseen", "real_before", "source", "target"], "*i32"),
     **dict.fromkeys(["positions", "new_positions", "held_positions", "slot_positions", "roles", "named"], "*i32"),
     **dict.fromkeys(["metric", "held_metric", "parts", "lse", "observed", "totals", "scores"], "*fp32"),
+    **dict.fromkeys(["beside"], "*fp32"),
+    **dict.fromkeys(["key_ranges", "value_ranges"], "*u16"),
+    "whole_lengths": "*i32",
     "sequences": "*i64",
     "scaling": "fp32",
     "softcap": "fp32",
@@ -45,9 +58,10 @@ def compiled(kernel, dtype, target, constants):
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
         of_the_model = name in OF_THE_MODEL and not (kernel is merge.merge_kernel and name == "queries")
+        records = kernel is attend_rounded.attend_rounded_kernel and name in ("keys", "values")
         kind = POINTERS.get(name, "i32")
         if of_the_model:
-            kind = "*" + TYPES[dtype[name] if isinstance(dtype, dict) else dtype]
+            kind = "*" + ("u8" if records else TYPES[dtype[name] if isinstance(dtype, dict) else dtype])
         signature[name] = "constexpr" if name in constants else kind
         if name not in constants and (kind.startswith("*") or "stride" in name or name in SIZES):
             aligned[place,] = [["tt.divisibility", 16]]
@@ -97,6 +111,15 @@ def shared_variants(dtype, sizes):
             yield "leads", bare | {"proximal_keys": None}
 
 
+def rounded_variants(dtype):
+    """(name, constants) of attend over records: with every feature, and with none in other bits."""
+    if dtype != torch.float16:
+        yield "every-4-4", {"SOFTCAP": True, "KEY_BITS": 4, "VALUE_BITS": 4}
+    if dtype != torch.bfloat16:
+        bare = {"SOFTCAP": False, "num_unseen": None, "observed": None}
+        yield "bare-8-2", bare | {"KEY_BITS": 8, "VALUE_BITS": 2}
+
+
 def shipped():
     """(id, kernel, dtype, constants) of all there is.
 
@@ -114,6 +137,11 @@ def shipped():
                 constants = constants | configs.attend_shared_config(dtype.itemsize, *sizes)
                 kernel = attend_shared.attend_shared_kernel
                 yield f"attend_shared-{sizes[0]}-{sizes[1]}-{kind}-{name}", kernel, dtype, constants
+        for sizes, rows in itertools.product(configs.PAIRS, (configs.FEW, configs.FEW + 1)):
+            for name, constants in rounded_variants(dtype):
+                constants = constants | configs.attend_rounded_config(*sizes, rows)
+                kernel = attend_rounded.attend_rounded_kernel
+                yield f"attend_rounded-{sizes[0]}-{sizes[1]}-{rows}-{kind}-{name}", kernel, dtype, constants
         for size in configs.PADS:
             if dtype != torch.bfloat16:
                 constants = configs.lead_scores_config(dtype.itemsize, size) | {"SOFTCAP": dtype == torch.float32}

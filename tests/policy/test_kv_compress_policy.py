@@ -841,7 +841,9 @@ def llama():
 
 def start(model, prompt, **chosen):
     """A cache that holds a prompt of two sequences, nothing of it cut yet."""
-    cache = KVCompressCache(model, **{"max_cache_tokens": 32, "protected": 4, "block_size": 4, "levels": None, **chosen})
+    cache = KVCompressCache(
+        model, **{"max_cache_tokens": 32, "protected": 4, "block_size": 4, "levels": None, **chosen}
+    )
     with torch.no_grad():
         model(prompt, past_key_values=cache)
     return cache

@@ -11,16 +11,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..policy import Eviction, KVCompressPolicy, moves
-from ..storage import PagedStore, PoolExhausted, Prompt, paged_store
+from ..storage import PoolExhausted, Prompt, RoundedStore, Stored, paged_store
 from .compression import Compression
 from .layer import CompressedLayer
 from .pending_queries import PendingQueries
+from .rounding import OPENING, Rounding, round_chosen
 from .sequence import Kind, Segment, Sequence
 from .state import CacheState
 from .step import Step
@@ -35,6 +37,7 @@ class BudgetCompression(Compression):
         self.until = 0  # columns of the cache at which the next pass is due
         self.decoding = False
         self.voting = False
+        self.rounding = Rounding.of(self.config, self.config.protected, state.sharing, state.steady)
 
     def layer_state(self) -> PendingQueries:
         return PendingQueries(self.state.meter)
@@ -103,6 +106,8 @@ class BudgetCompression(Compression):
         """
         ahead = max(ahead, self.block_size)
         self._pass(ahead, ahead if self.config.continual else 0)
+        if self.rounding is not None:  # goes on with the clock, whatever is evicted
+            self.until = self.state.columns + ahead
 
     def _make_room(self, tokens: int) -> None:
         """Makes room for more of a prompt, or for tokens before the next pass; under a cap by evicting, if need be."""
@@ -119,9 +124,10 @@ class BudgetCompression(Compression):
     def _pass(self, ahead: int, counted: int) -> None:
         """Cuts every sequence to its budget less what `counted` tokens take of it, and makes room for `ahead`."""
         state, layers = self.state, self.state.compressed_layers
-        self._carry_out(ahead, self._choose(ahead, counted) if self.policy.compresses else None)
+        self._carry_out(ahead, self._choose(ahead, counted) if self.policy.compresses else None, settles=True)
         for layer in layers:
             layer.state.undecided = 0
+        self._round()
         self.until = state.columns + counted
         try:
             state.reserve(ahead)
@@ -235,6 +241,8 @@ class BudgetCompression(Compression):
             need += self._bytes_of(layer, lengths[:, rows], ahead) - layer.stored().paged_bytes
             # What a block of a row is worth at least: where its keys are another layer's, its values.
             key, value = layer.stored().slot_bytes
+            if self.rounding is not None:  # what goes is rounded, as nearly all that may go
+                key, value = self.rounding.widths(layer.stored().sizes)
             block = min(block, self.block_size * (value + 8 + (0 if layer.followers else key)))
         return -(-(need - meter.max_bytes) // block)
 
@@ -242,7 +250,8 @@ class BudgetCompression(Compression):
         """Bytes of a layer in blocks whose rows have `lengths` ``[B, H]`` and room for `ahead` tokens more."""
         store = layer.stored()
         key, value = store.slot_bytes
-        blocks = -(-(lengths + ahead) // self.block_size)
+        rounded = self._records(layer, lengths)
+        blocks = -(-(lengths - rounded + ahead) // self.block_size)
         of_keys = blocks if layer.deciding is None else blocks[:, list(layer.deciding)]
         tables = (blocks.size + of_keys.size) * int(blocks.max()) * 4 + blocks.size * 4
         held = self.block_size * (int(of_keys.sum()) * key + int(blocks.sum()) * (value + 4 + 4))  # position and metric
@@ -255,28 +264,34 @@ class BudgetCompression(Compression):
                 * key
                 * layer.proximal_places(int(tokens.max()) + ahead, self.block_size)
             )
+        if self.rounding is not None:
+            records = -(-rounded // self.block_size)
+            held += self.rounding.record_bytes(layer, records, self.block_size)
         return held + tables
 
-    def _carry_out(self, ahead: int, eviction: Eviction | None = None) -> None:
+    def _carry_out(self, ahead: int, eviction: Eviction | None = None, settles: bool = False) -> None:
         """Evicts what was chosen, and puts a prompt into blocks without it, with room for `ahead` tokens in every row.
+        What is left of it may be rounded if that `settles` it.
 
         Raises `PoolExhausted` before anything changes.
         """
-        plan: list[tuple[CompressedLayer, Prompt, PagedStore, torch.Tensor]] = []
+        plan: list[tuple[CompressedLayer, Prompt, Stored, tuple[Any, ...]]] = []
         try:
             for layer, rows in self._rows():
                 prompt = layer.stored()
                 if isinstance(prompt, Prompt):
                     dropped = None if eviction is None else eviction.dropped[:, rows].to(prompt.device)
-                    plan.append((layer, prompt, self._empty_like(layer, prompt), prompt.kept(dropped)))
-            need = sum(store.fill_bytes(kept, prompt.real, ahead) for _, prompt, store, kept in plan)
-            self.state.meter.require(need)
+                    kept, store = prompt.kept(dropped), self._empty_like(layer, prompt)
+                    beside: tuple[torch.Tensor, ...] = ()
+                    if self.rounding is not None:
+                        beside = (self._settled(prompt.positions[:, None], kept & settles, 0),)
+                    plan.append((layer, prompt, store, (prompt.real, kept, ahead, *beside)))
+            self.state.meter.require(sum(store.fill_bytes(*what) for _, _, store, what in plan))
             if eviction is not None:
                 self._evict(eviction)
             while plan:
-                layer, prompt, store, kept = plan[0]
-                parts = prompt.keys, prompt.values, prompt.positions, prompt.metric
-                store.fill(*parts, prompt.real, kept, ahead)
+                layer, prompt, store, what = plan[0]
+                store.fill(prompt.keys, prompt.values, prompt.positions, prompt.metric, *what)
                 layer.store = store
                 prompt.close()
                 del plan[0]
@@ -294,9 +309,10 @@ class BudgetCompression(Compression):
         ]
         for layer, rows in self._rows():
             store = layer.stored()
-            if isinstance(store, PagedStore) and freed[:, rows].any():
-                dropped, after = (part[:, rows].to(store.device) for part in (eviction.dropped, eviction.lengths))
-                store.evict(*moves(dropped, after), lengths[:, rows])
+            if not isinstance(store, Prompt) and freed[:, rows].any():
+                for part, gone in store.parts(eviction.dropped[:, rows].to(store.device)):
+                    after = torch.from_numpy(part.lengths).to(part.device) - gone.sum(2)
+                    part.evict(*moves(gone, after), after.cpu().numpy())
 
     def _rows(self) -> Iterator[tuple[CompressedLayer, slice]]:
         """The layers, and which rows of a sequence each of them has."""
@@ -306,10 +322,51 @@ class BudgetCompression(Compression):
             yield layer, slice(first, first + heads)
             first += heads
 
-    def _empty_like(self, layer: CompressedLayer, prompt: Prompt) -> PagedStore:
-        return paged_store(
+    # ------------------------------------------------------------------------------------------------------- rounding
+    def _round(self) -> None:
+        """Rounds what a pass has left that is neither among the first tokens nor among the newest, layer by layer."""
+        stores = [store for layer in self.state.compressed_layers if isinstance(store := layer.store, RoundedStore)]
+        waiting = [store for store in stores if not self._round_in(store)]
+        if waiting:  # other layers may hold free blocks that these need
+            for store in stores:
+                store.free_blocks()
+            for store in waiting:
+                self._round_in(store)
+
+    def _round_in(self, store: RoundedStore) -> bool:
+        """Whether there was room for it."""
+        rows = store.whole.rows()
+        positions = rows.dense_positions().expand(*rows.lengths.shape, -1)
+        chosen = self._settled(positions, positions >= 0, torch.from_numpy(store.records.lengths))
+        return not bool(chosen.any()) or round_chosen([(store, chosen)])
+
+    def _settled(self, positions: torch.Tensor, kept: torch.Tensor, rounded: torch.Tensor | int) -> torch.Tensor:
+        """Which of the tokens that are `kept` ``[B, H, N]`` bool are rounded now, where rows have `rounded` ``[B, H]``
+        records: none of a row whose first ones would be too few.
+        """
+        assert self.rounding is not None
+        sequences = self.state.sequences
+        stops = [s.tokens - max(self.rounding.near, self.policy.newest(s.tokens)) for s in sequences]
+        stop = torch.tensor(stops, device=kept.device)[:, None, None]
+        chosen = kept & (positions >= self.rounding.first) & (positions < stop)
+        begun = (torch.as_tensor(rounded, device=kept.device) > 0) | (chosen.sum(2) >= OPENING)
+        return chosen & begun[..., None]
+
+    def _records(self, layer: CompressedLayer, lengths: np.ndarray) -> np.ndarray:
+        """How many tokens of rows with `lengths` ``[B, H]`` are records after a pass, ``[B, H]``."""
+        if self.rounding is None:
+            return np.zeros_like(lengths)
+        newest = [max(self.rounding.near, self.policy.newest(s.tokens)) for s in self.state.sequences]
+        found = np.maximum(0, lengths - self.rounding.first - np.array(newest)[:, None])
+        store = layer.store
+        begun = store.records.lengths > 0 if isinstance(store, RoundedStore) else np.zeros(lengths.shape, bool)
+        return np.where(begun | (found >= OPENING), found, 0)
+
+    def _empty_like(self, layer: CompressedLayer, prompt: Prompt) -> Stored:
+        sizes = prompt.keys.shape[-1], prompt.values.shape[-1]
+        whole = paged_store(
             prompt.keys.shape[:2],
-            (prompt.keys.shape[-1], prompt.values.shape[-1]),
+            sizes,
             dtypes=(prompt.keys.dtype, prompt.values.dtype),
             device=prompt.device,
             block_size=self.block_size,
@@ -319,14 +376,18 @@ class BudgetCompression(Compression):
             steady=self.state.steady,
             **layer.proximal(prompt.keys.shape[1]),
         )
+        if self.rounding is None:
+            return whole
+        return self.rounding.store(whole, layer, sizes, self.state.meter, ordered=not self.policy.compresses)
 
     # -------------------------------------------------------------------------------------------------- what is known
     def steps_to_compression(self) -> int:
         if self.undecided:
             return 0
-        if not self.policy.compresses:
+        if self.rounding is None and not self.policy.compresses:
             return sys.maxsize
-        steps = self.until - self.state.columns if self.config.continual else sys.maxsize
+        passes = self.rounding is not None or self.config.continual
+        steps = self.until - self.state.columns if passes else sys.maxsize
         # Under a cap, making room may take a pass.
         return steps if self.state.meter.max_bytes is None else min(steps, self.state.room)
 

@@ -34,6 +34,9 @@ class KaraCache(CompressedCache):
         anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.
         compress_prompt: walk the prompt in windows too. Otherwise the prompt and every later turn (a step of several
             tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.
+        bits: bits of every number of keys and values of tokens that have settled, 8 or 4; None: as the model made them
+            (ours; see docs/bits.md).
+        key_bits, value_bits: of keys and values alone, where they differ; values may have 2.
         block_size: slots per block.
         max_bytes: cap on resident bytes; the step that would pass it raises `PoolExhausted` and is taken back.
         sharing: PoD on top: keys of distant tokens stored once for a group of layers; see `PoDCache`.
@@ -58,6 +61,9 @@ class KaraCache(CompressedCache):
         queries: int | None = KaraConfig.queries,
         anchor_share: float = KaraConfig.anchor_share,
         compress_prompt: bool = KaraConfig.compress_prompt,
+        bits: int | None = None,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
         block_size: int = KaraConfig.block_size,
         max_bytes: int | None = None,
         sharing: PoDSharing | None = None,
@@ -73,6 +79,9 @@ class KaraCache(CompressedCache):
             queries=queries,
             anchor_share=anchor_share,
             compress_prompt=compress_prompt,
+            bits=bits,
+            key_bits=key_bits,
+            value_bits=value_bits,
             block_size=block_size,
             seed=seed,
         )
@@ -105,6 +114,9 @@ class KVCompressCache(CompressedCache):
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise the cache grows behind the prompt.
         levels: different lengths, in blocks, that rows may be cut to; 1 for uniform heads, None for any, as published.
+        bits: bits of every number of keys and values of tokens that have settled, 8 or 4; None: as the model made them
+            (ours; see docs/bits.md).
+        key_bits, value_bits: of keys and values alone, where they differ; values may have 2.
         block_size: slots per block.
         max_bytes: cap on resident bytes: more is evicted if it takes that, as long as there is something to evict.
             A prompt that comes at once is held whole outside the cap until decoding begins. Turns and prompts in chunks
@@ -134,6 +146,9 @@ class KVCompressCache(CompressedCache):
         accumulate: bool = KVCompressConfig.accumulate,
         continual: bool = KVCompressConfig.continual,
         levels: int | None = KVCompressConfig.levels,
+        bits: int | None = None,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
         block_size: int = KVCompressConfig.block_size,
         max_bytes: int | None = None,
         sharing: PoDSharing | None = None,
@@ -153,6 +168,9 @@ class KVCompressCache(CompressedCache):
             accumulate=accumulate,
             continual=continual,
             levels=levels,
+            bits=bits,
+            key_bits=key_bits,
+            value_bits=value_bits,
             block_size=block_size,
             seed=seed,
         )
@@ -169,6 +187,9 @@ class PoDCache(CompressedCache):
     Args:
         model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
         sharing: who leads whom, and what is proximal; see `kara-hf pod explore` and `kara-hf pod adapt`.
+        bits: bits of every number of keys and values of tokens that have settled, 8 or 4; None: as the model made them
+            (ours; see docs/bits.md).
+        key_bits, value_bits: of keys and values alone, where they differ; values may have 2.
         block_size: slots per block.
         max_bytes: cap on resident bytes; the step that would pass it raises `PoolExhausted` and is taken back.
         cuda_graph: replays the decode step as a CUDA graph while there is room; see `CompressedCache`. Room is then
@@ -184,10 +205,15 @@ class PoDCache(CompressedCache):
         model: Any,
         sharing: PoDSharing,
         *,
+        bits: int | None = None,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
         block_size: int = KaraConfig.block_size,
         max_bytes: int | None = None,
         cuda_graph: bool = False,
     ):
         window = -(-KaraConfig.window // block_size) * block_size
-        keep_all = KaraPolicy(KaraConfig(retention=1.0, window=window, block_size=block_size))
-        super().__init__(model, policy=keep_all, sharing=sharing, max_bytes=max_bytes, cuda_graph=cuda_graph)
+        config = KaraConfig(
+            retention=1.0, window=window, bits=bits, key_bits=key_bits, value_bits=value_bits, block_size=block_size
+        )
+        super().__init__(model, policy=KaraPolicy(config), sharing=sharing, max_bytes=max_bytes, cuda_graph=cuda_graph)

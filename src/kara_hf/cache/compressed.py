@@ -16,7 +16,7 @@ from ..integration.attach import StepCache, check_not_compiled, refuse_tracing, 
 from ..integration.attention import CarriedKey
 from ..policy import KaraPolicy, KVCompressPolicy
 from ..policy.sharing import PoDSharing
-from ..storage import MemoryMeter, PagedStore, Prompt
+from ..storage import MemoryMeter, Prompt, Stored
 from .bound_model import BoundModel, check_max_bytes
 from .budget_compression import BudgetCompression
 from .compression import Compression, register_compression
@@ -362,7 +362,7 @@ class CompressedCache(Cache, StepCache):
             return SharedLayer(index, self.binding.name, state, self.sharing)
         return CompressedLayer(index, self.binding.name, state)
 
-    def _row(self, layer_idx: int, sequence: int, head: int) -> PagedStore | Prompt:
+    def _row(self, layer_idx: int, sequence: int, head: int) -> Stored | Prompt:
         self.steps.sync()
         layers = {layer.index: layer for layer in self.compressed_layers}
         if layer_idx not in layers or layers[layer_idx].store is None:

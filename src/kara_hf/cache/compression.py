@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..storage import PagedStore, Prompt
+from ..storage import Prompt, Stored
 from .layer import CompressedLayer, LayerState
 from .sequence import Kind, Sequence
 from .state import CacheState
@@ -28,7 +28,7 @@ class Compression(Protocol):
         sets `step.after`. Raises `PoolExhausted`; the cache is then as it was, or only more compressed.
         """
 
-    def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore | Prompt:
+    def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> Stored | Prompt:
         """An empty store for a layer whose first keys and values these are."""
 
     def metric_power(self, step: Step) -> int | None:

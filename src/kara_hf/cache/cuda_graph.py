@@ -147,7 +147,7 @@ def recording_for(steps: Steps) -> Recording:
 
 def _host_side(steps: Steps) -> list[Any]:
     """Everything of a cache that a step changes on the host."""
-    stores = [layer.paged() for layer in steps.state.compressed_layers]
+    stores = [store for layer in steps.state.compressed_layers if isinstance(store := layer.paged(), PagedStore)]
     blocks: list[Blocks] = [blocks for store in stores for blocks in (store.keys, store.values)]
     near = [store.proximal for store in stores if store.proximal is not None]
     meter: MemoryMeter = steps.state.meter

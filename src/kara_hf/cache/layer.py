@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from ..integration.attention import AttentionFunction, StoredLength
 from ..kernels import attend, attend_masked
-from ..storage import PagedStore, Prompt
+from ..storage import Prompt, Stored
 from .step import Step
 
 # Arguments of attention functions that are tensors and are honoured, or do not matter to attention over a store.
@@ -73,7 +73,7 @@ class CompressedLayer(CacheLayerMixin):
         CacheLayerMixin.__init__(self)
         self.index, self.model, self.state = index, model, state
         self.seen = 0
-        self.store: PagedStore | Prompt | None = None
+        self.store: Stored | Prompt | None = None
         self.scaling: float = 1.0
         self.softcap: float | None = None
         self.sink_logits: torch.Tensor | None = None
@@ -103,9 +103,10 @@ class CompressedLayer(CacheLayerMixin):
         """As `keys`."""
 
     def _dense(self, part: int) -> torch.Tensor | None:
-        if isinstance(self.store, PagedStore):
-            return self.store.rows().dense()[part]
-        return None if self.store is None else (self.store.keys, self.store.values)[part]
+        if self.store is None or isinstance(self.store, Prompt):
+            return None if self.store is None else (self.store.keys, self.store.values)[part]
+        rows = self.store.rows()
+        return rows.all_values() if part else rows.all_keys()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -209,7 +210,7 @@ class CompressedLayer(CacheLayerMixin):
         rows = self.paged().rows()
         queries = query.shape[2]  # the newest of the step, where the model computes no others
         if step.visibility is not None:
-            visible = step.visibility.of(rows.dense_positions())[:, :, -queries:]
+            visible = step.visibility.of(rows.all_positions())[:, :, -queries:]
             nothing = torch.zeros(len(query), queries, dtype=torch.int32, device=query.device)
             return attend(
                 query, rows, num_unseen=nothing, visible=visible, metric_power=step.metric_power, **self.settings
@@ -271,7 +272,7 @@ class CompressedLayer(CacheLayerMixin):
         self.pending = None
         step.waiting = False
 
-    def make_store(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> PagedStore | Prompt:
+    def make_store(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> Stored | Prompt:
         """An empty store for the first `keys` ``[B, H, S, Dk]`` and `values` ``[B, H, S, Dv]``."""
         assert step.new_store is not None
         return step.new_store(self, keys, values)
@@ -294,12 +295,12 @@ class CompressedLayer(CacheLayerMixin):
         """Keys of `tokens` tokens that followers store at most."""
         return 0
 
-    def stored(self) -> PagedStore | Prompt:
+    def stored(self) -> Stored | Prompt:
         assert self.store is not None, "nothing is stored yet"
         return self.store
 
-    def paged(self) -> PagedStore:
-        assert isinstance(self.store, PagedStore), "the prompt is not in blocks yet"
+    def paged(self) -> Stored:
+        assert self.store is not None and not isinstance(self.store, Prompt), "the prompt is not in blocks yet"
         return self.store
 
     def prepare_to_take_back(self, tokens: int) -> None:
@@ -313,7 +314,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def commit(self) -> None:
         """The step that appended last will not be taken back."""
-        if isinstance(self.store, PagedStore):
+        if not isinstance(self.store, Prompt | None):
             self.store.commit()
 
     def fork_bytes(self, index: np.ndarray) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ..kernels import Proximal, attend_shared, lead_scores, shared_attention
 from ..policy.sharing import PoDSharing
-from ..storage import PagedStore, Prompt
+from ..storage import Prompt, Stored
 from .layer import CompressedLayer
 from .step import Step
 
@@ -86,9 +86,9 @@ class SharedLayer(CompressedLayer):
         keys, values, places, past = key, value, positions[:, None], None
         if self.store is not None:
             rows = self.paged().rows()
-            past = rows.dense_keys()
-            keys, values = torch.cat([past, key], 2), torch.cat([rows.dense()[1], value], 2)
-            before = rows.dense_positions()
+            past = rows.all_keys()
+            keys, values = torch.cat([past, key], 2), torch.cat([rows.all_values(), value], 2)
+            before = rows.all_positions()
             if step.visibility is not None:
                 before = before.masked_fill(step.visibility.hidden(before), -1)
             places = torch.cat([before, places.expand(-1, before.shape[1], -1)], 2)
@@ -139,9 +139,9 @@ class SharedLayer(CompressedLayer):
             step.leads[self.index] = query, past, key
 
     # ----------------------------------------------------------------------------------------------------- its storage
-    def make_store(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> PagedStore | Prompt:
+    def make_store(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> Stored | Prompt:
         store = super().make_store(step, keys, values)
-        if step.recording and isinstance(store, PagedStore):
+        if step.recording and not isinstance(store, Prompt):
             store.widen(FIRST_DRAFTS)
         return store
 
@@ -157,10 +157,10 @@ class SharedLayer(CompressedLayer):
         return min(self.sharing.proximal, -(-tokens // block_size) * block_size)
 
     def prepare_to_take_back(self, tokens: int) -> None:
-        if isinstance(self.store, PagedStore):
+        if not isinstance(self.store, Prompt | None):
             self.store.widen(tokens)
 
     def can_crop(self, tokens: np.ndarray) -> bool:
         """Whether the keys of followers reach back behind the newest `tokens` ``[B]``."""
-        near = self.store.proximal if isinstance(self.store, PagedStore) else None
+        near = None if isinstance(self.store, Prompt | None) else self.store.proximal
         return near is None or bool(near.can_crop(tokens).all())

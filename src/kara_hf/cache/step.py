@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..kernels import Rows
-from ..storage import PagedStore, Prompt
+from ..storage import Prompt, Stored
 from .masks import Visibility
 from .sequence import Sequence
 
@@ -63,7 +63,7 @@ class Step:
     stored: set[int] = field(default_factory=set)
     before: dict[int, dict[str, Any]] = field(default_factory=dict)
     metric_power: int | None = None
-    new_store: Callable[..., PagedStore | Prompt] | None = None
+    new_store: Callable[..., Stored | Prompt] | None = None
     rows_of: Callable[[int], Rows] | None = None
     scores: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     leads: dict[int, Lead] = field(default_factory=dict)

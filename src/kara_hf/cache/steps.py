@@ -314,7 +314,7 @@ class Steps:
             store = self.state.compressed_layers[0].paged()
             if self._offset is None:
                 tokens = np.array([[sequence.tokens] for sequence in sequences], np.int32)
-                self._offset = upload(tokens - store.lengths[:, :1], device)
+                self._offset = upload(tokens - store.newest_lengths[:, :1], device)
             first = store.rows().lengths[:, :1] + self._offset
         if step.real is not None:
             return first + (step.real.to(device).cumsum(1, dtype=torch.int32) - 1).clamp(min=0)

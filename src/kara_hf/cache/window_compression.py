@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from ..policy import KaraPolicy, Window
-from ..storage import PagedStore, QueryBuffer, QueryMoments, Sampling, paged_store, upload
+from ..storage import QueryBuffer, QueryMoments, RoundedStore, Sampling, Stored, paged_store, upload
 from .compression import Compression
 from .layer import CompressedLayer
+from .rounding import Rounding, round_in_order
 from .sequence import Kind, Sequence
 from .state import CacheState
 from .step import Step
@@ -73,6 +74,7 @@ class WindowCompression(Compression):
             state.binding.check_calibration(policy.calibration)
         self.state, self.policy, self.config = state, policy, policy.config
         self.block_size = policy.config.block_size
+        self.rounding = Rounding.of(self.config, self.config.recent, state.sharing, state.steady)
         self.open = np.zeros(0, np.int64)  # open tokens of each sequence before the step
         self.due = 0  # windows due in this step, in the sequence that has most
         self.pinned = False
@@ -109,21 +111,25 @@ class WindowCompression(Compression):
         elif self.policy.needs_queries:
             lengths = state.compressed_layers[0].paged().rows().lengths[:, :1]
             if self._settled is None:
-                settled = np.array([[sequence.settled] for sequence in state.sequences])
+                settled = np.array([[sequence.settled] for sequence in state.sequences]) - self._rounded()[:, None]
                 self._settled = upload(settled, lengths.device)
             self._tokens = lengths - self._settled
 
-    def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> PagedStore:
-        return paged_store(
+    def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> Stored:
+        sizes, meter = (keys.shape[-1], values.shape[-1]), self.state.meter
+        whole = paged_store(
             keys.shape[:2],
-            (keys.shape[-1], values.shape[-1]),
+            sizes,
             dtypes=(keys.dtype, values.dtype),
             device=keys.device,
             block_size=self.block_size,
-            meter=self.state.meter,
+            meter=meter,
             steady=self.state.steady,
             **layer.proximal(keys.shape[1]),
         )
+        if self.rounding is None:
+            return whole
+        return self.rounding.store(whole, layer, sizes, meter, ordered=not self.policy.compresses)
 
     def metric_power(self, step: Step) -> None:
         return None
@@ -174,6 +180,7 @@ class WindowCompression(Compression):
             self._commit(layer)
             self._seal([layer], step)
             self._hold_open(layer.state, step)
+            self._round([layer], self._after(step))
 
     def done(self, step: Step) -> list[Sequence]:
         if not step.first:
@@ -181,8 +188,15 @@ class WindowCompression(Compression):
                 self._commit(layer)
             self._seal(self.state.compressed_layers, step)
         self._chosen.clear()
+        after = self._after(step)
+        if not step.first:
+            self._round(self.state.compressed_layers, after)
         if self.due:
             self._settled = None
+        return after
+
+    def _after(self, step: Step) -> list[Sequence]:
+        """The sequences once the windows that are due are sealed."""
         return [sequence.sealed(self.policy) for sequence in step.after] if self.due else step.after
 
     def _commit(self, layer: CompressedLayer) -> None:
@@ -225,6 +239,29 @@ class WindowCompression(Compression):
                     layer.state.queries.shrink(filled, self._limit(after) + 1)
                     if self.state.steady:  # a share of what is held has grown
                         layer.state.queries.reserve(self._limit(after) + 1)
+
+    # ------------------------------------------------------------------------------------------------------- rounding
+    def _round(self, layers: list[CompressedLayer], sequences: list[Sequence]) -> None:
+        """Rounds what has settled, where something may have; drafts that are new are left alone."""
+        if self.rounding is None or not (self.due or self.pinned or not self.policy.compresses) or self.drafts:
+            return
+        rounded = self._rounded(layers[0]).tolist()
+        free = [self._free(sequence, self.rounding) for sequence in sequences]
+        counts = [self.rounding.due(*known) for known in zip(free, rounded, strict=True)]
+        if any(counts):
+            round_in_order(layers, counts)
+            self._settled = None
+
+    def _free(self, sequence: Sequence, rounding: Rounding) -> int:
+        """How many tokens of a sequence may be rounded: those that have settled, where anything is compressed."""
+        near = max(rounding.near, self.policy.newest(sequence))
+        near = max(near, sequence.open) if self.policy.compresses else near
+        return sequence.settled + sequence.open - near - rounding.first
+
+    def _rounded(self, layer: CompressedLayer | None = None) -> np.ndarray:
+        """How many tokens of each sequence are rounded, ``[B]``; the same in all layers and heads."""
+        store = (layer or self.state.compressed_layers[0]).paged()
+        return store.records.lengths[:, 0] if isinstance(store, RoundedStore) else np.zeros(len(store.lengths), int)
 
     def _select(
         self,
@@ -329,8 +366,15 @@ class WindowCompression(Compression):
     # -------------------------------------------------------------------------------------------------- what is known
     def steps_to_compression(self) -> int:
         if not self.policy.compresses:
-            return sys.maxsize
+            return self._steps_to_rounding()
         return min(self.policy.open_limit(sequence) - sequence.open for sequence in self.state.sequences)
+
+    def _steps_to_rounding(self) -> int:
+        """The same where everything is kept."""
+        if self.rounding is None:
+            return sys.maxsize
+        free = [self._free(sequence, self.rounding) for sequence in self.state.sequences]
+        return min(self.rounding.steps(*known) for known in zip(free, self._rounded().tolist(), strict=True))
 
     def _limit(self, sequences: list[Sequence]) -> int:
         """Most open tokens that any of the sequences has before its next window is due."""

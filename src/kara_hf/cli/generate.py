@@ -115,6 +115,14 @@ def generate(
     no_continual: Annotated[
         bool, typer.Option("--no-continual", help="kv-compress: cut the prompt only, not what is generated.")
     ] = False,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="kara, kv-compress, pod: bits of what has settled, 8 or 4 [default: the model's dtype]."),
+    ] = None,
+    key_bits: Annotated[int | None, typer.Option(help="kara, kv-compress, pod: of keys, where they differ.")] = None,
+    value_bits: Annotated[
+        int | None, typer.Option(help="kara, kv-compress, pod: of values, where they differ; 8, 4 or 2.")
+    ] = None,
     block_size: Annotated[
         int | None, typer.Option(help="kara, kv-compress, pod: slots per block of memory [default: 16].")
     ] = None,
@@ -168,6 +176,9 @@ def generate(
             "sinks": sinks,
             "metric": metric,
             "continual": False if no_continual else None,
+            "bits": bits,
+            "key_bits": key_bits,
+            "value_bits": value_bits,
             "block_size": block_size,
             "max_bytes": max_bytes,
             "sharing": sharing,

@@ -7,13 +7,14 @@ from .compact import compact, compact_reference
 from .dense import attend_masked, softcapped
 from .merge import merge, merge_reference
 from .precision import as_sdpa
-from .rows import Proximal, ProximalKeys, Rows, gather_rows
+from .rows import Proximal, ProximalKeys, RoundedRows, Rows, gather_rows
 from .shared_attention import shared_attention, shared_attention_reference
 from .window_scores import sampled_places, window_scores, window_scores_reference
 
 __all__ = [
     "Proximal",
     "ProximalKeys",
+    "RoundedRows",
     "Rows",
     "append",
     "append_reference",

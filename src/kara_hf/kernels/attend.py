@@ -4,7 +4,7 @@
     rows          Rows            H KV heads; the G = Hq / H query heads of a group follow one another
     num_unseen    [B, S] int32 or None   how many of a sequence's newest tokens a query does not see.
                   None: query s does not see the S - 1 - s tokens behind it (plain causal order, no padding)
-    visible       [B, 1 or H, S, T] bool or None   which stored slots a query may see beside that: T = rows.max_length,
+    visible       [B, 1 or H, S, T] bool or None   which stored slots a query may see beside that: T = rows.columns,
                   in slot order as in `rows.dense`; past a row's length it says nothing. Plain torch answers, on every
                   device
     scaling       factor on q.k
@@ -27,7 +27,7 @@ from typing import Unpack
 
 import torch
 
-from .append import slot_index
+from .attend_rounded import attend_rounded, attend_rounded_reference
 from .backend import use_triton
 from .dense import (
     LogitSettings,
@@ -39,6 +39,7 @@ from .dense import (
     weighted,
     weights_of,
 )
+from .metric import add_to_metric
 from .precision import as_sdpa
 from .rows import Rows, gather_rows
 
@@ -60,6 +61,17 @@ def attend_reference(
     metric_power: int | None = None,
 ) -> torch.Tensor:
     """One query at a time, float32; the specification of `attend`."""
+    if rows.rounded is not None:
+        return attend_rounded_reference(
+            query,
+            rows,
+            num_unseen=num_unseen,
+            visible=visible,
+            metric_power=metric_power,
+            scaling=scaling,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
     batch, query_heads, new, _ = query.shape
     group = query_heads // rows.lengths.shape[1]
     out = query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
@@ -104,8 +116,16 @@ def attend(
     if new == 0 or rows.max_length == 0:
         return query.new_zeros(batch, query_heads, new, rows.values.shape[-1])
     settings: LogitSettings = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
-    if visible is None and use_triton(query, key_dim, rows.values.shape[-1], dtypes=rows.dtypes):
+    if (
+        rows.rounded is None
+        and visible is None
+        and use_triton(query, key_dim, rows.values.shape[-1], dtypes=rows.dtypes)
+    ):
         return _attend_triton(query, rows, num_unseen, metric_power, **settings)
+    if rows.rounded is not None:
+        return attend_rounded(
+            query, rows, num_unseen=num_unseen, visible=visible, metric_power=metric_power, **settings
+        )
     if new == 1 and num_unseen is None and visible is None:
         if rows.starts is not None and batch * heads <= FEW_ROWS and not rows.contiguous:
             return _attend_each(query, rows, metric_power, **settings)
@@ -163,11 +183,11 @@ def check_fits(query: torch.Tensor, rows: Rows, metric_power: int | None, visibl
             "possible; expected 1 or 2 and rows with a metric, or None"
         )
     if visible is not None:
-        shapes = [(batch, some, new, rows.max_length) for some in (1, heads)]
+        shapes = [(batch, some, new, rows.columns) for some in (1, heads)]
         if visible.dtype != torch.bool or tuple(visible.shape) not in shapes:
             raise ValueError(
                 f"visible of shape {tuple(visible.shape)} and {visible.dtype} does not fit; expected "
-                f"{shapes[0]} or {shapes[1]}, [B, 1 or H, S, rows.max_length], of torch.bool"
+                f"{shapes[0]} or {shapes[1]}, [B, 1 or H, S, rows.columns], of torch.bool"
             )
 
 
@@ -218,17 +238,3 @@ def _finite(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     empty = torch.arange(rows.max_length, device=rows.lengths.device) >= rows.lengths[..., None]
     keys, values = rows.dense()
     return keys.masked_fill(rows.of_keys(empty)[..., None], 0.0), values.masked_fill(empty[..., None], 0.0)
-
-
-def add_to_metric(rows: Rows, received: torch.Tensor) -> None:
-    """Adds to every token's metric what it `received`, ``[B, H, max_length]``, which is 0 where there is no token."""
-    assert rows.metric is not None
-    if rows.contiguous:
-        metric = rows.in_place[3]
-        assert metric is not None
-        metric.narrow(2, 0, rows.max_length).add_(received)
-        return
-    slots = torch.arange(rows.max_length, device=received.device, dtype=torch.int32)
-    stored = slots < rows.lengths[..., None]
-    where = slot_index(rows.value_table, slots.expand(received.shape), rows.block_size)[stored]
-    rows.metric.flatten()[where] += received[stored]

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .attend import add_to_metric, check_fits
+from .attend import check_fits
+from .attend_rounded import add_to_both, mixed, parts_of, rounded_logits
 from .backend import use_triton
 from .dense import grouped_logits, grouped_sinks, row_logits, row_weights, weighted, weights_of
+from .metric import add_to_metric
 from .precision import as_sdpa
 from .rows import ProximalKeys, Rows
 from .shared_attention import skipped
@@ -83,14 +85,15 @@ def attend_shared(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each sequence's newest token over rows some of whose keys are another layer's: a decode step.
 
-    `skip`, which says what a
-    model would answer and saves nothing here, is left to plain torch everywhere.
+    `skip`, which says what a model would answer and saves nothing here, is left to plain torch everywhere, and so are
+    rows that are rounded in part.
 
     Args:
         query: ``[B, Hq, 1, Dk]``, of tokens that are stored already.
         rows: where heads in `rows.proximal` follow. Followers and leads hold the same tokens in the same slots.
-        scores: ``[B, H, G, 1, T]`` float32, logits of the leads, anything where they hold nothing; modified in place,
-            or copied where these rows lead and may be longer than T; no follower is. None below the first lead.
+        scores: ``[B, H, G, 1, T]`` float32, logits of the leads by slot, anything where they hold nothing; modified
+            in place, or copied where these rows lead and may be longer than T; no follower is. None below the
+            first lead.
         positions: ``[B, 1]`` int32, true positions of the queries; negative: padding, which sees nothing.
         leading: heads that another layer follows, whose logits are handed on.
         scaling, softcap, sink_logits, metric_power: as in `attend`.
@@ -107,6 +110,19 @@ def attend_shared(
     proximal = rows.proximal
     if proximal is not None and scores is None:
         raise ValueError(f"heads {proximal.heads} follow, and there are no scores of their leads")
+    if rows.rounded is not None:
+        return attend_shared_rounded(
+            query,
+            rows,
+            scores,
+            positions=positions,
+            leading=leading,
+            scaling=scaling,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            skip=skip,
+            metric_power=metric_power,
+        )
     if skip is None and use_triton(query, query.shape[-1], rows.values.shape[-1], dtypes=rows.dtypes):
         from .triton_.attend_shared import attend_shared as attend_shared_triton
 
@@ -220,6 +236,8 @@ def lead_scores(
     group = query.shape[1] // heads_in_all
     longest = max(rows.max_length for rows in leads)
     scores = query.new_zeros(batch, heads_in_all, group, 1, longest, dtype=torch.float32)
+    if any(rows.rounded is not None for rows in leads):
+        return _lead_scores_rounded(query, leads, heads, scaling, softcap)
     if use_triton(query, query.shape[-1], dtypes=tuple(rows.keys.dtype for rows in leads)):
         from .triton_.attend_shared import lead_scores as lead_scores_triton
 
@@ -229,4 +247,62 @@ def lead_scores(
     for head, rows in zip(heads, leads, strict=True):
         fresh = grouped_logits(query[:, head * group : (head + 1) * group], rows.keys_of(head), scaling, softcap)
         scores[:, head : head + 1, ..., : rows.max_length] = fresh
+    return scores
+
+
+def attend_shared_rounded(
+    query: torch.Tensor,
+    rows: Rows,
+    scores: torch.Tensor | None,
+    *,
+    positions: torch.Tensor,
+    leading: Sequence[int],
+    scaling: float,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
+    skip: float | None,
+    metric_power: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `attend_shared`, of rows that are rounded in part, all of whose records are of distant tokens."""
+    rounded, proximal, (keys, values) = parts_of(rows), rows.proximal, rows.dense()
+    here, slots = rows.all_positions(), rows.all_slots()[:, :, None, None]
+    by_head = query.unflatten(1, (rows.lengths.shape[1], -1))
+    places = slots.expand(-1, -1, by_head.shape[2], -1, -1)
+    wide = query.new_zeros(*places.shape[:-1], 0, dtype=torch.float32) if scores is None else scores
+    wide = _as_wide(wide, rows.columns + 1)  # one place for columns without a token
+    logits = wide.gather(-1, places)
+    asking = by_head if proximal is None else by_head[:, proximal.rest]
+    if asking.shape[1]:
+        asking = asking.flatten(1, 2)
+        own = [rounded_logits(asking, rounded, scaling, softcap), grouped_logits(asking, keys, scaling, softcap)]
+        logits = torch.cat(own, -1) if proximal is None else logits.index_copy(1, proximal.rest, torch.cat(own, -1))
+    if proximal is not None:
+        following = by_head[:, proximal.index].flatten(1, 2)
+        near = grouped_logits(following, rows.read(proximal.keys), scaling, softcap)
+        _put_own(logits, near, rows, proximal, positions, here)
+    for head in leading:
+        wide[:, head].scatter_(-1, places[:, head], logits[:, head])
+    stored = here[:, :, None, None] >= 0
+    weights = weights_of(logits.masked_fill(~stored, float("-inf")), grouped_sinks(sink_logits, logits.shape[1]))
+    weights = weights.masked_fill(~stored.any(-1, keepdim=True), 0.0)
+    if proximal is not None and skip is not None:
+        distant = proximal.bounds.distant(positions[:, None], here)[:, proximal.index][:, :, None, None]
+        weights = weights.index_copy(1, proximal.index, skipped(weights[:, proximal.index], distant, skip))
+    padding = positions[:, None] < 0
+    if metric_power is not None:
+        add_to_both(rows, (weights.detach() ** metric_power).sum((2, 3)).masked_fill(padding, 0.0))
+    return mixed(weights, rows, values, query.dtype).masked_fill(padding[..., None], 0.0), wide
+
+
+def _lead_scores_rounded(
+    query: torch.Tensor, leads: list[Rows], heads: Sequence[int], scaling: float, softcap: float | None
+) -> torch.Tensor:
+    """As `lead_scores`, of leads that are rounded in part."""
+    group = query.shape[1] // leads[0].lengths.shape[1]
+    longest = max(rows.columns for rows in leads) + 1
+    scores = query.new_zeros(len(query), leads[0].lengths.shape[1], group, 1, longest, dtype=torch.float32)
+    for head, rows in zip(heads, leads, strict=True):
+        keys, slots = rows.all_keys()[:, head : head + 1], rows.all_slots()[:, head, None, None]
+        fresh = grouped_logits(query[:, head * group : (head + 1) * group], keys, scaling, softcap)[:, 0]
+        scores[:, head].scatter_(-1, slots.expand_as(fresh), fresh)
     return scores

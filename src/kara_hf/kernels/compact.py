@@ -33,7 +33,8 @@ def compact_reference(rows: Rows, sequences: torch.Tensor, source: torch.Tensor,
 
 def compact(rows: Rows, sequences: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
     """Moves tokens of the named sequences within their rows; see the module's contract."""
-    if use_triton(rows.keys, rows.keys.shape[-1], rows.values.shape[-1], dtypes=rows.dtypes):
+    records = rows.keys.dtype == torch.uint8  # few, between steps: plain torch moves them everywhere
+    if not records and use_triton(rows.keys, rows.keys.shape[-1], rows.values.shape[-1], dtypes=rows.dtypes):
         from .triton_.compact import compact as compact_triton
 
         return compact_triton(rows, sequences, source, target)

@@ -11,6 +11,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from .rounding import Packing, out_of_frame, rotation
+
 
 @dataclass(frozen=True)
 class Proximal:
@@ -88,6 +90,8 @@ class Rows:
         proximal: heads that store keys of proximal tokens only, or None. `contiguous` is about the blocks of others.
         in_order: whether slot s of every row holds the token at position s.
         read_as: dtype that attention rounds keys and values to; None: it takes them as they are stored.
+        rounded: tokens of the same rows that are stored in few bits, in front of all others; None: there are none. All
+            else here is about the others, among which every token is that some query of a step does not see.
     """
 
     keys: torch.Tensor
@@ -104,6 +108,12 @@ class Rows:
     proximal: ProximalKeys | None = None
     in_order: bool = False
     read_as: torch.dtype | None = None
+    rounded: "RoundedRows | None" = None
+
+    @property
+    def columns(self) -> int:
+        """Columns of `all_keys`: slots of the longest row, those of rounded tokens and of others counted apart."""
+        return self.max_length + (0 if self.rounded is None else self.rounded.max_length)
 
     @property
     def block_size(self) -> int:
@@ -196,6 +206,96 @@ class Rows:
         out[:, self.key_heads] = keys
         out[:, proximal.index] = self.read(proximal.keys.gather(2, index))
         return out
+
+    def all_keys(self) -> torch.Tensor:
+        """As `dense_keys` with what is rounded in front, ``[B, H, columns, Dk]``."""
+        keys = self.dense_keys()
+        if self.rounded is None:
+            return keys
+        rounded = self.rounded.dense()[0].to(keys.dtype)
+        if self.key_heads is not None:
+            everyone = rounded.new_zeros(*self.lengths.shape, *rounded.shape[2:])
+            rounded = everyone.index_copy_(1, self.key_heads, rounded)
+        return torch.cat([rounded, keys], 2)
+
+    def all_values(self) -> torch.Tensor:
+        """As `dense` with what is rounded in front, ``[B, H, columns, Dv]``."""
+        values = self.dense()[1]
+        return values if self.rounded is None else torch.cat([self.rounded.dense()[1].to(values.dtype), values], 2)
+
+    def all_positions(self) -> torch.Tensor:
+        """As `dense_positions` with what is rounded in front, ``[B, 1 or H, columns]``."""
+        positions = self.dense_positions()
+        if self.rounded is None:
+            return positions
+        return torch.cat([self.rounded.dense_positions(), positions.expand(*self.lengths.shape, -1)], 2)
+
+    def all_slots(self) -> torch.Tensor:
+        """Which slot of its row every column of `all_keys` is, rounded tokens counted first, ``[B, H, columns]`` int64;
+        `columns` where there is no token. Rows of the same tokens in other layers may have them in other columns.
+        """
+        lengths = self.lengths[..., None].long()
+        slots = torch.arange(self.max_length, device=lengths.device)
+        if self.rounded is None:
+            return torch.where(slots < lengths, slots, self.columns)
+        before = self.rounded.lengths[..., None].long()
+        first = torch.arange(self.rounded.max_length, device=lengths.device)
+        parts = (
+            torch.where(first < before, first, self.columns),
+            torch.where(slots < lengths, before + slots, self.columns),
+        )
+        return torch.cat(parts, 2)
+
+
+@dataclass(kw_only=True)
+class RoundedRows(Rows):
+    """Rows whose keys and values are records, uint8: what a `Rows` has settled, in front of its own tokens.
+
+    All of `Rows` holds of them; `positions` is empty where these follow from slots. Heads whose keys are another
+    layer's have none here.
+
+    Attributes:
+        key_packing, value_packing: what records of keys and of values are.
+        frame: of the keys, ``[B, K, 2, Dk]`` float32; see `kara_hf.kernels.rounding`.
+        begin: position of slot 0 where `positions` is empty.
+        with_keys: the heads whose keys are here, ``[K]`` int64; None: all.
+    """
+
+    key_packing: Packing
+    value_packing: Packing
+    frame: torch.Tensor
+    begin: int = 0
+    with_keys: torch.Tensor | None = None
+
+    @property
+    def key_heads(self) -> torch.Tensor | None:
+        return self.with_keys
+
+    def records(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of keys ``[B, K, max_length, width]`` and of values ``[B, H, max_length, width]``, as `Rows.dense`."""
+        return Rows.dense(self)
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys ``[B, K, max_length, Dk]`` and values ``[B, H, max_length, Dv]`` that the records stand for, float32."""
+        keys, values = self.records()
+        return out_of_frame(self.key_packing.unpack(keys), self.frame), self.value_packing.unpack(values)
+
+    def dense_positions(self) -> torch.Tensor:
+        """True positions ``[B, H, max_length]`` int32; -1 where a row has no token."""
+        slots = torch.arange(self.max_length, dtype=torch.int32, device=self.lengths.device)
+        if self.positions.dim() == 3:
+            positions = (slots + self.begin).expand(*self.lengths.shape, -1)
+        else:
+            positions = gather_rows(self.positions, self.value_table, self.max_length)
+        return positions.masked_fill(slots >= self.lengths[..., None], -1)
+
+    def framed(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `queries` ``[B, K, N, Dk]`` float32 are to keys in their frame: themselves there ``[B, K, N, Dk]``, and
+        their products with the centre ``[B, K, N, 1]``. A product with a key is that in the frame plus the latter.
+        """
+        centre, spread = self.frame.unbind(2)
+        inside = queries * spread[:, :, None] @ rotation(queries.shape[-1], queries.device)
+        return inside, queries @ centre[..., None]
 
 
 def gather_rows(pool: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:

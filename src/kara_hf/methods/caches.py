@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..cache.caches import KaraCache, KVCompressCache, PoDCache
 from ..cache.compressed import CompressedCache
-from ..config import KaraConfig, KVCompressConfig, require
+from ..config import KaraConfig, KVCompressConfig, require, rounding_bits
 from ..integration.attach import detach
 from ..policy.sharing import PoDSharing
 
@@ -135,6 +135,12 @@ class Compressed(ConfiguredCache):
         }
 
 
+def bits_told(config: Any) -> str:
+    """What is said of bits behind other settings; nothing, where none are given."""
+    bits = rounding_bits(config.bits, config.key_bits, config.value_bits)
+    return "" if bits is None else f", {bits[0]} bits" if bits[0] == bits[1] else f", {bits[0]} / {bits[1]} bits"
+
+
 class Kara(Compressed):
     cache_class, config_class = KaraCache, KaraConfig
 
@@ -142,7 +148,7 @@ class Kara(Compressed):
         config = self.config
         return (
             f"window {config.window}, retention {config.retention}, recent {config.recent}, {config.score}, "
-            f"anchor share {config.anchor_share:g}, sinks {config.sinks}"
+            f"anchor share {config.anchor_share:g}, sinks {config.sinks}{bits_told(config)}"
         )
 
     def warm_up(self) -> WarmUp:
@@ -168,6 +174,7 @@ class KVCompress(Compressed):
         when = "" if config.continual else ", prompt only"
         return (
             f"{budget}, observation {voters}, protected {config.protected}, sinks {config.sinks}, {config.metric}{when}"
+            f"{bits_told(config)}"
         )
 
     def warm_up(self) -> WarmUp:
@@ -182,7 +189,13 @@ class KVCompress(Compressed):
 class PoDConfig:
     """What a `PoDCache` has to be told beside who leads whom."""
 
+    bits: int | None = None
+    key_bits: int | None = None
+    value_bits: int | None = None
     block_size: int = KaraConfig.block_size
+
+    def __post_init__(self) -> None:
+        rounding_bits(self.bits, self.key_bits, self.value_bits)
 
 
 class PoD(Compressed):
@@ -196,7 +209,7 @@ class PoD(Compressed):
         sharing: PoDSharing = self.settings["sharing"]
         return (
             f"{100 * sharing.followers_share:.0f} % followers, sinks {sharing.sinks}, recent {sharing.recent}, distant "
-            f"query {sharing.distant_query}, prompt {sharing.prefill}"
+            f"query {sharing.distant_query}, prompt {sharing.prefill}{bits_told(self.config)}"
         )
 
     def warm_up(self) -> WarmUp:

@@ -164,9 +164,17 @@ def _quantized(bits: int) -> Callable[[Any, Plan], Cache]:
     return make
 
 
-def _pod(model: Any, plan: Plan) -> Cache:
-    assert plan.sharing is not None, "the method is marked as one that needs a sharing"
-    return PoDCache(model, plan.sharing, block_size=plan.shared.block_size)
+def _pod(bits: int | None = None) -> Callable[[Any, Plan], Cache]:
+    def make(model: Any, plan: Plan) -> Cache:
+        assert plan.sharing is not None, "the method is marked as one that needs a sharing"
+        return PoDCache(model, plan.sharing, bits=bits, block_size=plan.shared.block_size)
+
+    return make
+
+
+def _all_in(**bits: int) -> Callable[[Any, Plan], Cache]:
+    """Every token, in few bits."""
+    return windows("random", retention=1.0, **bits)
 
 
 def _calibrated(model: Any, plan: Plan) -> Cache:
@@ -241,7 +249,21 @@ METHODS: dict[str, Method] = {
             "kv-compress-random", evictions(metric="random", levels=1), "random tokens, evicted at once", random=True
         ),
         Method("streaming-llm", evictions(metric="recency", levels=1), "sinks, or the kept prompt, and the newest"),
-        Method("pod", _pod, "shared keys of distant tokens", budgeted=False, shares=True),
+        Method("pod", _pod(), "shared keys of distant tokens", budgeted=False, shares=True),
+        Method("8bit", _all_in(bits=8), "all tokens, in 8 bits once they have settled", budgeted=False),
+        Method("4bit", _all_in(bits=4), "the same in 4 bits", budgeted=False),
+        Method("4bit-2bit", _all_in(key_bits=4, value_bits=2), "the same, values in 2 bits", budgeted=False),
+        Method(
+            "kara-4bit",
+            windows("bidirectional", anchor_share=KaraConfig.anchor_share, bits=4),
+            "Kara, and what is kept in 4 bits",
+        ),
+        Method("key-difference-4bit", windows("key-difference", bits=4), "key-difference, and what is kept in 4 bits"),
+        Method("key-difference-8bit", windows("key-difference", bits=8), "the same in 8 bits"),
+        Method("random-4bit", windows("random", bits=4), "random tokens in 4 bits", random=True),
+        Method("kv-compress-4bit", evictions(bits=4), "kv-compress, and what a pass leaves in 4 bits"),
+        Method("streaming-llm-4bit", evictions(metric="recency", levels=1, bits=4), "streaming-llm in 4 bits"),
+        Method("pod-4bit", _pod(4), "shared keys of distant tokens, in 4 bits", budgeted=False, shares=True),
         Method(
             "kara+pod",
             lambda model, plan: KaraCache(model, **window_settings(plan), sharing=plan.sharing),

@@ -66,6 +66,13 @@ class ServingConfig(Settings):
         )
         require(self.trigger in get_args(Trigger), "trigger", self.trigger, " or ".join(get_args(Trigger)))
         require(self.unit in get_args(Unit), "unit", self.unit, " or ".join(get_args(Unit)))
+        for name in ("bits", "key_bits", "value_bits"):
+            require(
+                getattr(self.kara, name) is None,
+                name,
+                getattr(self.kara, name),
+                "None while serving: the pool of Transformers' engine holds keys and values of one dtype",
+            )
         require(
             not self.kara.compress_prompt,
             "compress_prompt",

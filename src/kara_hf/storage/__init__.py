@@ -6,7 +6,11 @@ from .meter import MemoryMeter, PoolExhausted
 from .paged import PagedStore
 from .prompt import Prompt
 from .queries import QueryBuffer, QueryMoments, Sampling
+from .records import RecordStore
+from .rounded import RoundedStore
 from .store import Store
+
+Stored = PagedStore | RoundedStore  # what holds a layer's tokens in blocks
 
 __all__ = [
     "Blocks",
@@ -17,8 +21,11 @@ __all__ = [
     "Prompt",
     "QueryBuffer",
     "QueryMoments",
+    "RecordStore",
+    "RoundedStore",
     "Sampling",
     "Store",
+    "Stored",
     "paged_store",
     "upload",
 ]

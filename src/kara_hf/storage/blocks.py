@@ -19,6 +19,13 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def spread_table(table: np.ndarray, heads: np.ndarray, shape: tuple[int, ...], columns: int) -> np.ndarray:
+    """`table` ``[B, K, M]`` of the K `heads` alone as one of all heads, ``[*shape, columns or more]``; -1 elsewhere."""
+    wide = np.full((*shape, max(table.shape[2], columns)), -1, np.int32)
+    wide[:, heads, : table.shape[2]] = table
+    return wide
+
+
 class Blocks:
     """Pools of N blocks with P slots each, shared out to the rows of B sequences and H heads.
 

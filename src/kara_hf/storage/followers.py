@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..kernels import Proximal, Rows
-from .blocks import upload
+from .blocks import spread_table, upload
 from .meter import MemoryMeter
 from .paged import PagedStore
 from .proximal import ProximalRing
@@ -174,10 +174,8 @@ class FollowerStore(PagedStore):
         return min(super()._room(), self.proximal.room())
 
     def _changed(self) -> None:
-        batch, heads = self.lengths.shape
-        own = self.keys.host_table
-        table = np.full((batch, heads, max(own.shape[2], self.values.table.shape[2])), -1, np.int32)
-        table[:, self._whole, : own.shape[2]] = own
+        columns = self.values.table.shape[2]
+        table = spread_table(self.keys.host_table, self._whole, self.lengths.shape, columns)
         fresh = self.meter.count(upload(table, self.device))
         self.meter.uncount(self._key_table)
         self._key_table = fresh

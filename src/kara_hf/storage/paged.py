@@ -1,5 +1,7 @@
 """The paged store of one layer: ragged rows of keys, values and positions in blocks."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -29,6 +31,7 @@ class PagedStore(Store):
             row is given back.
         steady: whether `rows` stay as they are, bound for bound, while there is `room`, so that a CUDA graph can be
             replayed on them.
+        positions: whether every slot knows its token's position.
     """
 
     proximal: ProximalRing | None = None  # keys of heads that do not have theirs in blocks
@@ -45,10 +48,12 @@ class PagedStore(Store):
         metric: bool = False,
         tight: bool = False,
         steady: bool = False,
+        positions: bool = True,
     ):
         self.block_size, self.meter, self.device = block_size, meter, device
-        self.tight, self.steady = tight, steady
-        key, value, position = ((sizes[0],), dtypes[0]), ((sizes[1],), dtypes[1]), ((), torch.int32)
+        self.tight, self.steady, self.sizes = tight, steady, sizes
+        key, value = ((sizes[0],), dtypes[0]), ((sizes[1],), dtypes[1])
+        position = (() if positions else (0,), torch.int32)
         beside = [position, ((), torch.float32)] if metric else [position]
         self.lengths = np.zeros(shape, np.int32)
         self.keys = Blocks(self._of_keys(self.lengths).shape, block_size, [key], device, meter)
@@ -59,6 +64,11 @@ class PagedStore(Store):
         self._exact = True
         self._rows: Rows | None = None
         self._changed()
+
+    @property
+    def newest_lengths(self) -> np.ndarray:
+        """Tokens of every row's part that new ones join, ``[B, H]``: what `rows` say that lengths are."""
+        return self.lengths
 
     @property
     def paged_bytes(self) -> int:
@@ -186,7 +196,7 @@ class PagedStore(Store):
         Raises:
             PoolExhausted: there is no room under the cap; the store is still empty.
         """
-        self.meter.require(self.fill_bytes(kept, real, ahead))
+        self.meter.require(self.fill_bytes(real, kept, ahead))
         lengths = kept.sum(2, dtype=torch.int32).cpu().numpy()
         self._grow(int(real.sum(1).max()) + ahead, -(-(lengths + ahead) // self.block_size))
         self.lengths, self.in_order = lengths, bool((kept == real[:, None]).all())
@@ -200,7 +210,7 @@ class PagedStore(Store):
         for pool, part in zip(self.values.pools, parts, strict=False):  # without a metric in the store, none is kept
             pool.flatten(0, 1)[where_value] = part[kept]
 
-    def fill_bytes(self, kept: torch.Tensor, real: torch.Tensor, ahead: int) -> int:
+    def fill_bytes(self, real: torch.Tensor, kept: torch.Tensor, ahead: int) -> int:
         """Bytes that `fill` takes."""
         blocks = -(-(kept.sum(2, dtype=torch.int32).cpu().numpy() + ahead) // self.block_size)
         return self._growth(int(real.sum(1).max()) + ahead, blocks)
@@ -227,6 +237,10 @@ class PagedStore(Store):
         self.in_order = False
         self.lengths = lengths.astype(np.int32)
         self._fit()
+
+    def parts(self, slots: torch.Tensor) -> Iterator[tuple["PagedStore", torch.Tensor]]:
+        """The stores that rows are made of, this one, and what `slots` ``[B, H, N]`` bool says of each one's own."""
+        yield self, slots
 
     def free_blocks(self) -> None:
         """Gives back every block that holds no token."""

@@ -55,6 +55,11 @@ class Prompt:
         return 0
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Dk and Dv."""
+        return self.keys.shape[-1], self.values.shape[-1]
+
+    @property
     def slot_bytes(self) -> tuple[int, int]:
         """Bytes of one token's key and of its value in one row."""
         return self.keys.shape[-1] * self.keys.itemsize, self.values.shape[-1] * self.values.itemsize

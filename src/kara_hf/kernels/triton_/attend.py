@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..rows import Rows
+from .attend_rounded import RoundedAttention
 from .common import (
     NOTHING,
     add_values,
@@ -28,10 +29,7 @@ from .common import (
 from .configs import attend_config
 from .merge import merge_into
 from .observe import add_observed
-
-WAVES = 2  # programs per processor that split-K aims for
-MAX_SPLITS = 64
-WIDTH_STEP = 16  # the width of observed logits is a multiple of it, for aligned access
+from .split import WAVES, WIDTH_STEP, plan_splits
 
 
 @triton.jit(do_not_specialize=["new", "span", "key_width", "value_width"])
@@ -156,14 +154,6 @@ def attend_kernel(
     )
 
 
-def plan_splits(programs: int, length: int, tile: int, splits: int | None, target: int) -> tuple[int, int]:
-    """Into how many ranges of how many tokens rows of `length` are split, so that about `target` programs run."""
-    tiles = -(-length // tile)
-    wanted = splits or min(max(1, target // programs), MAX_SPLITS)
-    span = -(-tiles // min(wanted, tiles)) * tile
-    return -(-length // span), span
-
-
 @on_its_device
 def attend(
     query: torch.Tensor,
@@ -180,6 +170,7 @@ def attend(
     batch, query_heads, new, key_size = query.shape
     check_paged(rows)
     dtype, (common, itemsize) = query.dtype, read_dtypes(query, rows)
+    rounded = None if rows.rounded is None else RoundedAttention(query, rows, rows.rounded, common)
     query = query.to(common)
     heads, value_size = rows.lengths.shape[1], rows.values.shape[-1]
     group = query_heads // heads
@@ -195,8 +186,12 @@ def attend(
     def scratch(*shape: int) -> torch.Tensor:
         return query.new_empty(shape, dtype=torch.float32)
 
+    if rounded is not None:
+        splits = max(2, splits)  # of one alone the kernel would leave no part to merge
+
     out = query.new_empty(batch, new, query_heads, value_size, dtype=dtype).transpose(1, 2)
     kept = splits if splits > 1 else 0  # of one range no part is kept: the kernel writes `out`
+    kept += 0 if rounded is None else rounded.splits
     parts, lse = scratch(kept, batch, query_heads, new, value_size), scratch(kept, batch, query_heads, new)
     width = -(-rows.max_length // WIDTH_STEP) * WIDTH_STEP
     observed = totals = None
@@ -236,8 +231,13 @@ def attend(
         SOFTCAP=softcap is not None,
         **constants,
     )
+    if rounded is not None:
+        observes = metric_power is not None
+        rounded.run(parts[splits:], lse[splits:], num_unseen, observes, scaling, softcap)
     if splits > 1:
         merge_into(out, parts, lse, sink_logits, totals)
     if metric_power is not None and observed is not None and totals is not None:
         add_observed(rows, observed, totals, num_unseen, metric_power)
+        if rounded is not None:
+            rounded.add_observed(totals, metric_power)
     return out

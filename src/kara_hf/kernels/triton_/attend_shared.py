@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from ..rows import Rows
-from .attend import WAVES, WIDTH_STEP, plan_splits
 from .common import (
     LN2,
     LOG2E,
@@ -30,6 +29,7 @@ from .common import (
 from .configs import attend_shared_config, lead_scores_config
 from .merge import merge_into
 from .observe import add_observed
+from .split import WAVES, WIDTH_STEP, plan_splits
 
 EVERYTHING = torch.iinfo(torch.int32).max
 

@@ -60,6 +60,17 @@ ATTEND_OBSERVED = ATTEND | {
 ATTEND_SHARED = {(2, size): _unspilled(ATTEND[2, size, True]) for size in PADS}
 ATTEND_SHARED |= {(4, size): _unspilled(_attend(16, 32, 32, 8, 1)) for size in PADS}
 
+# (the larger padded size, whether there are few query rows), of records: numbers are float32 before they are rounded to
+# what products take, and an address stands for every code, so that tiles are small in all dtypes.
+ATTEND_ROUNDED = {
+    (64, True): _unspilled(_attend(16, 32, 32, 4, 2)),
+    (128, True): _unspilled(_attend(16, 32, 32, 8, 1)),
+    (256, True): _unspilled(_attend(16, 16, 32, 8, 1)),
+    (64, False): _unspilled(_attend(32, 32, 32, 8, 2)),
+    (128, False): _unspilled(_attend(32, 32, 32, 8, 2)),
+    (256, False): _unspilled(_attend(32, 16, 32, 8, 1)),
+}
+
 OBSERVE = {"TILE_QUERIES": 4, "TILE_SLOTS": 128, "num_warps": 4}
 
 # bytes of an element
@@ -90,6 +101,12 @@ def attend_config(itemsize: int, key_size: int, value_size: int, query_rows: int
     pads = padded_pair(key_size, value_size)
     chosen = (ATTEND_OBSERVED if observed else ATTEND)[itemsize, max(pads.values()), query_rows <= FEW]
     return chosen | pads
+
+
+def attend_rounded_config(key_size: int, value_size: int, query_rows: int) -> Constants:
+    """Of `attend_rounded_kernel`, for heads of these sizes and `query_rows` = G * S query rows."""
+    pads = padded_pair(key_size, value_size)
+    return ATTEND_ROUNDED[max(pads.values()), query_rows <= FEW] | pads
 
 
 def attend_shared_config(itemsize: int, key_size: int, value_size: int) -> Constants:

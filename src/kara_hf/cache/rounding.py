@@ -1,0 +1,146 @@
+"""Rounding what has settled, the same for every compression: how much in which step, and the store for it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..config import KaraConfig, KVCompressConfig, rounding_bits
+from ..kernels.rounding import Packing
+from ..policy.sharing import PoDSharing
+from ..storage import MemoryMeter, PagedStore, PoolExhausted, RecordStore, RoundedStore
+from .layer import CompressedLayer
+
+OPENING = 64  # tokens, at least, that are rounded first: the frame of a row's keys is theirs
+AT_ONCE = 16  # tokens, at least, that are rounded together later
+NEAREST = 32  # newest tokens that stay whole where `recent` is a share, which may be of nothing
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How tokens are rounded that have settled.
+
+    Attributes:
+        bits: of keys and of values.
+        first: first tokens of a sequence that stay whole.
+        near: newest tokens that stay whole; a share says it elsewhere, and is at least this.
+    """
+
+    bits: tuple[int, int]
+    first: int
+    near: int
+
+    @classmethod
+    def of(
+        cls, config: KaraConfig | KVCompressConfig, newest: int | float, sharing: PoDSharing | None, steady: bool
+    ) -> "Rounding | None":
+        """As `config` says, or None if nothing is rounded; `newest` tokens, or a share, stay whole.
+
+        Raises:
+            ValueError: the bits are not possible, or memory must be `steady`.
+        """
+        bits = rounding_bits(config.bits, config.key_bits, config.value_bits)
+        if bits is None:
+            return None
+        if steady:
+            raise ValueError(
+                f"cuda_graph=True is not possible with bits={bits[0]}: rounding moves tokens every few steps; leave "
+                "one of them out"
+            )
+        first, near = config.sinks, newest if isinstance(newest, int) else NEAREST
+        if sharing is not None:  # followers have keys of their own of proximal tokens alone, and these are whole
+            first, near = max(first, sharing.sinks), max(near, sharing.recent)
+        return cls(bits, first, near)
+
+    def store(
+        self, whole: PagedStore, layer: CompressedLayer, sizes: tuple[int, int], meter: MemoryMeter, ordered: bool
+    ) -> RoundedStore:
+        """An empty store around an empty `whole` one; `ordered`: no token of it will be dropped but the newest.
+
+        Raises:
+            ValueError: what the layer stores cannot be rounded.
+        """
+        self._check(whole, layer)
+        records = RecordStore(
+            whole.lengths.shape,
+            (Packing(sizes[0], self.bits[0]), Packing(sizes[1], self.bits[1])),
+            device=whole.device,
+            block_size=whole.block_size,
+            meter=meter,
+            metric=not whole.shares,
+            tight=whole.tight,
+            begin=self.first if ordered else None,
+            followers=layer.followers,
+        )
+        return RoundedStore(whole, records, self.first)
+
+    def _check(self, whole: PagedStore, layer: CompressedLayer) -> None:
+        if layer.latent:
+            raise ValueError(
+                f"bits={self.bits[0]} is not possible with {layer.model}: layer {layer.index} keeps one latent row for "
+                "all its heads (multi-head latent attention), which is small already; leave bits out"
+            )
+        for blocks in (whole.keys, whole.values):
+            dtype = blocks.pools[0].dtype
+            if dtype.itemsize < 2:
+                raise ValueError(
+                    f"bits={self.bits[0]} is not possible with keys and values of {dtype}, which are rounded already; "
+                    "load the model in bfloat16, float16 or float32, or leave bits out"
+                )
+
+    def widths(self, sizes: tuple[int, int]) -> tuple[int, int]:
+        """Bytes of a record of a key and of one of a value, of these sizes."""
+        return Packing(sizes[0], self.bits[0]).width, Packing(sizes[1], self.bits[1]).width
+
+    def record_bytes(self, layer: CompressedLayer, blocks: np.ndarray, block_size: int) -> int:
+        """Bytes of a layer's records, with a metric, in so many `blocks` of each row ``[B, H]``."""
+        sizes = layer.stored().sizes
+        key, value = self.widths(sizes)
+        of_keys = blocks if layer.deciding is None else blocks[:, list(layer.deciding)]
+        held = block_size * (int(of_keys.sum()) * key + int(blocks.sum()) * (value + 4 + 4))  # position and metric
+        tables = (blocks.size + of_keys.size) * int(blocks.max(initial=0)) * 4 + blocks.size * 4
+        return held + tables + of_keys.size * 2 * sizes[0] * 4
+
+    def due(self, free: int, rounded: int) -> int:
+        """Of `free` tokens that may be rounded, of which `rounded` are, how many are rounded now."""
+        more = free - rounded
+        return more if more >= self._least(rounded) else 0
+
+    def steps(self, free: int, rounded: int) -> int:
+        """New tokens, each of which frees one, after which nothing is due yet."""
+        return max(0, self._least(rounded) - (free - rounded) - 1)
+
+    def _least(self, rounded: int) -> int:
+        return AT_ONCE if rounded else OPENING
+
+
+def round_in_order(layers: list[CompressedLayer], counts: list[int]) -> None:
+    """Rounds of each sequence the oldest `counts` whole tokens behind the first ones, in all layers or, where there is
+    no room for it, in none.
+    """
+    if any(counts):
+        stores = [store for layer in layers if isinstance(store := layer.store, RoundedStore)]
+        round_chosen([(store, _oldest(store, counts)) for store in stores])
+
+
+def _oldest(store: RoundedStore, counts: list[int]) -> torch.Tensor:
+    """Of whole tokens the oldest behind the first ones, ``[B, H, N]`` bool."""
+    batch, heads = store.whole.lengths.shape
+    slots = np.arange(int(store.whole.lengths.max(initial=0)))
+    chosen = (slots >= store.first) & (slots < store.first + np.array(counts)[:, None])
+    return torch.from_numpy(chosen).to(store.device)[:, None].expand(batch, heads, -1)
+
+
+def round_chosen(plan: list[tuple[RoundedStore, torch.Tensor]]) -> bool:
+    """Settles in every store the whole tokens that were chosen, ``[B, H, N]`` bool; if there is no room, in none, and
+    says so. They are then rounded another time.
+    """
+    try:
+        for store, _ in plan:
+            store.own_edges()
+        plan[0][0].meter.require(sum(store.records.add_bytes(chosen) for store, chosen in plan))
+    except PoolExhausted:
+        return False
+    for store, chosen in plan:
+        store.settle(chosen)
+    return True
