@@ -192,9 +192,7 @@ def test_crop_of_drafts_leaves_no_trace(model):
             logits[id(drafted)].append(model(wrong, past_key_values=drafted, use_cache=True).logits[0, 0])
             drafted.crop(-5)
     assert drafted.get_seq_length() == plain.get_seq_length()
-    # A window seals up to five tokens earlier while drafts are under way, and from the same tokens.
-    sealed = [run for run in plain.chunks(0) if run[2] == "sealed"]
-    assert [run for run in drafted.chunks(0) if run[2] == "sealed"][: len(sealed)] == sealed
+    assert drafted.chunks(0) == plain.chunks(0)  # drafts neither seal a window nor judge one
 
 
 def test_moments_are_of_all_queries_but_drafts(model):

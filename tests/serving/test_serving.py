@@ -40,7 +40,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
-from kara_hf import KaraCache, KaraConfig, detach
+from kara_hf import KaraCache, detach
 from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.cli.app import app
 from kara_hf.cli.serve import parse_bytes
@@ -718,8 +718,10 @@ def test_what_is_refused(model):
     }.items():
         with pytest.raises(ValueError, match=f"{setting}={value!r}"):
             ServingConfig.of(**{setting: value})
-    with pytest.raises(ValueError, match="score='bidirectional'"):
-        ServingConfig.of(unit="trace")
+    with pytest.raises(ValueError, match="score='blend'"):
+        ServingConfig.of(unit="trace", recent=32)
+    with pytest.raises(ValueError, match='recent=0.5 .* a number of tokens with unit="trace"'):
+        ServingConfig.of(unit="trace", score="key-difference")
     with pytest.raises(TypeError, match="windows"):
         ServingConfig.of(windows=3)
 
@@ -853,7 +855,8 @@ def test_the_server(generated, window, killed):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     problem = make_problem("trace", generated=generated, seed=60_000)
-    settings = {"retention": 0.5, "window": window, "score": "key-norm", "period": 1, "memory": "4 MiB"}
+    settings = {"retention": 0.5, "window": window, "recent": 32, "score": "key-norm", "period": 1}
+    settings |= {"memory": "4 MiB"}
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     ask = {"model": str(BUNDLED_MODEL), "prompt": problem.prompt, "temperature": 0, "max_tokens": generated + 60}
     with Server(port, *options) as server:
@@ -864,7 +867,7 @@ def test_the_server(generated, window, killed):
         assert len(pieces) > generated // 2 and "".join(pieces) == answer.choices[0].text
         metrics = server.metrics()
         assert metrics["kara_blocks"] == 4 * 2**20 // (16 * 4 * 2 * 2 * 32 * 4)
-        settled = answer.usage.completion_tokens - 2 - KaraConfig.recent  # before the step that made the last token
+        settled = answer.usage.completion_tokens - 2 - 32  # before the step that made the last token
         assert metrics["kara_windows"] == 2 * (settled // window) > 0 and metrics["kara_steps"] > 1.8 * generated
         assert metrics["kara_waiting"] == metrics["kara_failed"] == 0
         with pytest.raises(openai.BadRequestError, match=r"needs room for \d+ tokens and the pool holds 2048"):
