@@ -18,6 +18,10 @@ HAS_PYTHON := import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
+# Two processes with one half of the tests each, so that what a module sets up is seldom set up twice; who is done early
+# takes over some of the other's.
+IN_TWO := -n 2 --dist worksteal
+
 .PHONY: generate test test-all clean
 
 generate: $(VENV)/generate.stamp
@@ -27,11 +31,11 @@ test: $(VENV)/test.stamp
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(IN_TWO)
 
-# Slow tests too, among them the sweep over every causal LM class of Transformers.
+# Slow tests too, among them the sweep over every causal LM class of Transformers; drawn tests draw more examples.
 test-all: test
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest $(IN_TWO) -m "slow or hypothesis" --hypothesis-profile thorough
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Many requests in little memory: Transformers' continuous batching with Kara inside, beside the engine alone.
 
 python examples/serve.py
-python examples/serve.py --model Qwen/Qwen3-4B --prompts prompts.txt --blocks 2000 --window 256 --score bidirectional
+python examples/serve.py --model Qwen/Qwen3-4B --prompts prompts.txt --blocks 2000 --retention 0.25
 torchrun --nproc-per-node 2 examples/serve.py      # tensor parallel
 """
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks for anything, and one that did would wait for long
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
-settings.register_profile("kara_hf", deadline=None, max_examples=40, derandomize="CI" in os.environ)
-settings.load_profile("kara_hf")
+for name, most in (("few", 10), ("thorough", 40)):  # `make test-all` draws again, thoroughly
+    settings.register_profile(name, deadline=None, max_examples=most, derandomize="CI" in os.environ)
+settings.load_profile("few")
 
 
 def _values(item):
@@ -33,7 +35,7 @@ def pytest_collection_modifyitems(items):
     """Of the combinations of a test's parameters, as many as show every value once; the others are slow."""
     tests = {}
     for item in items:
-        if hasattr(item, "callspec"):
+        if hasattr(item, "callspec") and not item.get_closest_marker("slow"):
             tests.setdefault((item.parent.nodeid, item.originalname), {})[item] = _values(item)
     for left in tests.values():
         missing = set.union(*left.values())

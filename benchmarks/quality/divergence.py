@@ -1,5 +1,5 @@
-"""How far settings move a language model from its full cache, per token and at equal resident bytes: what is scored by,
-what is held of queries, how a budget is split between recent tokens and the rest, how votes are counted.
+"""How far methods move a language model from its full cache, per token and at equal resident bytes: both caches as they
+come and as published, with one setting changed, and controls.
 
 Documents are forced through the model, the prompt compressed too. A run that was stopped goes on where it was;
 `kara-hf report` makes a page of its folder.
@@ -32,45 +32,38 @@ SIZES: Row = {
     "methods": (
         "random",
         "streaming-llm",
+        "kv-compress-random",
         "kara",
-        "kara, 32 queries",
-        "kara, 8 queries",
-        "kara, 8 queries, half recent",
+        "kara-published",
         "key-difference",
-        "key-difference, half recent",
         "kv-compress",
-        "kv-compress, mean votes, half recent",
+        "kv-compress-published",
     ),
-    "budgets": (0.5, 0.25),
-    "documents": 4,
+    "budgets": (0.5, 0.25, 0.125),
+    "documents": 8,
     "tokens": 1536,
     "prompt": 256,
     "window": 128,
     "out": "runs/divergence",
 }
-SMOKE: Row = {"methods": ("random", "kara, 8 queries"), "budgets": (0.5,), "documents": 1, "tokens": 200, "prompt": 40}
+SMOKE: Row = {"methods": ("random", "kara, 32 recent"), "budgets": (0.5,), "documents": 1, "tokens": 200, "prompt": 40}
 SMOKE |= {"window": 32}
 
 
 def variants() -> dict[str, Any]:
-    """Settings of the two caches beside the kit's own methods, by name."""
-    from kara_hf.config import KaraConfig
-    from kara_hf.methods.registry import Method, evictions, windows
+    """Both caches as they come with one thing changed, by name, beside the kit's own methods."""
+    from kara_hf.methods.registry import KARA, Method, evictions, windows
 
-    published = {"anchor_share": KaraConfig.anchor_share}
     made = {
-        "kara, 32 queries": windows("bidirectional", queries=32, **published),
-        "kara, 8 queries": windows("bidirectional", queries=8, **published),
-        "kara, half recent": windows("bidirectional", recent=0.5, **published),
-        "kara, 8 queries, half recent": windows("bidirectional", queries=8, recent=0.5, **published),
-        "kara, 8 queries, quarter recent": windows("bidirectional", queries=8, recent=0.25, **published),
-        "key-difference, half recent": windows("key-difference", recent=0.5),
-        "key-difference, quarter recent": windows("key-difference", recent=0.25),
-        "random, half recent": windows("random", recent=0.5),
-        "kv-compress, mean votes": evictions(votes="mean"),
-        "kv-compress, half recent": evictions(protected=0.5),
-        "kv-compress, mean votes, half recent": evictions(votes="mean", protected=0.5),
-        "kv-compress-uniform, mean votes, half recent": evictions(votes="mean", protected=0.5, levels=1),
+        "kara, all queries": windows(**KARA | {"queries": None}),
+        "kara, 2 queries": windows(**KARA | {"queries": 2}),
+        "kara, 32 recent": windows(**KARA, recent=32),
+        "kara, 64 a window": windows(**KARA, window=64),
+        "kara, 256 a window": windows(**KARA, window=256),
+        "kv-compress, sum of votes": evictions(votes="sum"),
+        "kv-compress, 32 protected": evictions(protected=32),
+        "kv-compress, no pooling": evictions(pool=1),
+        "kv-compress, heads differ": evictions(levels=None),
     }
     return {name: Method(name, make, "a variant") for name, make in made.items()}
 

@@ -92,7 +92,7 @@ def window_jobs(run: Run, **sizes: Any) -> Iterator[Job]:
 def eviction_jobs(run: Run, **sizes: Any) -> Iterator[Job]:
     from kara_hf.methods.registry import Method
 
-    methods = ["full", "kv-compress-random", "kv-compress", "kv-compress-uniform", "streaming-llm"]
+    methods = ["full", "kv-compress-random", "kv-compress", "kv-compress-ragged", "streaming-llm"]
     tried = Method("snapkv", snapkv, "l1 votes of the prompt's last queries alone, uniform heads")
     yield from asked(run, [*methods, tried], ["query-aware", "query-agnostic"], sizes, reference="kv-compress-random")
 

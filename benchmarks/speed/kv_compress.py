@@ -22,7 +22,7 @@ from ..common.run import Run
 OURS = "KVCompressCache"
 LEVELS = (None, 4, 2, 1)
 DEFAULTS = KVCompressConfig(retention=0.5)
-FLOOR = DEFAULTS.block_size * (DEFAULTS.least_blocks + 1)  # tokens per row that no budget may go below
+FLOOR = 3 * DEFAULTS.block_size  # tokens per row that no budget may go below: sinks, half of them recent, and a block
 EXCESS, COST = 0.02, 1.15  # aims: bytes above nominal, beside a block per row; step time where nothing is evicted
 # Bytes that kvpress holds by its arithmetic, and its speed-ups as they were found before on another machine.
 SNAP, BOTH = "SnapKV 0.8", "SnapKV 0.8, then Decoding(Knorm, 128/512)"

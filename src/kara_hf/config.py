@@ -79,8 +79,9 @@ class KaraConfig(Settings):
         score: what ranks a window's tokens: the name of a score, or the folder or hub id of a `KeyCalibration`;
             `KaraPolicy` refuses one that is neither.
         queries: how many queries of a window every query head holds for a score that needs them, spread evenly over
-            the window and over the heads of a key, from 1 to `window`; None: all, as published. Means over queries are
-            estimated by a sample, at a fraction of the bytes. The recent tokens are sampled as densely. Ours.
+            the window and over the heads of a key, from 1 on; None, or more than `window`: all, as published. Means
+            over queries are estimated by a sample, at a fraction of the bytes. The recent tokens are sampled as
+            densely. Ours.
         anchor_share: share of the kept tokens that are picked singly, by score, before Token2Chunk fills gaps between
             them, in (0, 1]; 1 is plain top-k.
         compress_prompt: whether the prompt is walked in windows too; otherwise it is kept whole.
@@ -95,11 +96,11 @@ class KaraConfig(Settings):
     """
 
     retention: float = 0.25
-    window: int = 256
-    recent: int | float = 32
+    window: int = 128
+    recent: int | float = 0.5
     sinks: int = 4
-    score: str = "bidirectional"
-    queries: int | None = None
+    score: str = "blend"
+    queries: int | None = 4
     anchor_share: float = 0.5
     compress_prompt: bool = False
     bits: int | None = None
@@ -131,10 +132,10 @@ class KaraConfig(Settings):
         )
         require(is_int(self.sinks) and self.sinks >= 0, "sinks", self.sinks, "a whole number of tokens from 0 on")
         require(
-            self.queries is None or (is_int(self.queries) and 1 <= self.queries <= self.window),
+            self.queries is None or (is_int(self.queries) and self.queries >= 1),
             "queries",
             self.queries,
-            f"a whole number from 1 to window={self.window}, or None for all",
+            "a whole number from 1 on, or None for all",
         )
         require(
             is_number(self.anchor_share) and 0 < self.anchor_share <= 1,
@@ -157,6 +158,11 @@ class KaraConfig(Settings):
         if isinstance(self.recent, float):
             share *= (1 - self.recent) / (1 - self.retention * self.recent)
         return max(1, round(share * self.window))
+
+    @property
+    def queries_held(self) -> int:
+        """Queries of a window that every query head holds for a score that needs them."""
+        return self.window if self.queries is None else min(self.queries, self.window)
 
     @property
     def anchors(self) -> int:
@@ -200,8 +206,8 @@ class KVCompressConfig(Settings):
         floor: further tokens that every head keeps at least, on top of `sinks` and `protected`.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise it follows prompts only.
-        levels: different block counts that a pass may leave its compressed rows with; None: as many as there are rows.
-            1 gives every row of a sequence the same count: the same metric with uniform heads, the control for them.
+        levels: different block counts that a pass may leave its compressed rows with; None: as many as there are rows,
+            as published. 1 gives every row of a sequence the same count: the same metric with uniform heads.
         bits: how many bits of every number of keys and values are stored once a token has settled, 8 or 4; None: tokens
             stay in the model's dtype. Sinks and protected tokens always do. Ours.
         key_bits, value_bits: the same of keys and of values alone, where these differ from `bits`; values may have 2.
@@ -216,15 +222,15 @@ class KVCompressConfig(Settings):
     max_cache_tokens: int | None = None
     retention: float | None = None
     observation: int | None = 32
-    protected: int | float = 32
+    protected: int | float = 0.5
     sinks: int = 4
     pool: int = 7
     metric: Literal["l2", "l1", "random", "recency"] = "l2"
-    votes: Literal["sum", "mean"] = "sum"
+    votes: Literal["sum", "mean"] = "mean"
     floor: int = 0
     accumulate: bool = True
     continual: bool = True
-    levels: int | None = None
+    levels: int | None = 1
     bits: int | None = None
     key_bits: int | None = None
     value_bits: int | None = None
@@ -262,9 +268,12 @@ class KVCompressConfig(Settings):
                 "retention (the share kept)"
             )
         if self.max_cache_tokens is not None:
+            require(
+                is_int(self.max_cache_tokens), "max_cache_tokens", self.max_cache_tokens, "a whole number of tokens"
+            )
             least = self.block_size * (self.least_blocks + 1)
             require(
-                is_int(self.max_cache_tokens) and self.max_cache_tokens >= least,
+                self.max_cache_tokens >= least,
                 "max_cache_tokens",
                 self.max_cache_tokens,
                 f"a whole number from {least} on: every row keeps {self.least_blocks} blocks of {self.block_size} for "

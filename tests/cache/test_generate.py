@@ -6,12 +6,13 @@ import pytest
 import torch
 from support.architectures import build
 from support.batches import left_padded, prompt
+from support.marks import slow
 from transformers import DynamicCache
 
 from kara_hf import KaraCache, KVCompressCache, attach
 
 SMALL = {"window": 16, "recent": 8, "block_size": 8}
-LONG = {"max_new_tokens": 60, "do_sample": False}
+LONG = {"max_new_tokens": 42, "do_sample": False}  # two windows are sealed
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +24,12 @@ def model():
 HELD = pytest.mark.parametrize("score", ["bidirectional", "mean-square"])
 
 
-@pytest.mark.parametrize("score", ["bidirectional", "mean-square", "random"])
+@pytest.mark.parametrize("score", ["bidirectional", "mean-square", slow("random")])
 @pytest.mark.parametrize("compress_prompt", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek-v3", "gpt-oss"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss", *map(slow, ("llama", "deepseek-v3"))])
 def test_left_padded_sequences_equal_single_runs(name, compress_prompt, score):
     model = build(name)
-    rows = [prompt(n, seed=n)["input_ids"][0] for n in (33, 7, 52, 1)]
+    rows = [prompt(n, seed=n)["input_ids"][0] for n in (33, 7, 1)]
     settings = {"retention": 0.25, "compress_prompt": compress_prompt, "score": score, **SMALL}
     batch = left_padded(rows)
     cache = KaraCache(model, **settings)
@@ -41,7 +42,7 @@ def test_left_padded_sequences_equal_single_runs(name, compress_prompt, score):
             for head in range(cache.layers[layer].store.lengths.shape[1]):
                 assert torch.equal(cache.kept_positions(layer, b, head), alone.kept_positions(layer, 0, head))
         assert cache.chunks(cache.report().layers[0], b) == alone.chunks(cache.report().layers[0])
-        assert cache.report().seen[b] == alone.report().seen[0] == len(row) + 59
+        assert cache.report().seen[b] == alone.report().seen[0] == len(row) + 41
 
 
 def test_sampling_gives_the_same_stream(model):
@@ -55,7 +56,7 @@ def test_sampling_gives_the_same_stream(model):
                 do_sample=True,
                 temperature=0.9,
                 num_return_sequences=3,
-                max_new_tokens=40,
+                max_new_tokens=24,
             )
         )
     assert outputs[0].tolist() == outputs[1].tolist()
@@ -65,7 +66,7 @@ def test_sampling_gives_the_same_stream(model):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3-next"])
 def test_beam_search_equals_dynamic_cache(name):
     model = build(name)
-    settings = {"num_beams": 4, "num_return_sequences": 2, **LONG}
+    settings = {"num_beams": 3, "num_return_sequences": 2, **LONG, "max_new_tokens": 26}
     expected = model.generate(**prompt(batch=2), **settings)
     actual = model.generate(**prompt(batch=2), past_key_values=KaraCache(model, retention=1.0, **SMALL), **settings)
     assert actual.tolist() == expected.tolist()
@@ -108,7 +109,8 @@ def test_conversation_continues_with_the_same_cache(model):
         ids = prompt(30)["input_ids"]
         cache.turns = []
         for turn in range(3):
-            ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **LONG)
+            more = {"max_new_tokens": 28, "do_sample": False}
+            ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **more)
             cache.turns.append(ids.tolist())
             ids = torch.cat([ids, prompt(12, seed=turn)["input_ids"]], dim=1)
     assert actual.turns == expected.turns
@@ -121,13 +123,13 @@ def test_a_turn_is_kept_whole_like_the_prompt(model):
     ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **LONG)
     kept = set(cache.kept_positions(0).tolist())
     assert set(range(30)) <= kept  # the first prompt
-    assert set(range(90, 102)) <= kept  # the second
+    assert set(range(72, 84)) <= kept  # the second
     assert cache.report().kept.max() < cache.report().seen.max()
     kinds = [kind for _, _, kind in cache.chunks(0)]
     assert kinds.count("prompt") == 2
 
 
-@pytest.mark.parametrize("chunk", [5, 16, 64])
+@pytest.mark.parametrize("chunk", [5, slow(16), 64])
 def test_chunked_prefill(model, chunk):
     expected = model.generate(**prompt(47), **LONG)
     cache = KaraCache(model, retention=1.0, **SMALL)
@@ -161,18 +163,18 @@ def test_crop(model):
     cache = KaraCache(model, retention=0.25, **SMALL)
     out = model.generate(**prompt(), past_key_values=cache, **LONG)
     before = cache.kept_positions(0)
-    open_tokens = 59 - 48
-    with pytest.raises(ValueError, match=r"crop\(-12\) would reach into a sealed window.*recent"):
+    open_tokens = 41 - 32
+    with pytest.raises(ValueError, match=r"crop\(-10\) would reach into a sealed window.*recent"):
         cache.crop(-(open_tokens + 1))
-    assert torch.equal(cache.kept_positions(0), before) and cache.get_seq_length() == 79
+    assert torch.equal(cache.kept_positions(0), before) and cache.get_seq_length() == 61
     with pytest.raises(ValueError, match="negative"):
         cache.crop(5)
     cache.crop(-open_tokens)
-    assert cache.get_seq_length() == 79 - open_tokens
+    assert cache.get_seq_length() == 61 - open_tokens
     assert cache.kept_positions(0).tolist() == before.tolist()[:-open_tokens]
     with torch.no_grad():  # and the dropped tokens come back the same
-        model(out[:, 79 - open_tokens : 79], past_key_values=cache, use_cache=True)
-    assert cache.get_seq_length() == 79
+        model(out[:, 61 - open_tokens : 61], past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 61
 
 
 def test_crop_of_drafts_leaves_no_trace(model):
@@ -184,15 +186,13 @@ def test_crop_of_drafts_leaves_no_trace(model):
     with torch.no_grad():
         for cache in (plain, drafted):
             model(ids[:, :20], past_key_values=cache, use_cache=True)
-        for n in range(20, 110):
+        for n in range(20, 66):
             logits[id(plain)].append(model(ids[:, n : n + 1], past_key_values=plain, use_cache=True).logits[0, -1])
             wrong = torch.cat([ids[:, n : n + 1], torch.full((1, 5), 7)], dim=1)
             logits[id(drafted)].append(model(wrong, past_key_values=drafted, use_cache=True).logits[0, 0])
             drafted.crop(-5)
     assert drafted.get_seq_length() == plain.get_seq_length()
-    # A window seals up to five tokens earlier while drafts are under way, and from the same tokens.
-    sealed = [run for run in plain.chunks(0) if run[2] == "sealed"]
-    assert [run for run in drafted.chunks(0) if run[2] == "sealed"][: len(sealed)] == sealed
+    assert drafted.chunks(0) == plain.chunks(0)  # drafts neither seal a window nor judge one
 
 
 def test_moments_are_of_all_queries_but_drafts(model):
@@ -245,14 +245,14 @@ def test_reset_and_another_batch(model):
 
 def test_caches_on_one_model_do_not_disturb_each_other(model):
     settings = [{"retention": 0.25}, {"retention": 0.5, "score": "recency"}, {"retention": 1.0}]
-    ids = prompt(90)["input_ids"]
+    ids = prompt(66)["input_ids"]
 
     def run(caches):
         logits = []
         with torch.no_grad():
             for cache in caches:
                 model(ids[:, :20], past_key_values=cache, use_cache=True)
-            for n in range(20, 90):
+            for n in range(20, 66):
                 logits.append(
                     [model(ids[:, n : n + 1], past_key_values=cache, use_cache=True).logits for cache in caches]
                 )
@@ -299,7 +299,7 @@ def test_autocast(model, make, dtype, padded):
             got.append(torch.stack(parts).float())
         torch.testing.assert_close(*got, atol=0.05, rtol=0.05)
         tokens = model.generate(**inputs, past_key_values=make(model, retention=0.5, block_size=8), **LONG)
-    assert tokens.shape[1] == 120
+    assert tokens.shape[1] == 102
     store = ours.layers[0].store
     assert (store.keys.pools[0].dtype, store.values.pools[0].dtype) == (torch.float32, dtype)
     assert store.stored_bytes == int(store.lengths.sum()) * model.config.head_dim * (4 + 2)
@@ -414,7 +414,7 @@ def test_positions_after_compression_are_true_ones(model):
             model(torch.tensor([[5]]), past_key_values=cache, use_cache=True)  # without explicit position_ids
     finally:
         handle.remove()
-    assert seen == [*range(19, 79), 79]
+    assert seen == [*range(19, 61), 61]
 
 
 def test_an_own_implementation_that_looks_itself_up_by_name_finds_its_name():
@@ -439,7 +439,7 @@ def test_an_own_implementation_that_looks_itself_up_by_name_finds_its_name():
     assert model.config._attn_implementation == "flash_like"
 
 
-@pytest.mark.parametrize("modes", ["i", "in", "ni", "ig", "gi"])
+@pytest.mark.parametrize("modes", ["i", "ni", "gi", slow("in"), slow("ig")])
 @pytest.mark.parametrize("kind", ["kara", "kv-compress"])
 def test_any_mix_of_inference_no_grad_and_grad_mode(kind, modes):
     """What is stored in one mode is written, rearranged and cropped in another."""

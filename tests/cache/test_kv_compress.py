@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import ARCHITECTURES, build
 from support.batches import left_padded, prompt
 from support.caches import feed, kept, live_tensors, memory_of, rows_of, state
-from support.marks import slow
+from support.marks import most_examples, slow
 from support.oracle import check
 from transformers import DynamicCache
 
@@ -30,9 +30,11 @@ def model():
     return build("llama")
 
 
+PUBLISHED = {"votes": "sum", "levels": None}
 SMALL = {"block_size": 4, "protected": 6, "sinks": 2, "observation": 8, "pool": 3}  # no row has less than 2 blocks
+SMALL |= PUBLISHED
 CUT = {"max_cache_tokens": 20, **SMALL}
-LONG = {"max_new_tokens": 60, "do_sample": False}
+LONG = {"max_new_tokens": 34, "do_sample": False}
 KEEP_ALL = pytest.mark.parametrize("keep", [{"retention": 1.0}, {"max_cache_tokens": 512}], ids=["share", "cap"])
 ROWS = 6  # of a sequence in the small llama: 3 layers with 2 heads
 
@@ -88,7 +90,7 @@ def most_bytes(cache: KVCompressCache) -> int:
 
 # --------------------------------------------------------------------------------------------------- nothing is evicted
 @KEEP_ALL
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("group", [1, slow(2), 4, slow(8)])
 def test_tokens_and_logits_of_a_padded_batch_are_those_of_the_full_cache(group, keep, monkeypatch):
     llama = ARCHITECTURES["llama"]
     heads = {"num_attention_heads": 8, "head_dim": 8, "num_key_value_heads": 8 // group}
@@ -122,7 +124,7 @@ def test_ways_to_generate(way, name, keep):
     outputs = []
     for cache in (None, make(**keep)(model)):
         torch.manual_seed(5)
-        settings = {"do_sample": False, "max_new_tokens": 40} | WAYS[way] | extra
+        settings = {"do_sample": False, "max_new_tokens": 24} | WAYS[way] | extra
         outputs.append(model.generate(**batch, past_key_values=cache, **settings).tolist())
     assert outputs[0] == outputs[1]
 
@@ -133,7 +135,8 @@ def test_conversation(model, keep):
     for cache in (DynamicCache(config=model.config), make(**keep)(model)):
         ids = prompt(30)["input_ids"]
         for turn in range(3):
-            ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **LONG)
+            more = {"max_new_tokens": 14, "do_sample": False}
+            ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **more)
             turns.append(ids.tolist())
             ids = torch.cat([ids, prompt(12, seed=turn)["input_ids"]], dim=1)
     assert turns[:3] == turns[3:]
@@ -170,9 +173,9 @@ def test_rearranged_copied_and_reset(model, keep):
 
 def test_several_caches_on_one_model(model):
     """Each does what it does alone, while the others are fed in turn."""
-    ids = prompt(70)["input_ids"]
+    ids = prompt(58)["input_ids"]
     kinds = [{"retention": 1.0}, CUT, {"retention": 0.3, "levels": 2}, CUT | {"accumulate": False}]
-    steps = [40] + [1] * 30
+    steps = [40] + [1] * 18
     together = [make(**kind)(model) for kind in kinds]
     logits = zip(*zip(*(feed(model, cache, ids, steps) for cache in together), strict=True), strict=True)
     for kind, several, cache in zip(kinds, logits, together, strict=True):
@@ -193,7 +196,7 @@ def test_a_prompt_shorter_than_the_budget_and_the_window(model, tokens):
 
 
 # ----------------------------------------------------------------------------------------------------------- the oracle
-TURNS = [[24, 1, 1, 9, 1, 30, 1, 1], [11, 12, 5, *[1] * 30, 7, 8, 1, 1]]
+TURNS = [[24, 1, 1, 9, 1, 30, 1, 1], [11, 12, 5, *[1] * 14, 7, 8, 1, 1]]
 VARIANTS = [
     {},
     {"continual": False},
@@ -217,11 +220,11 @@ def cut(**chosen) -> Callable[..., KVCompressCache]:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt-oss", "qwen3-next"])
 def test_attention_is_dense_attention_without_the_evicted(name):
-    assert check(name, [3, 0], cut(), [30] + [1] * 40, first=True) > 0
+    assert check(name, [3, 0], cut(), [30] + [1] * 18, first=True) > 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("steps", [[40] + [1] * 40, *TURNS], ids=["tokens", "turns", "chunks"])
+@pytest.mark.parametrize("steps", [[40] + [1] * 16, *TURNS], ids=["tokens", "turns", "chunks"])
 def test_attention_with_every_setting(steps, variant):
     assert check("llama", [0, 9], cut(**variant), steps, first=True) > 0
 
@@ -297,7 +300,7 @@ class Votes:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("steps", [[24, *[1] * 14], [9, 8, 7, *[1] * 9, 5, 6, 1, 1]], ids=["whole", "turns"])
+@pytest.mark.parametrize("steps", [[24, *[1] * 8], [9, 8, 7, *[1] * 9, 5, 6, 1, 1]], ids=["whole", "turns"])
 def test_the_metric_is_that_of_the_eager_weights(name, chosen, steps):
     chosen = {"observation": 8, "pool": 3} | chosen
     votes = Votes([4, 0], chosen["observation"], chosen["pool"], 1 if chosen.get("metric") == "l1" else 2)
@@ -334,18 +337,18 @@ def test_generate_in_chunks_is_generate(model):
 
 @pytest.mark.parametrize(
     "chosen",
-    [{}, {"levels": 2}, *(slow(each) for each in ({"max_cache_tokens": 32}, {"retention": 0.4}, {"continual": False}))],
+    [{"levels": 2}, *(slow(each) for each in ({}, {"max_cache_tokens": 32}, {"retention": 0.4}, {"continual": False}))],
     ids=str,
 )
 def test_a_padded_batch_keeps_what_single_runs_keep(model, chosen):
     """Sequences that are over the budget from the start, later, or not at all, through many passes."""
-    lengths, steps = (23, 90, 5, 1), 68
+    lengths, steps = (23, 60, 5, 1), 30
     rows = [prompt(n + steps, seed=n)["input_ids"][0] for n in lengths]
     ids = left_padded([row[:n] for row, n in zip(rows, lengths, strict=True)])
     tail = torch.stack([row[n:] for row, n in zip(rows, lengths, strict=True)])
     mask = torch.cat([ids["attention_mask"], torch.ones_like(tail)], dim=1)
     batch = cut(**chosen)(model)
-    together = feed(model, batch, torch.cat([ids["input_ids"], tail], dim=1), [90] + [1] * steps, mask)
+    together = feed(model, batch, torch.cat([ids["input_ids"], tail], dim=1), [60] + [1] * steps, mask)
     singles = [cut(**chosen)(model) for _ in rows]
     alone = [
         feed(model, single, row[None], [n] + [1] * steps) for single, row, n in zip(singles, rows, lengths, strict=True)
@@ -357,14 +360,18 @@ def test_a_padded_batch_keeps_what_single_runs_keep(model, chosen):
 
 
 # ---------------------------------------------------------------------------------------------------- budgets and bytes
-@pytest.mark.parametrize("chosen", [{}, slow({"levels": 1}), slow({"accumulate": False, "sinks": 0})], ids=str)
-def test_hundreds_of_steps_within_the_budget(model, chosen):
+@pytest.mark.parametrize(
+    ("chosen", "steps"),
+    [({}, 90), slow({}, 300), slow({"levels": 1}, 300), slow({"accumulate": False, "sinks": 0}, 300)],
+    ids=str,
+)
+def test_hundreds_of_steps_within_the_budget(model, chosen, steps):
     cache = cut(**chosen)(model)
     batch = left_padded([prompt(n, seed=n)["input_ids"][0] for n in (40, 3)])
-    ids = torch.cat([batch["input_ids"], prompt(300, batch=2)["input_ids"]], dim=1)
-    mask = torch.cat([batch["attention_mask"], torch.ones(2, 300, dtype=torch.long)], dim=1)
+    ids = torch.cat([batch["input_ids"], prompt(steps, batch=2)["input_ids"]], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, steps, dtype=torch.long)], dim=1)
     resident = []
-    for step, _ in enumerate(feed(model, cache, ids, [40] + [1] * 300, mask)):
+    for step, _ in enumerate(feed(model, cache, ids, [40] + [1] * steps, mask)):
         if step:
             assert (blocks_in_use(cache) <= 16 * ROWS // 4).all()
             resident.append(cache.meter.held)
@@ -372,16 +379,16 @@ def test_hundreds_of_steps_within_the_budget(model, chosen):
             assert cache.report().resident_bytes == memory_of(cache) <= most_bytes(cache)
         if step % 50 == 1:
             assert_promises(cache)
-    assert max(resident[200:]) <= max(resident[100:200]), "no drift"
+    assert max(resident[2 * steps // 3 :]) <= max(resident[steps // 3 : 2 * steps // 3]), "no drift"
     assert blocks_in_use(cache).min() > 16 * ROWS // 4 - ROWS, "and the budget is used"
 
 
 def test_budgets_by_share_grow_with_what_was_seen(model):
     cache = make(retention=0.25)(model)
-    for step, _ in enumerate(feed(model, cache, prompt(240)["input_ids"], [40] + [1] * 200)):
+    for step, _ in enumerate(feed(model, cache, prompt(120)["input_ids"], [40] + [1] * 80)):
         assert_promises(cache, decoding=step > 0)
     report = cache.report()
-    assert report.nominal_bytes < 0.32 * report.full_bytes
+    assert report.nominal_bytes < 0.36 * report.full_bytes
 
 
 def test_without_continual_eviction_the_cache_grows_behind_the_prompt(model):
@@ -423,23 +430,23 @@ def test_pools_are_moved_at_most_once_a_pass(model, monkeypatch, chosen):
     monkeypatch.setattr(Blocks, "_relayout", lambda blocks, *args: (moved.append(1), relayout(blocks, *args)))
     chosen = {"max_cache_tokens": 200} | chosen if "retention" not in chosen else chosen
     cache = make(**chosen | {"block_size": 2})(model)
-    steps = 160
-    run(model, cache, prompt(300)["input_ids"], [140] + [1] * steps)
+    steps = 80
+    run(model, cache, prompt(220)["input_ids"], [140] + [1] * steps)
     pools, passes = 2 * 3, steps // 2 + 1
     assert len(moved) <= pools * (passes if cache.policy.config.continual else passes / 3)
     assert cache.compressed_layers[0].paged().rows().starts is not None
 
 
-@pytest.mark.parametrize("modes", ["inggnni", "niginng"])
+@pytest.mark.parametrize("modes", ["inggnni", slow("niginng")])
 def test_grad_and_inference_modes_may_change(model, modes):
     """What was stored in one mode is evicted, observed and written again in another."""
     contexts = {"i": torch.inference_mode, "n": torch.no_grad, "g": torch.enable_grad}
     ids = prompt(100)["input_ids"]
     for observation in (8, None):
         straight, cache = (make(**CUT | {"observation": observation})(model) for _ in range(2))
-        expected = run(model, straight, ids, [30, 10, *[1] * 50])
+        expected = run(model, straight, ids, [30, 10, *[1] * 20])
         actual, start = [], 0
-        for number, new in enumerate([30, 10, *[1] * 50]):
+        for number, new in enumerate([30, 10, *[1] * 20]):
             with contexts[modes[number % len(modes)]]():
                 out = model(ids[:, start : start + new], past_key_values=cache, use_cache=True).logits
             actual.append(out.detach().clone())
@@ -465,7 +472,7 @@ def test_nothing_stays_alive_after_reset(model):
         assert total() == before
 
 
-@settings(max_examples=12)
+@most_examples(12)
 @given(data=st.data())
 def test_any_settings_and_any_steps(data):
     draw = data.draw
@@ -506,7 +513,7 @@ def test_rows_are_ragged_and_positions_true(model):
             model(torch.tensor([[5]]), past_key_values=cache, use_cache=True)  # without explicit position_ids
     finally:
         handle.remove()
-    assert seen == [*range(49, 109), 109] and cache.get_seq_length() == 110
+    assert seen == [*range(49, 83), 83] and cache.get_seq_length() == 84
     lengths = cache.report().kept
     assert (lengths[:, 0, 0] != lengths[:, 0, 1]).any() and len(lengths.unique()) > 2
     assert len({tuple(positions) for positions in kept(cache).values()}) == ROWS
@@ -514,11 +521,11 @@ def test_rows_are_ragged_and_positions_true(model):
     dense = DynamicCache(config=model.config)
     with torch.no_grad():
         model(out[:, :50], past_key_values=dense, use_cache=True)
-        for n in range(50, 109):  # the same shapes, hence the same rounding
+        for n in range(50, 83):  # the same shapes, hence the same rounding
             model(out[:, n : n + 1], past_key_values=dense, use_cache=True)
     for layer, _, head in rows_of(cache):
         keys, values, positions = cache.layers[layer].store.read(0, head)
-        same = positions < (109 if layer == 0 else 50)  # behind the prompt, deeper layers see what evictions changed
+        same = positions < (83 if layer == 0 else 50)  # behind the prompt, deeper layers see what evictions changed
         assert same.sum() > 2
         assert torch.equal(keys[same], dense.layers[layer].keys[0, head, positions[same]])
         assert torch.equal(values[same], dense.layers[layer].values[0, head, positions[same]])
@@ -556,7 +563,7 @@ def tightest(model, batch: int = 1) -> int:
 def test_a_cap_is_held_by_evicting_more(model, share, continual):
     free = make(max_cache_tokens=60, continual=continual)(model)
     batch = left_padded([prompt(n, seed=n)["input_ids"][0] for n in (70, 9)])
-    settings = {**batch, "max_new_tokens": 120, "do_sample": False}
+    settings = {**batch, "max_new_tokens": 60, "do_sample": False}
     model.generate(**settings, past_key_values=free)
     padding = batch["attention_mask"].numel()  # which columns hold tokens is held too, a byte each
     need, least = free.report().resident_bytes, tightest(model, 2) + padding
@@ -574,14 +581,14 @@ def test_a_cap_is_held_by_evicting_more(model, share, continual):
         out = model.generate(**settings, past_key_values=cache)
     finally:
         handle.remove()
-    assert out.shape[1] == 190 and len(resident) > 110
+    assert out.shape[1] == 130 and len(resident) > 50
     assert limit / 2 < max(resident) <= limit
     assert_promises(cache, decoding=False)
 
 
 def test_a_cap_of_what_the_budget_needs_changes_nothing(model):
     """Though the prompt is far larger, and although pools hold free blocks where nobody asks for their bytes."""
-    ids, steps = prompt(200)["input_ids"], [80] + [1] * 100
+    ids, steps = prompt(200)["input_ids"], [80] + [1] * 40
     free, need = cut()(model), []
     for _ in feed(model, free, ids, steps):
         blocks = -(-free.report().kept[:, 0].numpy() // 4)
@@ -616,7 +623,7 @@ def test_a_cap_that_cannot_be_held_any_more(model):
     """While decoding: as much as possible was evicted, and the cache goes on once there is more."""
     cache = make(max_cache_tokens=60)(model)
     ids = prompt(200, batch=2)["input_ids"]
-    run(model, cache, ids, [40] + [1] * 60)
+    run(model, cache, ids, [40] + [1] * 30)
     cache.meter.max_bytes = tightest(model, 2) - 1
     seen = cache.get_seq_length()
     with pytest.raises(PoolExhausted):
@@ -628,7 +635,7 @@ def test_a_cap_that_cannot_be_held_any_more(model):
     assert cache.get_seq_length() == seen and cache.report().seen.tolist() == [seen, seen]
     assert_promises(cache, decoding=False)
     cache.meter.max_bytes = None
-    run(model, cache, ids, [1] * 50)
+    run(model, cache, ids, [1] * 20)
     assert_promises(cache)
 
 
@@ -762,7 +769,7 @@ def test_drafts_that_are_refused_leave_no_trace(model):
     run(model, plain, ids, [20])
     run(model, drafted, ids, [20])
     with torch.no_grad():
-        for n in range(20, 100):
+        for n in range(20, 60):
             expected = model(ids[:, n : n + 1], past_key_values=plain, use_cache=True).logits[0, -1]
             wrong = torch.cat([ids[:, n : n + 1], torch.full((1, 3), 7)], dim=1)
             actual = model(wrong, past_key_values=drafted, use_cache=True).logits[0, 0]
@@ -778,7 +785,7 @@ def test_assisted_decoding_within_the_budget(model, how):
     extra = {"assistant_model": build("llama", seed=1)} if how == "assistant" else {"prompt_lookup_num_tokens": 4}
     cache = cut()(model)
     out = model.generate(**prompt(40), past_key_values=cache, **LONG, **extra)
-    assert out.shape[1] == 100
+    assert out.shape[1] == 74
     assert_promises(cache)
 
 
@@ -885,7 +892,7 @@ def test_forks_are_evicted_like_sequences_that_were_never_forked(model):
     run(model, cache, history, [30])
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for step in range(45):
+        for step in range(27):
             new = torch.randint(3, 100, (3, 1), generator=generator)
             model(new, past_key_values=cache, use_cache=True)
             history = torch.cat([history, new], dim=1)
@@ -896,7 +903,7 @@ def test_forks_are_evicted_like_sequences_that_were_never_forked(model):
             assert_promises(cache)
     for b in range(3):
         alone = cut()(model)
-        run(model, alone, history[b : b + 1], [30] + [1] * 45)
+        run(model, alone, history[b : b + 1], [30] + [1] * 27)
         assert kept(alone) == kept(cache, b)
         for layer, _, h in rows_of(alone):
             torch.testing.assert_close(
@@ -911,7 +918,7 @@ def test_beams_are_evicted_like_sequences_decoded_one_by_one(model):
     )
     for b in range(3):
         alone = cut()(model)
-        run(model, alone, out.sequences[b : b + 1, :-1], [24] + [1] * 59)
+        run(model, alone, out.sequences[b : b + 1, :-1], [24] + [1] * 33)
         assert kept(alone) in [kept(cache, row) for row in range(3)]
 
 
@@ -972,10 +979,10 @@ def test_the_mean_of_votes_is_their_sum_by_who_could_vote(observation):
         torch.testing.assert_close(mean[b, 0, :seen] * count, total[b, 0, :seen])
 
 
-@pytest.mark.parametrize("limit", [{"max_cache_tokens": 40}, {"retention": 0.4}], ids=str)
+@pytest.mark.parametrize("limit", [slow({"max_cache_tokens": 40}), {"retention": 0.4}], ids=str)
 def test_a_share_protected_is_exact_and_as_alone(limit):
-    made = {"protected": 0.5, "votes": "mean", "block_size": 4, **limit}
-    assert check("llama", [3, 0], lambda model: KVCompressCache(model, **made), first=True) > 0
+    made = {"block_size": 4, **limit}  # else as it comes: votes are means, and heads hold as much
+    assert check("llama", [3, 0], lambda model: KVCompressCache(model, **made), [24] + [1] * 20, first=True) > 0
     model, ids, mask = build("llama"), torch.randint(3, 100, (2, 80)), torch.ones(2, 80, dtype=torch.long)
     mask[0, :13] = 0
     together = KVCompressCache(model, **made)

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import build
+from support.marks import most_examples
 from transformers import DynamicCache
 
 from kara_hf import KaraCache, KVCompressCache, PoDCache, PoDSharing
@@ -163,7 +164,7 @@ def test_masks_that_cannot_be_honoured_are_refused():
         model(text[:, 20:], attention_mask=torch.ones(2, 1, 4, 24, dtype=torch.bool), past_key_values=shared)
 
 
-@settings(max_examples=25)
+@most_examples(25)
 @given(data=st.data())
 def test_any_masks_over_any_steps(data):
     """Zeros anywhere, coming and going, in steps of any size: logits are those of the full cache."""

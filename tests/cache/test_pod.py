@@ -8,11 +8,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import build
 from support.batches import left_padded, prompt
 from support.caches import live_tensors, state
+from support.marks import most_examples
 from support.sharing import HEADS, LAYERS, LEAD, LONG, SHARED, close, deep
 from transformers import DynamicCache
 
@@ -133,7 +134,7 @@ def test_generate_equals_greedy(model, prefill, distant_query):
 @pytest.mark.parametrize("distant_query", ["lead", "own"])
 def test_left_padded_sequences_equal_single_runs(model, prefill, distant_query):
     sharing = dataclasses.replace(SHARED, prefill=prefill, distant_query=distant_query)
-    rows = [prompt(n, seed=n)["input_ids"][0] for n in (33, 7, 52, 1)]
+    rows = [prompt(n, seed=n)["input_ids"][0] for n in (33, 7, 1)]
     settings = {**LONG, "output_logits": True, "return_dict_in_generate": True}
     cache = PoDCache(model, sharing)
     together = model.generate(**left_padded(rows), past_key_values=cache, **settings)
@@ -377,7 +378,7 @@ def test_a_cap_is_kept(model):
         in_steps(model, full, ids[:, :100], [100])
 
 
-@settings(max_examples=25)
+@most_examples(25)
 @given(st.data())
 def test_any_sequence_of_steps(model, data):
     """Steps of any size, crops, copies of sequences: always the forward over the tokens that are there."""

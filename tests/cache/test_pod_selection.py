@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.batches import left_padded, prompt
 from support.caches import live_tensors
+from support.marks import slow
 from support.oracle import EVICTED, check
 from support.sharing import HEADS, LAYERS, LONG, SHARED, close, deep
 from transformers import AttentionInterface
@@ -15,6 +16,7 @@ from kara_hf import KaraCache, KVCompressCache, PoDSharing
 
 KARA = {"window": 16, "recent": 4, "block_size": 4, "retention": 0.5}
 KV = {"block_size": 4, "protected": 6, "sinks": 2, "observation": 8, "pool": 3, "max_cache_tokens": 20}
+KV |= {"votes": "sum", "levels": None}
 WIDE = PoDSharing(lead=((0, 0),) * LAYERS, sinks=1, recent=12)
 
 SHARING: dict[str, PoDSharing] = {}
@@ -82,7 +84,7 @@ def test_kara_equals_dense_attention_without_the_evicted(
     def make(model):
         return KaraCache(model, sharing=sharing, compress_prompt=compress_prompt, **KARA)
 
-    steps = [40] + [1] * 25 + [9] + [1] * 20 if not any(padding) else [40] + [1] * 45
+    steps = [40] + [1] * 21 + [9] + [1] * 4 if not any(padding) else [40] + [1] * 24
     assert checked(model, sharing, padding, make, steps) > 0
 
 
@@ -96,10 +98,10 @@ def test_kv_compress_equals_dense_attention_without_the_evicted(model, sharing, 
     def make(model):
         return KVCompressCache(model, sharing=sharing, **KV | settings)
 
-    assert checked(model, sharing, padding, make, [40] + [1] * 40, first=True) > 0
+    assert checked(model, sharing, padding, make, [40] + [1] * 18, first=True) > 0
 
 
-@pytest.mark.parametrize("score", ["bidirectional", "mean-square", "random-chunks", "recency"])
+@pytest.mark.parametrize("score", ["mean-square", "random-chunks", slow("bidirectional"), slow("recency")])
 def test_a_group_keeps_what_its_lead_chose(model, score):
     cache = KaraCache(model, sharing=SHARED, score=score, compress_prompt=True, **KARA)
     rows = [prompt(n, seed=n)["input_ids"][0] for n in (60, 25)]
@@ -156,7 +158,7 @@ def test_bytes_multiply(model, make):
     assert report.resident_bytes == sum(memory.values())
 
 
-@pytest.mark.parametrize("cap", [40_000, 60_000])
+@pytest.mark.parametrize("cap", [40_000, slow(60_000)])
 def test_kv_compress_with_sharing_evicts_harder_under_a_cap(model, cap):
     sharing = dataclasses.replace(SHARED, recent=20)
     cache = KVCompressCache(model, sharing=sharing, max_bytes=cap, **KV | {"max_cache_tokens": 400})
@@ -182,6 +184,9 @@ def test_turns_and_forks(model):
         same_group(cache, SHARED, 3)
 
 
-def test_levels_are_refused(model):
-    with pytest.raises(ValueError, match="levels=1 .*sharing"):
-        KVCompressCache(model, sharing=SHARED, **KV, levels=1)
+def test_heads_of_one_level_hold_as_many_tokens(model):
+    cache = KVCompressCache(model, sharing=SHARED, **KV | {"levels": 1})
+    model.generate(**prompt(60), past_key_values=cache, **LONG)
+    kept = cache.report().kept
+    assert kept.min() == kept.max() <= 20
+    same_group(cache, SHARED, 1)

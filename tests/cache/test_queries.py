@@ -5,10 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.architectures import build
 from support.caches import feed
+from support.marks import few, most_examples, slow
 from support.oracle import check
 
 import kara_hf.methods.peer_scores  # noqa: F401  registers snapkv
@@ -41,7 +42,7 @@ def test_sampling_is_even_and_the_same_for_every_window(window, group, data):
 
 
 @example(count=3, group=2, steps=[(10, False), (10, False), (2, False)], ragged=True)  # nothing new in a row
-@settings(max_examples=30)
+@most_examples(30)
 @given(
     count=st.integers(1, 9),
     group=st.integers(1, 3),
@@ -83,7 +84,7 @@ def windows_of(monkeypatch) -> list:
     return seen
 
 
-@pytest.mark.parametrize("steps", [[40] + [1] * 40, [7] * 11, [4] + [1] * 76], ids=["first", "steps", "tokens"])
+@pytest.mark.parametrize("steps", [[40] + [1] * 40, [7] * 11, slow([4] + [1] * 76)], ids=["first", "steps", "tokens"])
 @pytest.mark.parametrize("count", [1, 5, 16])
 def test_windows_are_judged_by_the_sample_of_their_queries(count, steps, monkeypatch):
     """The same as are held without sampling, at the places that the sampling names, whatever the steps were."""
@@ -113,7 +114,7 @@ def indifferent_score():
     del SCORES["recency-of-queries"]
 
 
-@pytest.mark.parametrize("score", ["bidirectional", "causal", "random-chunks", "snapkv"])
+@pytest.mark.parametrize("score", few(["bidirectional", "causal", "random-chunks", "snapkv"], "causal", "snapkv"))
 @pytest.mark.parametrize("compress_prompt", [True, False])
 def test_what_is_left_is_attended_to_exactly(score, compress_prompt):
     make = {"score": score, "queries": 3, "compress_prompt": compress_prompt, **SMALL}
@@ -121,7 +122,7 @@ def test_what_is_left_is_attended_to_exactly(score, compress_prompt):
     assert check("deepseek-v3", [3, 0], lambda model: KaraCache(model, **make), [24] + [1] * 25) > 0
 
 
-@settings(max_examples=5)
+@most_examples(5)
 @given(
     padding=st.lists(st.integers(0, 20), min_size=2, max_size=3),
     count=st.integers(1, 16),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.architectures import build
 from support.caches import feed
+from support.marks import slow
 from support.oracle import check
 
 import kara_hf.methods.peer_scores  # noqa: F401  registers snapkv
@@ -30,16 +31,18 @@ def test_the_recent_tokens_grow_with_what_is_held(share, tokens):
     assert cache.report().kept.max() == cache.report().kept.min() < tokens
 
 
-@pytest.mark.parametrize("settings", [{}, {"queries": 3}, {"score": "snapkv"}, {"score": "random"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, *map(slow, ({"queries": 3}, {"score": "snapkv"}, {"score": "random"}))], ids=str
+)
 def test_sequences_in_a_batch_are_as_alone_and_exact(settings):
     made = {"recent": 0.4, **settings, **SMALL}
     assert check("llama", [9, 0], lambda model: KaraCache(model, **made)) > 0
-    model, ids, mask = build("llama"), torch.randint(3, 100, (2, 90)), torch.ones(2, 90, dtype=torch.long)
+    model, ids, mask = build("llama"), torch.randint(3, 100, (2, 70)), torch.ones(2, 70, dtype=torch.long)
     mask[0, :13] = 0
     together = KaraCache(model, **made)
-    list(feed(model, together, ids, [40] + [1] * 50, mask))
+    list(feed(model, together, ids, [40] + [1] * 30, mask))
     for b, pad in enumerate((13, 0)):
         alone = KaraCache(model, **made)
-        list(feed(model, alone, ids[b : b + 1, pad:], [40 - pad] + [1] * 50))
+        list(feed(model, alone, ids[b : b + 1, pad:], [40 - pad] + [1] * 30))
         for layer in range(3):
             assert torch.equal(together.kept_positions(layer, b, 0), alone.kept_positions(layer, 0, 0))

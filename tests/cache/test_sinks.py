@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import build
 from support.caches import feed
+from support.marks import most_examples
 from support.oracle import check
 from support.sink_model import sink_model, texts
 from transformers import DynamicCache
@@ -63,7 +64,7 @@ def test_what_is_left_is_attended_to_exactly(score, sinks):
     assert check("llama", [3, 0], lambda model: KaraCache(model, score=score, sinks=sinks, **SMALL)) > 0
 
 
-@settings(max_examples=5)
+@most_examples(5)
 @given(
     padding=st.lists(st.integers(0, 20), min_size=2, max_size=3),
     sinks=st.integers(0, 20),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.architectures import PAD_TOKEN_ID
 from support.demo import TINY, finished, make
+from support.marks import few
 from support.tokenizing import tokenizer
 from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -42,7 +43,7 @@ def expected(models):
     return [run.recording for run in finished(make(models, **PROMPT)).runs]
 
 
-@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("case", few(list(HOSTILE), "no cache", "several texts", "an early end", "a late end"))
 def test_settings_that_come_with_a_model_change_nothing(expected, tmp_path, case):
     models = with_settings(tmp_path / "hostile", **HOSTILE[case])
     loaded = models.load("hostile")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.demo import finished, make
+from support.marks import slow
 from typer.testing import CliRunner
 
 from kara_hf.cli.app import app as command
@@ -30,7 +31,7 @@ def test_the_saved_page_needs_nothing_else(models):
     assert str(Path.home()) not in page
 
 
-@pytest.mark.parametrize("choice", [KARA, "KV-Compress"])
+@pytest.mark.parametrize("choice", [slow(KARA), "KV-Compress"])
 def test_a_run_is_small_as_data(models, choice):
     session = finished(make(models, choice=choice, length=160))
     assert len(json.dumps(session.to_dict())) < 200 * session.runs[0].recording.seen  # bytes a token, of 8 rows

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.architectures import build as build_model
 from support.demo import DEEP, finished, make
+from support.marks import few, slow
 from support.tokenizing import tokenizer
 
 from kara_hf.demo.models import Models
@@ -70,6 +71,9 @@ CASES = {
 }
 
 
+SCORED = ["kara", "kara and pod", "kv-compress", "kv-compress and pod"]
+
+
 @pytest.fixture(scope="module")
 def recorded(models):
     """The run of a case, made once, and what its cache said at every step."""
@@ -85,7 +89,7 @@ def recorded(models):
     return get
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", few(list(CASES), "kara on its prompt", *SCORED, "full"))
 def test_what_is_derived_is_what_the_cache_held_at_every_step(recorded, case):
     run, steps = recorded(case)
     recording = Recording.from_dict(json.loads(json.dumps(run.recording.to_dict())))
@@ -105,7 +109,8 @@ def test_what_is_derived_is_what_the_cache_held_at_every_step(recorded, case):
 
 @pytest.mark.parametrize(
     "name, choice",
-    [("gemma3", KARA), ("gemma3", "KV-Compress"), ("gpt-oss", KARA), ("deepseek-v3", KARA), ("gemma3", FULL)],
+    [("gemma3", KARA), ("deepseek-v3", KARA)]
+    + [slow(*other) for other in (("gemma3", "KV-Compress"), ("gpt-oss", KARA), ("gemma3", FULL))],
 )
 def test_any_model_and_its_own_words(tmp_path, name, choice):
     """Layers of other kinds, a latent row for all heads, and a tokenizer of English."""
@@ -130,7 +135,7 @@ def test_any_model_and_its_own_words(tmp_path, name, choice):
         make(models, model=name, task=NEEDLE, length=200, choice="PoD")
 
 
-@pytest.mark.parametrize("case", ["kara", "kara and pod", "kv-compress", "kv-compress and pod"])
+@pytest.mark.parametrize("case", SCORED)
 def test_evicted_tokens_have_the_score_they_were_judged_by(recorded, case):
     recording = recorded(case)[0].recording
     for row in range(len(recording.rows)):

@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 
+import pytest
 import torch
 from support.demo import finished, make
 
@@ -26,6 +27,7 @@ def test_both_caches_get_the_same_and_the_answer_is_checked(models):
     assert random.end["score"] == 0 and random.end["answer"] != random.end["expected"]
 
 
+@pytest.mark.slow
 def test_what_is_shown_at_first_tells_the_story(models):
     """As docs/demo.md says: the first problem survives Kara, set as `kara-hf generate` sets it, and not chance."""
     assert BUNDLED_SETTINGS.items() <= DEFAULTS.items()
@@ -104,8 +106,9 @@ def test_an_error_on_the_way_is_shown_and_frees_the_cache(models, monkeypatch):
 
 
 def test_runs_on_one_model_do_not_disturb_each_other(models):
-    alone = [finished(make(models, choice=choice)).runs[0].recording.tokens for choice in (FULL, KARA, "KV-Compress")]
-    together = [make(models, choice=choice) for choice in (FULL, KARA, "KV-Compress")]
+    choices = (KARA, "KV-Compress")
+    alone = [finished(make(models, choice=choice, new=60)).runs[0].recording.tokens for choice in choices]
+    together = [make(models, choice=choice, new=60) for choice in choices]
     for session in together:
         session.start()
     for session in together:

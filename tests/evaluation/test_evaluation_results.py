@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from support.marks import most_examples
 
 from kara_hf.evaluation.measure.results import EXAMPLE, Cell, CellFile, load, pack, save_packed
 from kara_hf.methods.rules import OLD_SPELLINGS
@@ -208,7 +209,7 @@ cells = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@most_examples(40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     parts=st.dictionaries(
         cells, st.lists(examples, min_size=1, max_size=4, unique_by=lambda line: line["number"]), min_size=1, max_size=3

@@ -20,9 +20,9 @@ from kara_hf.evaluation.harness import KaraLM  # noqa: E402
 from kara_hf.methods.registry import METHODS  # noqa: E402
 
 MODEL = str(BUNDLED_MODEL)
-ROOM = 180
+ROOM = 130
 SKELETON = {"window": 16, "recent": 8, "block_size": 4, "observation": 8}
-PROBLEMS = [make_problem("trace", seed=40_000 + number, generated=120) for number in range(3)]
+PROBLEMS = [make_problem("trace", seed=40_000 + number, generated=90) for number in range(3)]
 
 
 @pytest.fixture

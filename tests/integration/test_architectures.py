@@ -8,7 +8,7 @@ import torch
 import transformers
 from packaging.version import Version
 from support.architectures import ARCHITECTURES, build
-from support.marks import slow
+from support.marks import few
 from transformers import DynamicCache
 
 from kara_hf import KaraCache, KVCompressCache, detach
@@ -39,12 +39,10 @@ def load(name: str):
     return model
 
 
-SUPPORTED = [
-    slow(name) if model.group == "extra" else name for name, model in ARCHITECTURES.items() if name not in REFUSED
-]
+SUPPORTED = [name for name in ARCHITECTURES if name not in REFUSED]
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", few(SUPPORTED, "llama", "gemma3", "gpt-oss", "deepseek-v3", "qwen3-next"))
 def test_supported(name):
     model = load(name)
     ids = torch.randint(3, 100, (2, PROMPT))

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.kernel_cases import (
-    ATTEND_CASES,
+    ATTEND_PARAMS,
     DTYPES,
     HIDES_ALL,
     INTERPRETED,
@@ -29,13 +29,15 @@ from support.kernel_cases import (
     draw_visible,
     drawn_rows,
     dtype_id,
-    ids,
+    few_interpreted,
     make_rows,
     observe_plain,
     read_row,
     rows_with_followers,
+    slow_interpreted,
     with_followers,
 )
+from support.marks import most_examples
 
 from kara_hf.kernels import (
     Proximal,
@@ -59,7 +61,7 @@ from kara_hf.kernels import (
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+@pytest.mark.parametrize("case", ATTEND_PARAMS)
 def test_attend(case, dtype, layout):
     for block_size in case.block_sizes:
         query, rows, settings = attend_inputs(case, dtype, block_size, layout)
@@ -77,7 +79,7 @@ def test_attend(case, dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+@pytest.mark.parametrize("case", ATTEND_PARAMS)
 def test_attend_observes(case, dtype, layout):
     """Probabilities are float32 whatever the dtype of the model."""
     for block_size, (metric_power, loosely) in itertools.product(case.block_sizes, ((1, True), (2, False))):
@@ -98,7 +100,7 @@ def test_attend_observes(case, dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+@pytest.mark.parametrize("case", ATTEND_PARAMS)
 def test_attend_visible(case, dtype, layout):
     """Only visible slots take part, beside the causal order; what lies where no token is does not matter."""
     for metric_power, each_head, loosely in ((None, True, True), (2, False, False), (1, True, True)):
@@ -125,7 +127,7 @@ def test_attend_visible(case, dtype, layout):
             assert_observed(observed, rows, *metrics)
 
 
-@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+@pytest.mark.parametrize("case", ATTEND_PARAMS)
 def test_attend_where_all_is_visible_is_attend(case):
     query, rows, settings = attend_inputs(case, torch.float32, case.block_sizes[0], "shuffled", metric=True)
     visible = torch.ones(len(rows.lengths), 1, case.new, rows.max_length, dtype=torch.bool)
@@ -165,6 +167,7 @@ def test_attend_observes_every_step():
         torch.testing.assert_close(read_row(rows, 0, h)[3], expected[0, h], rtol=1e-5, atol=1e-6)
 
 
+@slow_interpreted
 def test_attend_observes_many_queries_in_turns(monkeypatch):
     case = AttendCase("", [[20, 9], [8, 40]], group=2, new=8, softcap=3.0, sink_logits=True)
     query, rows, settings = attend_inputs(case, torch.float32, 4, "shuffled", metric=True)
@@ -212,7 +215,7 @@ def test_attend_refuses_what_it_cannot_observe(metric_power, metric):
         attend(torch.zeros(1, 2, 1, 8), rows, scaling=1.0, metric_power=metric_power)
 
 
-@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+@pytest.mark.parametrize("case", ATTEND_PARAMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
 def test_attend_never_lets_unused_slots_matter(case, dtype):
     """Any finite number may lie in slots past a row's length and in blocks that no row uses."""
@@ -225,7 +228,7 @@ def test_attend_never_lets_unused_slots_matter(case, dtype):
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", ATTEND_CASES, ids=ids(ATTEND_CASES))
+@pytest.mark.parametrize("case", ATTEND_PARAMS)
 def test_attend_reads_contiguous_rows_as_it_reads_others(case):
     query, rows, settings = attend_inputs(case, torch.float32, case.block_sizes[0], "contiguous")
     got, expected = (attend(query, replace(rows, contiguous=flag), **settings) for flag in (True, False))
@@ -312,6 +315,7 @@ APPEND_CASES = [
     AppendCase("padding-only", [[5, 4], [7, 0]], 3, real=["...", "R.R"]),
     AppendCase("padding-nowhere", [[5, 4], [7, 0]], 3, real=["RRR", "RRR"]),
 ]
+APPEND_PARAMS = few_interpreted(APPEND_CASES, "no-tokens", "uneven-one", "padded-right-and-middle", "padding-only")
 
 
 def append_inputs(case, dtype, block_size, layout, metric=False):
@@ -336,7 +340,7 @@ def append_inputs(case, dtype, block_size, layout, metric=False):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", APPEND_CASES, ids=ids(APPEND_CASES))
+@pytest.mark.parametrize("case", APPEND_PARAMS)
 def test_append(case, dtype, layout):
     """Every slot of the pools is as the reference leaves it, those nobody writes included."""
     for block_size, metric in itertools.product((1, 4, 16), (False, True)):
@@ -348,7 +352,7 @@ def test_append(case, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", APPEND_CASES, ids=ids(APPEND_CASES))
+@pytest.mark.parametrize("case", APPEND_PARAMS)
 def test_append_reads_back(case, layout):
     """Old tokens in front, real new ones behind, in order; those are of no importance yet."""
     rows, keys, values, positions, real = append_inputs(case, torch.float32, 4, layout, metric=True)
@@ -404,6 +408,7 @@ COMPACT_CASES = [
     CompactCase("some-idle", [[30, 21], [12, 60]], [1, 0], [2, 0], 9, (24, 16), idle=5),
     CompactCase("all-idle", [[0, 5], [1, 0]], [0, 1], [0, 0], 0, idle=3),
 ]
+COMPACT_PARAMS = few_interpreted(COMPACT_CASES, "none-survive", "no-sequence", "some-idle", "all-idle")
 
 
 def compact_inputs(case, dtype, block_size, layout, metric=False):
@@ -421,7 +426,7 @@ def compact_inputs(case, dtype, block_size, layout, metric=False):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", COMPACT_CASES, ids=ids(COMPACT_CASES))
+@pytest.mark.parametrize("case", COMPACT_PARAMS)
 def test_compact(case, dtype, layout):
     for block_size, metric in itertools.product((1, 4, 16), (False, True)):
         rows, *moves = compact_inputs(case, dtype, block_size, layout, metric)
@@ -431,7 +436,7 @@ def test_compact(case, dtype, layout):
         assert_same_pools(rows, expected)
 
 
-@pytest.mark.parametrize("case", COMPACT_CASES, ids=ids(COMPACT_CASES))
+@pytest.mark.parametrize("case", COMPACT_PARAMS)
 def test_compact_reads_back(case):
     """All there is of a token moves together; slots that nothing moves to and other rows do not change."""
     rows, sequences, source, target = compact_inputs(case, torch.float32, 4, "shuffled", metric=True)
@@ -484,6 +489,7 @@ SCORE_CASES = [
     ScoreCase("sample-causal", (1, 2, 17, 8), group=2, causal=True, count=5),
     ScoreCase("sample-of-one", (1, 1, 7, 8), softcap=0.7, causal=True, count=1),
 ]
+SCORE_PARAMS = few_interpreted(SCORE_CASES, "one-token", "odd-window", "softcap-causal", "sample-causal")
 
 
 def written_out(queries, keys, scaling, softcap, causal):
@@ -506,7 +512,7 @@ def written_out(queries, keys, scaling, softcap, causal):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", SCORE_CASES, ids=ids(SCORE_CASES))
+@pytest.mark.parametrize("case", SCORE_PARAMS)
 def test_window_scores(case, dtype):
     batch, heads, window, dim = case.shape
     queries = 2 * torch.randn(batch, heads * case.group, case.count or window, dim).to(dtype)
@@ -570,7 +576,7 @@ def test_gather_rows_and_slot_index(block_size, layout):
             assert torch.equal(rows.positions.flatten()[flat[0, 0]], positions)
 
 
-@settings(max_examples=6 if INTERPRETED else 15)
+@most_examples(6 if INTERPRETED else 15)
 @given(rows=drawn_rows(room=6), new=st.integers(1, 6), group=st.integers(1, 5), padded=st.booleans(), data=st.data())
 def test_drawn_append_and_attend(rows, new, group, padded, data):
     """A step as a cache takes it: new tokens are stored, then seen by their own queries."""
@@ -606,7 +612,7 @@ def test_drawn_append_and_attend(rows, new, group, padded, data):
         assert_observed(rows, before, *metrics)
 
 
-@settings(max_examples=6 if INTERPRETED else 15)
+@most_examples(6 if INTERPRETED else 15)
 @given(rows=drawn_rows(), entries=st.integers(0, 40), data=st.data())
 def test_drawn_compact(rows, entries, data):
     """Any moves in any order, over each other too, in any sequences, between entries that move nothing."""
@@ -626,7 +632,7 @@ def test_drawn_compact(rows, entries, data):
     assert_same_pools(rows, expected)
 
 
-@settings(max_examples=6 if INTERPRETED else 30)
+@most_examples(6 if INTERPRETED else 30)
 @given(drawn=rows_with_followers(), group=st.integers(1, 5), loosely=st.booleans(), data=st.data())
 def test_drawn_attend_shared(drawn, group, loosely, data):
     """Against the specification: what is seen, what is handed on and to whom, and what is observed."""
@@ -713,7 +719,7 @@ def test_lead_scores(softcap, dtype):
         torch.testing.assert_close(got[b, h, :, 0, :length].double(), exact, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=6 if INTERPRETED else 20)
+@most_examples(6 if INTERPRETED else 20)
 @given(drawn=rows_with_followers(room=6), new=st.integers(1, 6), padded=st.booleans(), data=st.data())
 def test_drawn_append_and_compact_leave_keys_of_followers_alone(drawn, new, padded, data):
     rows, _ = drawn

@@ -1,10 +1,12 @@
 """The Triton kernels against their references, under Triton's interpreter, and which code runs when.
 
 The interpreter has to be asked for before triton is imported and changes it for the whole process. The checks of the
-kernels therefore run in processes of their own: first the tests of every op as they are, then the `check_` functions
-below. bfloat16 is left to GPUs, because the interpreter computes it wrongly.
+kernels therefore run in a process of their own: first the tests of every op as they are, then the `check_` functions
+below and those of decode steps. It is slow, so `make test` shows each branch once. bfloat16 is left to GPUs, because
+the interpreter computes it wrongly.
 """
 
+import importlib.util
 import math
 import re
 import sys
@@ -32,6 +34,7 @@ from support.kernel_cases import (
     observe_plain,
     with_followers,
 )
+from support.marks import few, slow
 
 from kara_hf import PoDCache, PoDSharing
 from kara_hf.kernels import (
@@ -49,24 +52,33 @@ from kara_hf.kernels import (
 HALF_AND_SINGLE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param([file, *more, "-m", chosen], id=f"{name}-{chosen}", marks=[pytest.mark.slow] * (chosen == "slow"))
-        for chosen in ("not slow", "slow")
-        for name, file, *more in (
-            ("ops", "test_kernels.py"),
-            ("dtypes", "test_kernel_dtypes.py"),
-            ("rounded", "test_rounded_kernels.py"),
-            ("checks", "test_triton.py", "-o", "python_functions=check_*"),
-        )
-    ],
+def checks():
+    """The `check_` functions of this file and of the decode steps, which only the interpreter runs."""
+    own = [f"{__file__}::{name}" for name in globals() if name.startswith("check_")]
+    return [*own, f"{Path(__file__).parents[1] / 'cache' / 'test_decode.py'}::check_the_kernels_themselves"]
+
+
+OPS, DTYPES, ROUNDED = (
+    Path(__file__).with_name(name) for name in ("test_kernels.py", "test_kernel_dtypes.py", "test_rounded_kernels.py")
 )
-def test_interpreted(arguments):
+THOROUGH = ["-m", "slow or hypothesis", "--hypothesis-profile", "thorough"]
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("what", "chosen"),
+    [
+        ([OPS, DTYPES, ROUNDED, checks], ["-m", "not slow"]),
+        *(slow([what], THOROUGH) for what in (OPS, DTYPES, ROUNDED, checks)),
+    ],
+    ids=["few", "ops", "dtypes", "rounded", "checks"],
+)
+def test_interpreted(what, chosen):
     pytest.importorskip("triton", reason="triton is not installed")
     flags = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    file = Path(__file__).with_name(arguments[0])
-    done = run(*flags, str(file), *arguments[1:], KARA_BACKEND="triton", TRITON_INTERPRET="1")
+    tests = [str(path) for each in what for path in (checks() if each is checks else [each])]
+    run_checks = ["-o", "python_functions=test_* check_*"]
+    done = run(*flags, *run_checks, *tests, *chosen, KARA_BACKEND="triton", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
@@ -159,30 +171,23 @@ def test_a_backend_that_is_not_known_is_refused(monkeypatch):
         window_scores(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), scaling=1.0)
 
 
-@pytest.mark.parametrize("chosen", [None, "", "auto", "reference"])
 @pytest.mark.parametrize("installed", [True, False], ids=["installed", "no-triton"])
-def test_plain_torch_needs_no_triton(chosen, installed):
-    """Also on a machine that has none; where there is one, it is not even imported."""
-    code = ("" if installed else "import sys; sys.modules['triton'] = None; ") + (
-        "import sys, torch; from kara_hf.kernels import window_scores; "
-        "print(window_scores(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), scaling=1.0).tolist()); "
-        "assert sys.modules.get('triton') is None"
+def test_plain_torch_needs_no_triton(installed):
+    """Also on a machine that has none; where there is one, it is not even imported. And kernels that were asked for and
+    cannot run are not replaced.
+    """
+    code = ("" if installed else "import sys; sys.modules['triton'] = None\n") + (
+        "import os, sys, torch\n"
+        "from kara_hf.kernels import window_scores\n"
+        "for chosen in (None, '', 'auto', 'reference', 'triton'):\n"
+        "    os.environ.pop('KARA_BACKEND', None) if chosen is None else os.environ.update(KARA_BACKEND=chosen)\n"
+        "    assert sys.modules.get('triton') is None\n"
+        "    print(window_scores(*torch.ones(2, 1, 1, 2, 4), scaling=1.0).tolist())\n"
     )
-    done = run("-c", code, **({} if chosen is None else {"KARA_BACKEND": chosen}))
-    assert done.stdout == "[[[0.5, 0.5]]]\n" and done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("installed", [True, False], ids=["no-interpreter", "no-triton"])
-def test_kernels_that_cannot_run_are_not_replaced(installed):
-    if installed:
-        pytest.importorskip("triton", reason="triton is not installed")
-    code = ("" if installed else "import sys; sys.modules['triton'] = None; ") + (
-        "import torch; "
-        "from kara_hf.kernels import window_scores; window_scores(*torch.ones(2, 1, 1, 2, 4), scaling=1.0)"
-    )
-    done = run("-c", code, KARA_BACKEND="triton")
-    remedy = "TRITON_INTERPRET=1 on a CPU" if installed else "pip install triton"
-    assert done.returncode == 1 and "RuntimeError: KARA_BACKEND=triton, but" in done.stderr and remedy in done.stderr
+    done = run("-c", code)
+    assert done.stdout == 4 * "[[[0.5, 0.5]]]\n" and done.returncode == 1, done.stderr
+    remedy = "TRITON_INTERPRET=1 on a CPU" if installed and importlib.util.find_spec("triton") else "pip install triton"
+    assert "RuntimeError: KARA_BACKEND=triton, but" in done.stderr and remedy in done.stderr
 
 
 def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
@@ -201,15 +206,15 @@ def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 SIZES = [(64, 64, 16), (80, 80, 64), (96, 96, 32), (128, 128, 128), (192, 128, 16), (256, 256, 16), (40, 112, 128)]
-FEW = [(64, 64, 16), (40, 112, 128), (256, 256, 16)]
+ODD, LARGE = (40, 112, 128), (256, 256, 16)  # heads whose sizes are no powers of 2 in large blocks, and the largest
 
 
-def sizes_of(numbers):
-    return [pytest.param(SIZES[n], id=str(SIZES[n]), marks=[pytest.mark.slow] * (SIZES[n] not in FEW)) for n in numbers]
+def sizes_of(numbers, chosen):
+    return [pytest.param(SIZES[n], id=str(SIZES[n]), marks=[pytest.mark.slow] * (SIZES[n] != chosen)) for n in numbers]
 
 
 @HALF_AND_SINGLE
-@pytest.mark.parametrize("sizes", sizes_of(range(7)))
+@pytest.mark.parametrize("sizes", sizes_of(range(7), ODD))
 def check_attend(sizes, dtype):
     """Around the edges of blocks, in one range and in several; unused slots are NaN and would spread."""
     from kara_hf.kernels.triton_.attend import attend as attend_split
@@ -230,7 +235,7 @@ def check_attend(sizes, dtype):
 
 
 @HALF_AND_SINGLE
-@pytest.mark.parametrize("sizes", sizes_of(range(7)))
+@pytest.mark.parametrize("sizes", sizes_of(range(7), LARGE))
 def check_attend_observes(sizes, dtype):
     """As above; slots behind a row's tokens and slots of no row are NaN in the metric too, and stay what they are."""
     from kara_hf.kernels.triton_.attend import attend as attend_split
@@ -255,7 +260,7 @@ def check_attend_observes(sizes, dtype):
             assert_observed(observed, rows, *metrics)
 
 
-@pytest.mark.parametrize("group", [1, 7, 40, 71])
+@pytest.mark.parametrize("group", [1, 7, 40, slow(71)])
 def check_attend_any_group(group):
     """Also where the query heads of a row are more than a tile."""
     case = AttendCase("", [[0, 37]], group=group, dims=(16, 16), sink_logits=True)
@@ -268,7 +273,7 @@ def check_attend_any_group(group):
     assert_observed(rows, before, *metrics)
 
 
-@pytest.mark.parametrize("sizes", sizes_of([0, 1, 4, 5, 6]))
+@pytest.mark.parametrize("sizes", sizes_of([0, 1, 4, 5, 6], ODD))
 def check_attend_shared(sizes):
     """Heads that lead and that follow, in one range and in several, and more query heads than a tile. All that nobody
     wrote is NaN: slots, logits, and places for keys of followers.
@@ -307,7 +312,7 @@ def check_attend_shared(sizes):
             torch.testing.assert_close(got_rows.metric, plain.metric, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("more", [{}, {"distant_query": "own"}, {"skip": 0.6}], ids=str)
+@pytest.mark.parametrize("more", few([{}, {"distant_query": "own"}, {"skip": 0.6}], {"distant_query": "own"}), ids=str)
 def check_a_model_that_shares_keys(more):
     """Decode steps over a batch with padding are those of plain torch; one layer follows in one head, one in both."""
     model = build("llama")
@@ -360,7 +365,9 @@ def check_merge(parts, with_sinks):
 @HALF_AND_SINGLE
 @pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
 @pytest.mark.parametrize("count", [None, 7], ids=["all", "sample"])
-@pytest.mark.parametrize("shape", [(2, 2, 63, 64), (1, 2, 65, 80), (1, 1, 130, 192), (1, 1, 17, 256)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [slow((2, 2, 63, 64)), (1, 2, 65, 80), slow((1, 1, 130, 192)), (1, 1, 17, 256)], ids=str
+)
 def check_window_scores(shape, count, causal, dtype):
     """Windows around a tile, read in place from larger tensors whose other elements are NaN."""
     batch, heads, window, size = shape

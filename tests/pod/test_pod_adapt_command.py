@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import multiprocessing
 import socket
 from pathlib import Path
 
@@ -94,12 +93,11 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     settings = QUICK | {"distill": 0.5, "held_out": 3, "accumulate": 2}
-    multiprocessing.set_forkserver_preload(["support.pod_training", "kara_hf.pod.training", "peft"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (2, port, settings | {"save_every": 2}, tmp_path / "two")
-    start_processes(adapt_as_process, arguments, nprocs=2, start_method="forkserver")
+    start_processes(adapt_as_process, arguments, nprocs=2, start_method="fork")
     config = AdaptConfig(**settings | {"batch": 2})
     one = adapt(build_model(), SHARED, numbers(9), config, tmp_path / "one")
     rows = read(tmp_path / "two" / "metrics.jsonl")

@@ -7,10 +7,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import ARCHITECTURES, build
 from support.batches import ids
+from support.marks import most_examples
 
 from kara_hf import PoDSharing
 from kara_hf.integration.attach import decoder_config, is_attached
@@ -28,7 +29,7 @@ def js_by_hand(p: list[float], q: list[float]) -> float:
     return (kl(p, middle) + kl(q, middle)) / 2
 
 
-@settings(max_examples=60)
+@most_examples(60)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(0, 10**6))
 def test_js_divergence_is_that_of_its_definition(layers, count, tokens, seed):
     rng = torch.Generator().manual_seed(seed)

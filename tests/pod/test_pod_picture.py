@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from support.marks import slow
 from support.similarities import drawn, made, symmetric
 
 from kara_hf.pod import plot as plotting
@@ -14,7 +15,7 @@ from kara_hf.pod.picture import picture_of
 GOLDEN = symmetric({(0, 1): 0.8, (0, 2): 0.3, (1, 2): 0.7, (0, 3): 0.6, (1, 3): 0.6, (2, 3): 0.9, (3, 4): 0.2}, 5)
 
 
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (18, 4)])
+@pytest.mark.parametrize(("layers", "heads"), [slow(1, 1), (18, 4)])
 def test_pictures_are_written(layers, heads, tmp_path):
     from matplotlib.image import imread
 

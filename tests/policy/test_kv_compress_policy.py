@@ -8,9 +8,10 @@ from dataclasses import asdict, fields
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import build
+from support.marks import most_examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kara_hf import KVCompressCache
@@ -24,9 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 # ------------------------------------------------------------------------------------------------------------- settings
 BAD_SETTINGS = [
-    ("max_cache_tokens", 63, "a whole number from 64 on: every row keeps 3 blocks of 16 for sinks=4, protected=32"),
-    ("max_cache_tokens", 256.0, "a whole number from 64 on"),
-    ("max_cache_tokens", True, "a whole number from 64 on"),
+    ("max_cache_tokens", 31, "a whole number from 48 on: every row keeps 2 blocks of 16 for sinks=4, protected=0.5"),
+    ("max_cache_tokens", 256.0, "a whole number of tokens"),
+    ("max_cache_tokens", True, "a whole number of tokens"),
     ("retention", 0, "a number in (0, 1]"),
     ("retention", 1.5, "a number in (0, 1]"),
     ("retention", math.nan, "a number in (0, 1]"),
@@ -368,7 +369,7 @@ def batches(draw, alike=False):
     return sequences, quota, block_size, -(-stay // block_size)
 
 
-@settings(max_examples=150)
+@most_examples(150)
 @given(batches(), st.integers(0, 3))
 def test_eviction_is_the_greedy_walk(batch, least):
     sequences, quota, block_size, _ = batch
@@ -399,7 +400,7 @@ def test_no_block_that_stays_is_cheaper_than_one_that_goes(batch):
         assert max(gone) <= min(stay)
 
 
-@settings(max_examples=80)
+@most_examples(80)
 @given(batches(alike=True), st.sampled_from([None, 1, 2, 3]))
 def test_a_sequence_loses_the_same_tokens_in_any_batch(batch, levels):
     sequences, quota, block_size, _ = batch
@@ -493,7 +494,7 @@ def test_the_worked_example(quota):
 
 
 # --------------------------------------------------------------------------------------------------------------- levels
-@settings(max_examples=150)
+@most_examples(150)
 @given(batches(alike=True), st.integers(1, 8))
 def test_levels(batch, levels):
     """No more blocks in all, few lengths, and everything else that holds of an eviction."""
@@ -508,6 +509,19 @@ def test_levels(batch, levels):
         assert (lengths[freed > 0] >= least * block_size).all()
         if wanted == 0:
             assert torch.equal(lengths, before)
+
+
+@given(batches(alike=True), st.integers(1, 4), st.data())
+def test_levels_free_what_is_asked_of_rows_that_others_follow(batch, levels, data):
+    sequences, quota, block_size, least = batch
+    packed, asked = pack(sequences), torch.tensor(quota)
+    rows = packed[2].shape[1]
+    weights = torch.tensor(data.draw(st.lists(st.integers(1, 3), min_size=rows, max_size=rows)))
+    settings = {"block_size": block_size, "least": least, "weights": weights}
+    free, levelled = evict(*packed, asked, **settings), evict(*packed, asked, **settings, levels=levels)
+    assert ((levelled.freed * weights).sum(1) >= (free.freed * weights).sum(1)).all()
+    for lengths, freed in zip(levelled.lengths, levelled.freed, strict=True):
+        assert len(set(lengths[freed > 0].tolist())) <= levels
 
 
 @given(batches(), st.integers(1, 4))
@@ -576,7 +590,7 @@ def test_the_cap_counts_blocks_whole():
 
 @given(st.integers(0, 5000), st.integers(1, 64), st.sampled_from([0.01, 0.25, 0.5, 0.999, 1]), st.integers(1, 20))
 def test_the_share_of_what_may_be_evicted(tokens, rows, retention, block_size):
-    config = make_config(retention=retention, block_size=block_size)
+    config = make_config(retention=retention, block_size=block_size, protected=32)
     budget = KVCompressPolicy(config).budget_blocks(tokens, rows)
     full, least = -(-tokens // block_size), -(-36 // block_size)
     if full <= least or retention == 1:
@@ -657,7 +671,7 @@ def test_the_mean_of_votes_ranks_by_what_a_query_gives():
     policy = KVCompressPolicy(make_config(votes="mean"))
     voters = [((2, 4), (8, 10))]
     torch.testing.assert_close(policy.ranking(votes, positions, voters), torch.tensor([[[1.5, 5 / 3, 2.0, 1.0]]]))
-    assert torch.equal(KVCompressPolicy(make_config()).ranking(votes, positions, voters), votes)
+    assert torch.equal(KVCompressPolicy(make_config(votes="sum")).ranking(votes, positions, voters), votes)
     assert torch.equal(policy.ranking(votes, positions), votes)
 
 
@@ -683,7 +697,7 @@ def test_a_watcher_is_told_what_a_pass_ranks_by(kind):
     assert torch.equal(ranking, policy.ranking(*given[:2])) and positions is given[1] and lengths is given[2]
 
 
-@settings(max_examples=20)
+@most_examples(20)
 @given(st.data())
 def test_the_budget_holds_over_many_passes(data):
     """A sequence decoded for long, with a pass every `block_size` tokens: never above the budget, all that must stay
@@ -827,7 +841,9 @@ def llama():
 
 def start(model, prompt, **chosen):
     """A cache that holds a prompt of two sequences, nothing of it cut yet."""
-    cache = KVCompressCache(model, **{"max_cache_tokens": 32, "protected": 4, "block_size": 4, **chosen})
+    cache = KVCompressCache(
+        model, **{"max_cache_tokens": 32, "protected": 4, "block_size": 4, "levels": None, **chosen}
+    )
     with torch.no_grad():
         model(prompt, past_key_values=cache)
     return cache

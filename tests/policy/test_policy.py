@@ -9,8 +9,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.marks import most_examples
 
 from kara_hf.config import KaraConfig
 from kara_hf.policy import SCORES, KaraPolicy, Window, register_score, token2chunk, top_tokens
@@ -18,6 +19,7 @@ from kara_hf.policy.scores import shuffle_runs
 
 BUILT_IN = [
     "bidirectional",
+    "blend",
     "causal",
     "key-difference",
     "key-distance",
@@ -51,11 +53,10 @@ BAD_SETTINGS = [
     ("recent", False, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
     ("sinks", -1, "a whole number of tokens from 0 on"),
     ("sinks", 0.5, "a whole number of tokens from 0 on"),
-    ("score", "bidirectonal", "one of bidirectional, causal, "),
-    ("score", None, "one of bidirectional, causal, "),
-    ("queries", 0, "a whole number from 1 to window=256, or None for all"),
-    ("queries", 257, "a whole number from 1 to window=256, or None for all"),
-    ("queries", 8.0, "a whole number from 1 to window=256, or None for all"),
+    ("score", "bidirectonal", "one of bidirectional, blend, causal, "),
+    ("score", None, "one of bidirectional, blend, causal, "),
+    ("queries", 0, "a whole number from 1 on, or None for all"),
+    ("queries", 8.0, "a whole number from 1 on, or None for all"),
     ("anchor_share", 0.0, "a number in (0, 1]"),
     ("anchor_share", 2, "a number in (0, 1]"),
     ("anchor_share", "half", "a number in (0, 1]"),
@@ -108,7 +109,7 @@ def test_json_with_unknown_or_bad_settings_is_refused():
     ],
 )
 def test_kept_per_window_and_anchors(retention, window, anchor_share, keep, anchors):
-    config = KaraConfig(retention=retention, window=window, anchor_share=anchor_share)
+    config = KaraConfig(retention=retention, window=window, anchor_share=anchor_share, recent=32)
     assert (config.kept_per_window, config.anchors) == (keep, anchors)
 
 
@@ -158,7 +159,7 @@ def selections(draw):
     return draw(st.lists(st.lists(number, min_size=width, max_size=width), min_size=rows, max_size=rows)), keep, anchors
 
 
-@settings(max_examples=120)
+@most_examples(120)
 @given(selections())
 def test_token2chunk(selection):
     """What the text says, for each row of a batch; k tokens, ascending, with every anchor among them."""
@@ -353,6 +354,10 @@ def test_scores_of_keys_and_values_as_written():
             assert rank("key-distance", window)[b, h // 2, j].item() == pytest.approx(
                 float(sum(distance) / 2), rel=1e-5
             )
+    both = (24 * window.attention() + 5 * replace(window, queries=window.later).attention()) / 29
+    ranked = both, rank("key-difference", window)
+    places = [scores.argsort(-1).argsort(-1) for scores in ranked]
+    assert torch.equal(rank("blend", window), sum(places).float())
     assert torch.allclose(rank("value-norm", window), window.values.square().sum(-1).sqrt())
     with pytest.raises(AssertionError, match="registered with values=False"):
         rank("value-norm", replace(window, values=None))
@@ -369,6 +374,7 @@ def test_scores_of_a_batch_are_those_of_each_sequence(name):
                 window,
                 keys=window.keys[b : b + 1],
                 queries=window.queries[b : b + 1] if SCORES[name].queries else None,
+                later=window.later[b : b + 1] if SCORES[name].queries else None,
                 moments=window.moments[b : b + 1] if SCORES[name].moments else None,
                 ordinals=window.ordinals[b : b + 1],
                 values=window.values[b : b + 1] if SCORES[name].values else None,
@@ -432,13 +438,13 @@ def test_a_new_score_is_one_function():
 def test_the_policy_selects_by_token2chunk_or_top_k_as_the_score_says():
     window = make_window()
     scores = rank("bidirectional", window)
-    chunked = KaraPolicy(KaraConfig()).select(window)
+    chunked = KaraPolicy(KaraConfig(score="bidirectional")).select(window)
     assert torch.equal(chunked, token2chunk(scores, 9, 4))
     assert not torch.equal(chunked, top_tokens(scores, 9))
     assert torch.equal(KaraPolicy(KaraConfig(score="random")).select(window), top_tokens(rank("random", window), 9))
 
 
-@pytest.mark.parametrize("name", ["bidirectional", "causal", "random-chunks"])
+@pytest.mark.parametrize("name", ["bidirectional", "blend", "causal", "random-chunks"])
 def test_nan_is_refused(name):
     window = make_window()
     window.queries[1, 2, 7] = float("nan")
@@ -514,7 +520,7 @@ def test_where_recent_tokens_are_a_share_retention_is_of_all_tokens(share, reten
 
 # ---------------------------------------------------------------------------------------------------------------- sinks
 def test_a_window_keeps_its_sinks_among_its_tokens_or_alone():
-    policy = KaraPolicy(KaraConfig(window=16, retention=0.25, sinks=6, block_size=1))
+    policy = KaraPolicy(KaraConfig(window=16, retention=0.25, sinks=6, block_size=1, recent=32))
     assert [policy.kept_of(start) for start in (0, 1, 2, 3, 5, 6, 16)] == [6, 5, 4, 4, 4, 4, 4]
     assert [seal.keep for seal in policy.due(Counted(100, 100))] == [6, 4, 4, 4]
     wide = KaraPolicy(KaraConfig(window=16, retention=0.25, sinks=40, block_size=1, recent=0))
@@ -547,7 +553,7 @@ def test_a_window_of_sinks_alone():
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_queries_are_held_only_where_they_are_needed(name):
-    needed = name in ("bidirectional", "causal", "random-chunks")
+    needed = name in ("bidirectional", "blend", "causal", "random-chunks")
     assert KaraPolicy(KaraConfig(score=name)).needs_queries == needed
     keeps_all = KaraPolicy(KaraConfig(score=name, retention=1.0))
     assert not keeps_all.compresses and not keeps_all.needs_queries

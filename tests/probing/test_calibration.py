@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support.architectures import build
 from support.batches import ids, left_padded
+from support.marks import most_examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner
 
@@ -75,7 +76,7 @@ def test_shares_do_not_depend_on_how_many_queries_lie_in_memory(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------- the fit
-@settings(max_examples=20, deadline=None)
+@most_examples(20)
 @given(
     seed=st.integers(0, 999),
     size=st.integers(1, 5),

@@ -9,11 +9,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.dense_store import DenseStore
-from support.marks import slow
+from support.marks import most_examples, slow
 
 from kara_hf.kernels import Proximal
 from kara_hf.storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, QueryBuffer, QueryMoments, paged_store
@@ -235,7 +235,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.store.meter.held == 0
 
 
-StoreMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=12)
+StoreMachine.TestCase.settings = most_examples(30, stateful_step_count=12)
 TestStore = StoreMachine.TestCase
 
 

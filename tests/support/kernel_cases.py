@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -28,8 +29,16 @@ HIDES_ALL = torch.iinfo(torch.int32).max  # how many tokens are hidden from padd
 BITS = {2: torch.int16, 4: torch.int32}
 
 
-def ids(cases):
-    return [case.name for case in cases]
+def few_interpreted(cases, *names):
+    """Cases of `parametrize`, each under its name; the interpreter gets those with the given `names` by default."""
+    assert set(names) <= {case.name for case in cases}
+    left_out = [[pytest.mark.slow] * (INTERPRETED and case.name not in names) for case in cases]
+    return [pytest.param(case, id=case.name, marks=marks) for case, marks in zip(cases, left_out, strict=True)]
+
+
+def slow_interpreted(test):
+    """A test of what is no kernel's own; the interpreter gets it in `make test-all`."""
+    return pytest.mark.slow(test) if INTERPRETED else test
 
 
 def dtype_id(dtype):
@@ -202,6 +211,15 @@ ATTEND_CASES = [
 ]
 if not INTERPRETED:  # in which queries are not taken in chunks
     ATTEND_CASES.append(AttendCase("more-than-a-chunk", [[263, 270]], group=2, new=261, block_sizes=(16,)))
+ATTEND_PARAMS = few_interpreted(
+    ATTEND_CASES,
+    "block-plus-1",
+    "empty-row",
+    "value-size-differs",
+    "padding-left-and-none",
+    "one-query-num_unseen",
+    "sinks-softcap",
+)
 
 
 def attend_inputs(case, dtype, block_size, layout, unused=6.0, metric=False):

@@ -67,7 +67,7 @@ def check(
     Returns:
         The most (sequence, head, position) that any layer had evicted.
     """
-    steps = steps or [24] + [1] * 45
+    steps = steps or [24] + [1] * 38
     model = build(name) if isinstance(name, str) else copy.deepcopy(name)
     oracle = copy.deepcopy(model)
     model.set_attn_implementation("eager")

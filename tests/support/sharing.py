@@ -23,7 +23,7 @@ LEAD = (
 SHARED = PoDSharing(lead=LEAD, sinks=2, recent=5)
 
 
-LONG = {"max_new_tokens": 40, "do_sample": False}
+LONG = {"max_new_tokens": 28, "do_sample": False}
 
 
 def deep(model_type: str = "llama", **changes):

@@ -10,8 +10,9 @@ from itertools import islice
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.marks import most_examples
 from support.tokenizing import tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -88,7 +89,7 @@ def test_length_is_met_by_any_tokenizer(name, kind):
 
 
 @given(st.sampled_from(TASKS), st.integers(1500, 4000), numbers)
-@settings(max_examples=25)
+@most_examples(25)
 def test_an_example_is_a_pure_function_of_task_and_number(name, length, number):
     first, second = (replace(example(name, number, length=length), score=len) for _ in range(2))
     assert first == second

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.marks import slow
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import kara_hf
@@ -82,7 +83,8 @@ def test_the_tokenizer_maps_one_word_to_one_token(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "task", ["trace:generated=100", "trace:generated=300", "fact:generated=300", "recall:length=256", "copy:length=256"]
+    "task",
+    ["trace:generated=100", slow("trace:generated=300"), "fact:generated=300", "recall:length=256", "copy:length=256"],
 )
 def test_test_problems_are_solved_and_end_by_themselves(task, model, tokenizer):
     right, unfinished = answered(FOLDER, model, tokenizer, task, 12)

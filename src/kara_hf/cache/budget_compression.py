@@ -38,10 +38,6 @@ class BudgetCompression(Compression):
         self.decoding = False
         self.voting = False
         self.rounding = Rounding.of(self.config, self.config.protected, state.sharing, state.steady)
-        if policy.config.levels is not None and state.sharing is not None:
-            raise ValueError(
-                f"levels={policy.config.levels} is not possible in a cache with `sharing`; leave one of them out"
-            )
 
     def layer_state(self) -> PendingQueries:
         return PendingQueries(self.state.meter)
@@ -51,13 +47,18 @@ class BudgetCompression(Compression):
         """Whether the newest tokens are a prompt or turn that was not cut yet."""
         return self.state.compressed_layers[0].state.undecided > 0
 
+    @property
+    def decoded_vote(self) -> bool:
+        """Whether the queries of decoded tokens vote."""
+        return self.config.accumulate and self.policy.votes
+
     # ------------------------------------------------------------------------------------------------------ in a step
     def begin(self, step: Step) -> None:
         state = self.state
         drafts = step.drafts and 1 < step.new <= 1 + min(self.policy.newest(s.tokens) for s in state.sequences)
         self.decoding = not step.first and (step.new == 1 or drafts or step.replayed)
         # Drafts do not vote: those that are refused could not take their votes back.
-        self.voting = self.decoding and not drafts and self.config.accumulate and self.policy.votes
+        self.voting = self.decoding and not drafts and self.decoded_vote
         if self.decoding and self.steps_to_compression() < step.new:
             self.compress(step.new)
         elif not step.first:
@@ -399,6 +400,10 @@ class BudgetCompression(Compression):
 
     def capturable_steps(self) -> int:
         return 0 if self.undecided else min(self.steps_to_compression(), self.state.room)
+
+    def decoded(self, sequence: Sequence) -> Sequence:
+        longer = sequence.extended(1, pinned=False)
+        return longer.voted(1) if self.decoded_vote else longer
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:
         return ()

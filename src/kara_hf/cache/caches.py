@@ -24,8 +24,8 @@ class KaraCache(CompressedCache):
             is kept whole, which grows with the sequence (ours).
         sinks: first tokens of a sequence that are kept wherever the window that holds them seals, whatever the score:
             without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
-        score: "bidirectional" (the paper), which holds the queries of `window` + `recent` tokens or of `queries` of
-            them; "key-difference" (KeyDiff, arXiv 2504.15364) or "key-distance" (ours), which hold nothing; or a
+        score: "blend" (ours) of the two next; "bidirectional" (the paper), which holds queries of `window` + `recent`
+            tokens, or of `queries` of them; "key-difference" (KeyDiff, arXiv 2504.15364), which holds nothing; or a
             control: "causal", "random", "random-chunks", "recency", "value-norm", "key-norm" and "mean-square", which
             holds second moments of queries; see `kara_hf.policy.register_score`. Or the folder or hub id of a
             `KeyCalibration`, which holds nothing either (ours; `kara-hf calibrate` makes one). Drafts of assisted
@@ -90,7 +90,10 @@ class KaraCache(CompressedCache):
 
 
 class KVCompressCache(CompressedCache):
-    """KV-Compress (arXiv 2410.00161): every KV head of every layer keeps as much as it is worth, within one budget.
+    """KV-Compress (arXiv 2410.00161): one budget for all KV heads of all layers, spent by the votes of queries.
+
+    With ``levels=None`` every head keeps as much as it is worth, as published. By default all heads keep as much: that
+    is nearer to the full cache on the language models that were measured.
 
         out = model.generate(**inputs, cache=KVCompressCache(model, max_cache_tokens=512))
 
@@ -111,7 +114,7 @@ class KVCompressCache(CompressedCache):
         floor: further tokens that every head keeps at least.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise the cache grows behind the prompt.
-        levels: different lengths, in blocks, that rows may be cut to; None for any, 1 for uniform heads.
+        levels: different lengths, in blocks, that rows may be cut to; 1 for uniform heads, None for any, as published.
         bits: bits of every number of keys and values of tokens that have settled, 8 or 4; None: as the model made them
             (ours; see docs/bits.md).
         key_bits, value_bits: of keys and values alone, where they differ; values may have 2.
@@ -143,7 +146,7 @@ class KVCompressCache(CompressedCache):
         floor: int = KVCompressConfig.floor,
         accumulate: bool = KVCompressConfig.accumulate,
         continual: bool = KVCompressConfig.continual,
-        levels: int | None = None,
+        levels: int | None = KVCompressConfig.levels,
         bits: int | None = None,
         key_bits: int | None = None,
         value_bits: int | None = None,

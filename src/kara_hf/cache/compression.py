@@ -63,6 +63,9 @@ class Compression(Protocol):
     def capturable_steps(self) -> int:
         """Decode steps from here on that only append: nothing is compressed and no memory is arranged."""
 
+    def decoded(self, sequence: Sequence) -> Sequence:
+        """The sequence with one decoded token more, of a step that was replayed."""
+
     def constants(self) -> tuple[torch.Tensor | None, ...]:
         """What decode steps read on the device that only a compression changes."""
 

@@ -79,9 +79,9 @@ class Sequence:
     def _voters_before(self, tokens: int) -> tuple[tuple[int, int], ...]:
         return tuple((start, min(stop, tokens)) for start, stop in self.voters if start < tokens)
 
-    def sealed(self, policy: KaraPolicy) -> "Sequence":
-        """With every window that is due turned into a sealed segment."""
-        due, width = policy.due(self), policy.config.window
+    def sealed(self, policy: KaraPolicy, unsure: int = 0) -> "Sequence":
+        """With every window that is due turned into a sealed segment; see `KaraPolicy.due`."""
+        due, width = policy.due(self, unsure), policy.config.window
         new = (Segment("sealed", seal.start, seal.start + width, seal.keep) for seal in due)
         return replace(self, open=self.open - len(due) * width, segments=(*self.segments, *new))
 

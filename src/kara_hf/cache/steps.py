@@ -381,7 +381,7 @@ class Steps:
         state = self.state
         for layer in state.compressed_layers:
             layer.paged().count(1)
-        state.sequences = [sequence.extended(1, pinned=False) for sequence in state.sequences]
+        state.sequences = [self.compression.decoded(sequence) for sequence in state.sequences]
         self.note_padding(real, state.columns)
         state.count_columns(state.columns + 1)
         self._solid_columns += 1

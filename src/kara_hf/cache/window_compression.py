@@ -78,7 +78,7 @@ class WindowCompression(Compression):
         self.open = np.zeros(0, np.int64)  # open tokens of each sequence before the step
         self.due = 0  # windows due in this step, in the sequence that has most
         self.pinned = False
-        self.drafts = False
+        self.unsure = 0  # newest tokens of this step that are drafts, and may be taken back
         self._chosen: dict[tuple[int, Alike], torch.Tensor] = {}  # by layer and group: what leads chose in this step
         self._settled: torch.Tensor | None = None  # slots in front of the open ones, [B, 1] int64, on the device
         self._tokens: torch.Tensor | None = None  # open tokens before the new one, [B, 1] int64, on the device
@@ -90,14 +90,14 @@ class WindowCompression(Compression):
     def begin(self, step: Step) -> None:
         state, config = self.state, self.config
         drafts = step.drafts and step.new <= min(self.policy.certain(sequence) for sequence in state.sequences) + 1
-        self.drafts = drafts and step.new > 1
+        self.unsure = step.new - 1 if drafts else 0
         turn = step.new > 1 and not drafts and not step.replayed
         self.pinned = (step.first or turn) and not config.compress_prompt
         self.open = np.array([sequence.open for sequence in state.sequences])
         step.after = [
             sequence.extended(int(n), self.pinned) for sequence, n in zip(state.sequences, step.counts, strict=True)
         ]
-        self.due = max(len(self.policy.due(sequence)) for sequence in step.after)
+        self.due = max(len(self.policy.due(sequence, self.unsure)) for sequence in step.after)
         if step.first:
             return
         ahead = step.new
@@ -153,7 +153,7 @@ class WindowCompression(Compression):
         if not query.shape[1]:
             return
         real = None if step.real is None else step.real.to(query.device)
-        if self.policy.needs_moments and not self.drafts:  # drafts that are refused could not be taken out again
+        if self.policy.needs_moments and not self.unsure:  # drafts that are refused could not be taken out again
             if state.moments is None:
                 deciding = key.shape[1] - len(layer.followers)
                 state.moments = QueryMoments(len(query), deciding, query.shape[-1], query.device, self.state.meter)
@@ -163,7 +163,7 @@ class WindowCompression(Compression):
         if state.queries is None:
             batch, heads, _, size = query.shape
             group = heads // (key.shape[1] - len(layer.followers))
-            sampling = Sampling(self.config.queries or self.config.window, self.config.window, group)
+            sampling = Sampling(self.config.queries_held, self.config.window, group)
             state.queries = QueryBuffer(batch, heads, size, query.dtype, query.device, self.state.meter, sampling)
             if self.state.steady:
                 state.queries.reserve(self._limit(step.after) + 1)
@@ -197,7 +197,7 @@ class WindowCompression(Compression):
 
     def _after(self, step: Step) -> list[Sequence]:
         """The sequences once the windows that are due are sealed."""
-        return [sequence.sealed(self.policy) for sequence in step.after] if self.due else step.after
+        return [sequence.sealed(self.policy, self.unsure) for sequence in step.after] if self.due else step.after
 
     def _commit(self, layer: CompressedLayer) -> None:
         if layer.state.moments is not None:
@@ -210,7 +210,7 @@ class WindowCompression(Compression):
             return
         groups: dict[Alike, list[int]] = {}
         for number, sequence in enumerate(step.after):
-            due = self.policy.due(sequence)
+            due = self.policy.due(sequence, self.unsure)
             if due:
                 behind = self.policy.needs_queries  # whether it matters how many are recent
                 alike = sequence.open, tuple((seal.keep, seal.recent if behind else 0) for seal in due)
@@ -232,7 +232,7 @@ class WindowCompression(Compression):
             if state.queries is not None and state.fresh is None:
                 state.queries.forget(torch.from_numpy(index).to(slots.device), windows * self.config.window)
         if not step.first:
-            after = [sequence.sealed(self.policy) for sequence in step.after]
+            after = [sequence.sealed(self.policy, self.unsure) for sequence in step.after]
             filled = np.array([sequence.open for sequence in after])
             for layer in layers:
                 if layer.state.queries is not None:
@@ -242,19 +242,22 @@ class WindowCompression(Compression):
 
     # ------------------------------------------------------------------------------------------------------- rounding
     def _round(self, layers: list[CompressedLayer], sequences: list[Sequence]) -> None:
-        """Rounds what has settled, where something may have; drafts that are new are left alone."""
-        if self.rounding is None or not (self.due or self.pinned or not self.policy.compresses) or self.drafts:
+        """Rounds what has settled, where something may have."""
+        if self.rounding is None or not (self.due or self.pinned or not self.policy.compresses):
             return
         rounded = self._rounded(layers[0]).tolist()
-        free = [self._free(sequence, self.rounding) for sequence in sequences]
+        free = [self._free(sequence, self.rounding, self.unsure) for sequence in sequences]
         counts = [self.rounding.due(*known) for known in zip(free, rounded, strict=True)]
         if any(counts):
             round_in_order(layers, counts)
             self._settled = None
 
-    def _free(self, sequence: Sequence, rounding: Rounding) -> int:
-        """How many tokens of a sequence may be rounded: those that have settled, where anything is compressed."""
-        near = max(rounding.near, sequence.open) if self.policy.compresses else rounding.near
+    def _free(self, sequence: Sequence, rounding: Rounding, unsure: int = 0) -> int:
+        """How many tokens of a sequence may be rounded: those that have settled, where anything is compressed. None of
+        the newest `unsure`, which may be taken back, counts.
+        """
+        near = rounding.near + unsure
+        near = max(near, sequence.open) if self.policy.compresses else near
         return sequence.settled + sequence.open - near - rounding.first
 
     def _rounded(self, layer: CompressedLayer | None = None) -> np.ndarray:
@@ -380,7 +383,8 @@ class WindowCompression(Compression):
         return max(self.policy.open_limit(sequence) for sequence in sequences)
 
     def replayable_steps(self) -> int:
-        return min(self.steps_to_compression(), sys.maxsize - 1) + 1  # the last of them seals the window behind itself
+        # The last of them seals the window behind itself, as does the next where drafts were not counted on before.
+        return min(max(0, self.steps_to_compression()), sys.maxsize - 1) + 1
 
     def capturable_steps(self) -> int:
         steps = min(self.steps_to_compression(), self.state.room)
@@ -389,6 +393,9 @@ class WindowCompression(Compression):
             tokens = min(0 if queries is None else queries.sampling.tokens(queries.places) for queries in buffers)
             steps = min(steps, tokens - max(sequence.open for sequence in self.state.sequences))
         return steps
+
+    def decoded(self, sequence: Sequence) -> Sequence:
+        return sequence.extended(1, pinned=False)
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:
         return (self._settled,)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BUNDLED: dict[str, Any] = {"data": "problems:trace=1", "tokens": 768, "prompt": 64}
 REAL: dict[str, Any] = {"data": None, "tokens": 2048, "prompt": 256}
 PROBLEM = 256  # tokens of a problem of the bundled model
-METHODS = "random,streaming-llm,kv-compress-random,kara,kara-top-k,kv-compress"
+METHODS = "random,streaming-llm,kv-compress-random,kara,kara-published,kv-compress,kv-compress-published"
 
 
 def divergence(
@@ -119,7 +119,12 @@ def divergence(
             reference is None or reference in names, "reference", reference, f"one of the methods, {', '.join(names)}"
         )
         shared: dict[str, Any] = {} if model else dict(BUNDLED_SHARED)
-        given = {"window": window, "recent": recent, "block_size": block_size, "observation": observation}
+        given = {
+            "window": window,
+            "recent": options.count_or_share(recent),
+            "block_size": block_size,
+            "observation": observation,
+        }
         shared |= {name: value for name, value in {**given, "sinks": sinks}.items() if value is not None}
         settings: dict[str, Any] = {
             "rules": [rule_named(rule) for rule in names_in(rules)],

@@ -17,10 +17,10 @@ from .options import Dtype, Model, TrustRemoteCode, check_dtype, names_in, numbe
 
 # What runs without a model and tasks: the bundled model has a language of its own and short windows.
 BUNDLED_TASKS = "trace:generated=300,fact:generated=300"
-BUNDLED_SHARED = {"window": 64, "block_size": 4, "observation": 8}
+BUNDLED_SHARED = {"window": 64, "recent": 32, "block_size": 4, "observation": 8}
 RESULTS = [Package("pandas", extra("evaluate"))]
 REPORT = [*RESULTS, *(Package(name, extra("evaluate")) for name in ("scipy", "plotly"))]
-LADDER = "full,random,random-chunks,recency,causal,kara-top-k,kara,oracle"
+LADDER = "full,random,random-chunks,recency,causal,kara-top-k,kara-published,kara,oracle"
 
 
 def evaluate(
@@ -91,7 +91,12 @@ def evaluate(
         from ..tasks import make_task
 
         shared: dict[str, Any] = {} if model else dict(BUNDLED_SHARED)
-        given = {"window": window, "recent": recent, "block_size": block_size, "observation": observation}
+        given = {
+            "window": window,
+            "recent": options.count_or_share(recent),
+            "block_size": block_size,
+            "observation": observation,
+        }
         shared |= {name: value for name, value in {**given, "sinks": sinks}.items() if value is not None}
         request = Request(
             methods=[make_method(name) for name in method_names],

@@ -8,13 +8,15 @@ import typer
 from rich.console import Console
 
 from ..bundled import BUNDLED_MODEL
-from ..config import require
+from ..config import KaraConfig, KVCompressConfig, require
 from .display import show_runs
-from .options import Device, Dtype, Model, TrustRemoteCode, check_dtype, count_or_share, readable_errors
+from .options import Device, Dtype, Model, TrustRemoteCode, check_dtype, count_or_all, count_or_share, readable_errors
 
 # What runs without a model and a prompt: the problem, and how strongly its trace is compressed.
 BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated": 900, "seed": 3}
-BUNDLED_SETTINGS: dict[str, Any] = {"retention": 0.4, "window": 64, "recent": 32, "anchor_share": 1.0}
+# The bundled model is no language model: what is best for it is not what is best elsewhere.
+BUNDLED_SETTINGS: dict[str, Any] = {"retention": 0.4, "window": 64, "recent": 32, "score": "bidirectional"}
+BUNDLED_SETTINGS |= {"queries": None, "anchor_share": 1.0, "protected": 32, "votes": "sum", "levels": None}
 # Tokens generated at most: for a problem with a known solution so many times its length, otherwise a fixed number.
 SOLUTION_ALLOWANCE = 1.25
 MAX_NEW_TOKENS = 512
@@ -43,23 +45,30 @@ def generate(
         ),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="kara: tokens in a window [default: 256; bundled model: 64].")
+        int | None, typer.Option(help=f"kara: tokens in a window [default: {KaraConfig.window}; bundled model: 64].")
     ] = None,
     recent: Annotated[
         float | None,
         typer.Option(
-            metavar="N|SHARE", help="kara: newest tokens, always kept whole, or a share of those held [default: 32]."
+            metavar="N|SHARE",
+            help="kara: newest tokens, always kept whole, or a share of those held "
+            f"[default: {KaraConfig.recent}; bundled model: 32].",
         ),
     ] = None,
     score: Annotated[
         str | None,
         typer.Option(
             help="kara: what ranks the tokens of a window: bidirectional, key-difference, ..., or the folder or "
-            "hub id of a key calibration [default: bidirectional]."
+            f"hub id of a key calibration [default: {KaraConfig.score}; bundled model: bidirectional]."
         ),
     ] = None,
     queries: Annotated[
-        int | None, typer.Option(help="kara: tokens of a window whose queries are held for the score [default: all].")
+        str | None,
+        typer.Option(
+            metavar="N|all",
+            help="kara: tokens of a window whose queries are held for the score "
+            f"[default: {KaraConfig.queries or 'all'}; bundled model: all].",
+        ),
     ] = None,
     anchor_share: Annotated[
         float | None,
@@ -80,7 +89,19 @@ def generate(
         typer.Option(metavar="N|all", help="kv-compress: last prompt queries that vote on what is kept [default: 32]."),
     ] = None,
     protected: Annotated[
-        int | None, typer.Option(help="kv-compress: newest tokens, never evicted [default: 32].")
+        float | None,
+        typer.Option(
+            metavar="N|SHARE",
+            help="kv-compress: newest tokens, never evicted, or a share of what a head may hold "
+            f"[default: {KVCompressConfig.protected}].",
+        ),
+    ] = None,
+    votes: Annotated[
+        str | None,
+        typer.Option(
+            help="kv-compress: sum of the votes on a token, or mean of those that were possible "
+            f"[default: {KVCompressConfig.votes}]."
+        ),
     ] = None,
     sinks: Annotated[
         int | None, typer.Option(help="kara, kv-compress: first tokens, never evicted [default: 4].")
@@ -146,12 +167,12 @@ def generate(
             "window": window,
             "recent": count_or_share(recent),
             "score": score,
-            "queries": queries,
+            "votes": votes,
             "anchor_share": anchor_share,
             "compress_prompt": compress_prompt or None,
             "seed": seed,
             "max_cache_tokens": max_cache_tokens,
-            "protected": protected,
+            "protected": count_or_share(protected),
             "sinks": sinks,
             "metric": metric,
             "continual": False if no_continual else None,
@@ -164,7 +185,9 @@ def generate(
         }
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if observation is not None:
-            given["observation"] = _count_or_all("observation", observation)
+            given["observation"] = count_or_all("observation", observation)
+        if queries is not None:
+            given["queries"] = count_or_all("queries", queries)
 
         from ..integration.generation import ignored
         from ..integration.loading import LoadedModel
@@ -201,11 +224,3 @@ def _told(name: str, left_out: dict[str, Any]) -> str:
     """What of a model's settings does not count, on one line."""
     fields = ", ".join(f"{field}={shorten(json.dumps(value, default=str), 60)}" for field, value in left_out.items())
     return f"Text is generated greedily, with a cache. Left out of generation_config.json of {name}: {fields}"
-
-
-def _count_or_all(name: str, text: str) -> int | None:
-    """A whole number, or None for "all". Raises ValueError."""
-    if text == "all":
-        return None
-    require(text.isdecimal() and int(text) >= 1, name, text, "a whole number from 1 on, or all")
-    return int(text)

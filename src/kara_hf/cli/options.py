@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ..config import require
+from ..config import KaraConfig, require
 
 Number = TypeVar("Number", int, float)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -29,9 +29,17 @@ SampleLength = Annotated[
 ]
 # Of the methods that are compared, the same for all.
 Window = Annotated[
-    int | None, typer.Option(help="Tokens in a window of window methods [default: 256; bundled model: 64].")
+    int | None,
+    typer.Option(help=f"Tokens in a window of window methods [default: {KaraConfig.window}; bundled model: 64]."),
 ]
-Recent = Annotated[int | None, typer.Option(help="Newest tokens, always kept whole [default: 32].")]
+Recent = Annotated[
+    float | None,
+    typer.Option(
+        metavar="N|SHARE",
+        help="Newest tokens, always kept whole, or a share of those held "
+        f"[default: {KaraConfig.recent}; bundled model: 32].",
+    ),
+]
 BlockSize = Annotated[int | None, typer.Option(help="Slots per block of memory [default: 16; bundled model: 4].")]
 Observation = Annotated[
     int | None, typer.Option(help="Last prompt queries that vote in eviction methods [default: 32; bundled model: 8].")
@@ -91,3 +99,11 @@ def _is_lack_of_memory(error: RuntimeError) -> bool:
 def count_or_share(number: float | None) -> Any:
     """A whole number as one, and a share as it is."""
     return int(number) if number is not None and number.is_integer() else number
+
+
+def count_or_all(name: str, text: str) -> int | None:
+    """A whole number, or None for "all". Raises ValueError."""
+    if text == "all":
+        return None
+    require(text.isdecimal() and int(text) >= 1, name, text, "a whole number from 1 on, or all")
+    return int(text)

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ..bundled import BUNDLED_MODEL
-from ..config import require
-from .options import DTYPES, count_or_share, readable_errors
+from ..config import KaraConfig, require
+from .options import DTYPES, count_or_all, count_or_share, readable_errors
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -16,21 +16,25 @@ def serve(
     model: Annotated[
         str | None, typer.Argument(help="Hub id or folder of a causal language model [default: the bundled one].")
     ] = None,
-    retention: Annotated[float, typer.Option(help="Share of each window that is kept; 1 turns Kara off.")] = 0.25,
+    retention: Annotated[
+        float, typer.Option(help="Share of each window that is kept; 1 turns Kara off.")
+    ] = KaraConfig.retention,
     memory: Annotated[
         str | None,
         typer.Option(help="Memory of the pool of keys and values, like 8GiB [default: what the engine finds free]."),
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = KaraConfig.window,
     recent: Annotated[
         float, typer.Option(metavar="N|SHARE", help="Newest tokens, always kept whole, or a share of those held.")
-    ] = 32,
-    sinks: Annotated[int, typer.Option(help="First tokens of a request, always kept.")] = 4,
-    score: Annotated[str, typer.Option(help="What ranks the tokens of a window.")] = "bidirectional",
+    ] = KaraConfig.recent,
+    sinks: Annotated[int, typer.Option(help="First tokens of a request, always kept.")] = KaraConfig.sinks,
+    score: Annotated[str, typer.Option(help="What ranks the tokens of a window.")] = KaraConfig.score,
     queries: Annotated[
-        int | None, typer.Option(help="Tokens of a window whose queries are held for the score [default: all].")
-    ] = None,
-    anchor_share: Annotated[float, typer.Option(help="Share of kept tokens picked singly; 1 is plain top-k.")] = 0.5,
+        str, typer.Option(metavar="N|all", help="Tokens of a window whose queries are held for the score.")
+    ] = str(KaraConfig.queries or "all"),
+    anchor_share: Annotated[
+        float, typer.Option(help="Share of kept tokens picked singly by scores with chunks; 1 is plain top-k.")
+    ] = KaraConfig.anchor_share,
     period: Annotated[int, typer.Option(help="Engine steps from one compression to the next.")] = 64,
     requests: Annotated[
         int | None, typer.Option(help="Requests compressed at once, those that gain most [default: all].")
@@ -62,7 +66,7 @@ def serve(
             recent=count_or_share(recent),
             sinks=sinks,
             score=score,
-            queries=queries,
+            queries=count_or_all("queries", queries),
             anchor_share=anchor_share,
             period=period,
             max_requests=requests,

@@ -82,6 +82,7 @@ class MethodPreset:
 
 _KARA = ("retention", "window", "recent", "sinks", "score", "anchor_share", "compress_prompt")
 _KV = ("retention", "protected", "sinks", "observation", "metric", "block_size")
+_PUBLISHED = (("votes", "sum"), ("levels", None))  # heads that differ are what there is to see
 FULL, KARA, RANDOM = "Full cache", "Kara", "Random control"
 METHOD_PRESETS = {
     KARA: MethodPreset(
@@ -94,6 +95,7 @@ METHOD_PRESETS = {
         "kv-compress",
         _KV,
         retention=0.25,
+        fixed=_PUBLISHED,
     ),
     "PoD": MethodPreset(
         "Drops no token: layers that attend alike keep keys of far tokens once. The bundled map is used without the "
@@ -105,7 +107,7 @@ METHOD_PRESETS = {
         "Kara, on shared keys: one choice for all layers of a group.", "kara", _KARA, shares=True
     ),
     "KV-Compress + PoD": MethodPreset(
-        "KV-Compress, on shared keys: the heads of leads compete.", "kv-compress", _KV, retention=0.5, shares=True
+        "KV-Compress, on shared keys: the heads of leads compete.", "kv-compress", _KV, 0.5, _PUBLISHED, shares=True
     ),
     RANDOM: MethodPreset(
         "The control: as Kara, with as many tokens, chosen at random. What it loses is what the choice is worth.",

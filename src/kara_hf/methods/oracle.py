@@ -1,5 +1,6 @@
 """The upper bound of any score with Kara's budget shape: it has read the future of the full-cache run."""
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from ..cache.bound_model import BoundModel
 from ..cache.compressed import CompressedCache
 from ..cache.compression import register_compression
 from ..cache.window_compression import WindowCompression
-from ..config import KaraConfig, is_int, require
+from ..config import KaraConfig
 from ..integration.attach import hooked, unwrap
 from ..integration.attention import AttentionFunction, AttentionHook
 from ..kernels import softcapped
@@ -27,8 +28,8 @@ def future_attention(
 
         f[j] = max over query heads of the group and queries i behind the seal of softmax_j(q_i . k_j * scaling)
 
-    the softmax over all that i sees in the full cache. The seal of a window is where `KaraCache` makes it: where
-    `config.recent` more tokens are there, and not within a forward over several tokens.
+    the softmax over all that i sees in the full cache. The seal of a window is where `KaraCache` makes it: where the
+    recent tokens behind it are there, and not within a forward over several tokens.
 
     Args:
         model: a Transformers causal LM.
@@ -41,7 +42,7 @@ def future_attention(
     Returns:
         For each layer of full attention ``[B, H, T]`` float32 by true position; 0 behind a sequence's end.
     """
-    inner = unwrap(model)
+    inner, policy = unwrap(model), KaraPolicy(config)
     full = set(BoundModel(inner).full_layers())
     future: Future = {}
     real = mask.bool()
@@ -71,8 +72,11 @@ def future_attention(
     def seals(b: int) -> torch.Tensor:
         """First query behind the seal of each token's window, ``[T]``."""
         first = 0 if config.compress_prompt else prompts[b]
-        place = torch.arange(int(real[b].sum()), device=ids.device) - first
-        seal = first + (place // config.window + 1) * config.window + config.recent
+        window = (torch.arange(int(real[b].sum()), device=ids.device) - first) // config.window
+        count = max(0, int(window[-1]) + 1)
+        kept = accumulate(policy.kept_of(first + number * config.window) for number in range(count))
+        recent = torch.tensor([policy.recent_of(slots) for slots in kept] or [0], device=ids.device)
+        seal = first + (window + 1) * config.window + recent[window.clamp(min=0)]
         if config.compress_prompt:
             for start, stop in ((0, contexts[b]), (contexts[b], prompts[b])):
                 seal = torch.where((seal > start) & (seal <= stop), stop, seal)
@@ -131,5 +135,4 @@ class OracleCache(CompressedCache):
 
     def __init__(self, model: Any, future: Future, *, max_bytes: int | None = None, **settings: Any):
         config = KaraConfig(**settings | {"score": "random"})
-        require(is_int(config.recent), "recent", config.recent, "a number of tokens for the oracle")
         super().__init__(model, policy=OraclePolicy(config, future), max_bytes=max_bytes)

@@ -34,16 +34,16 @@ class SharedSettings:
     """Settings that are the same for all methods.
 
     Attributes:
-        window, recent: of the window methods; `recent` tokens are protected by the eviction methods too.
+        window, recent: of the window methods; `recent`, tokens or a share, is protected by the eviction methods too.
         block_size: slots per block.
         sinks: first tokens that window and eviction methods always keep where prompts are compressed.
         observation: last prompt queries that vote in eviction methods.
     """
 
-    window: int = 256
-    recent: int = 32
-    block_size: int = 16
-    sinks: int = 4
+    window: int = KaraConfig.window
+    recent: int | float = KaraConfig.recent
+    block_size: int = KaraConfig.block_size
+    sinks: int = KaraConfig.sinks
     observation: int = 32
 
 
@@ -128,7 +128,7 @@ def eviction_settings(plan: Plan) -> dict[str, Any]:
     return {
         "retention": plan.share,
         "observation": plan.shared.observation,
-        "protected": max(1, plan.shared.recent),
+        "protected": plan.shared.recent or 1,
         "sinks": max(plan.prompts) if plan.rule == PROMPT_KEPT else plan.shared.sinks,
         "block_size": plan.shared.block_size,
         "seed": plan.seed,
@@ -136,7 +136,8 @@ def eviction_settings(plan: Plan) -> dict[str, Any]:
 
 
 def windows(score: str, **settings: Any) -> Callable[[Any, Plan], Cache]:
-    fixed = {"score": score, "anchor_share": 1.0} | settings
+    """Kara's frame with another score, which gets all queries, and keeps the best tokens singly."""
+    fixed = {"score": score, "anchor_share": 1.0, "queries": None} | settings
     return lambda model, plan: KaraCache(model, **window_settings(plan) | fixed)
 
 
@@ -201,11 +202,19 @@ def _press(name: str) -> Callable[[Any, Plan], Cache]:
     return make
 
 
+# What `KaraCache` is asked for where nothing is said.
+KARA = {name: getattr(KaraConfig, name) for name in ("score", "queries", "anchor_share")}
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("full", _full, "Transformers' DynamicCache", budgeted=False),
-        Method("kara", windows("bidirectional", anchor_share=KaraConfig.anchor_share), "Kara as published"),
+        Method("kara", windows(**KARA), "KaraCache as it comes"),
+        Method(
+            "kara-published",
+            windows("bidirectional", anchor_share=KaraConfig.anchor_share, recent=32),
+            "Kara as published: bidirectional attention of all queries, Token2Chunk, 32 recent tokens",
+        ),
         Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),
         Method("causal", windows("causal"), "causal attention within the window"),
         Method("key-norm", windows("key-norm"), "largest norms of keys; holds nothing but keys and values"),
@@ -230,8 +239,13 @@ METHODS: dict[str, Method] = {
         Method("recency", windows("recency"), "the newest tokens of the window"),
         Method("oracle", _oracle, "most future attention of the full-cache run: the upper bound", oracle=True),
         *(Method(name, windows(name), about) for name, about in PEERS.items()),
-        Method("kv-compress", evictions(), "squared attention, heads may differ"),
-        Method("kv-compress-uniform", evictions(levels=1), "the same metric, uniform heads"),
+        Method("kv-compress", evictions(), "KVCompressCache as it comes"),
+        Method(
+            "kv-compress-published",
+            evictions(votes="sum", protected=32, levels=None),
+            "KV-Compress as published: votes summed up, heads differ, 32 newest protected",
+        ),
+        Method("kv-compress-ragged", evictions(levels=None), "the same, and heads may differ"),
         Method(
             "kv-compress-random", evictions(metric="random", levels=1), "random tokens, evicted at once", random=True
         ),

@@ -61,10 +61,8 @@ def evict(
         Rows that free none lose no token. Nothing is modified.
 
     Raises:
-        ValueError: shapes do not fit, or both `levels` and `weights` are given.
+        ValueError: shapes do not fit.
     """
-    if levels is not None and weights is not None:
-        raise ValueError(f"levels={levels} is not possible where rows follow others; leave it out")
     slots = metric.shape[-1]
     if evictable.shape != metric.shape or lengths.shape != metric.shape[:2] or quota.shape != metric.shape[:1]:
         raise ValueError(
@@ -98,13 +96,15 @@ def evict(
     freed = torch.zeros_like(picked).scatter(1, ranking, picked).view(price.shape).sum(-1)
 
     if levels is not None:
-        freed = blocks - level(blocks - freed, blocks - feasible, blocks, levels)
+        freed = blocks - level(blocks - freed, blocks - feasible, blocks, levels, weights)
     drops = torch.where(freed > 0, hanging + (freed - 1) * block_size, 0)
     dropped = torch.zeros_like(evictable).scatter(-1, order, slot < drops[..., None])
     return Eviction(freed, lengths - drops, dropped)
 
 
-def level(kept: torch.Tensor, fewest: torch.Tensor, blocks: torch.Tensor, levels: int) -> torch.Tensor:
+def level(
+    kept: torch.Tensor, fewest: torch.Tensor, blocks: torch.Tensor, levels: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Rounds the blocks that rows keep to at most `levels` different counts per sequence, without keeping more in all.
 
     Rows that keep similar counts form a group. The groups are those for which the squared deviations of all counts from
@@ -119,11 +119,13 @@ def level(kept: torch.Tensor, fewest: torch.Tensor, blocks: torch.Tensor, levels
             than that), a row may keep its `fewest` above the level of its group.
         blocks: ``[B, R]`` int64, blocks that each row has.
         levels: from 1 on.
+        weights: ``[R]`` integer, how many blocks a block of each row counts for; None: 1.
 
     Returns:
         ``[B, R]`` int64, between `fewest` and `blocks`, of a sum that is at most that of `kept` in every sequence.
     """
     rows = kept.shape[1]
+    worth = kept.new_ones(rows) if weights is None else weights.long()
     ascending, order = kept.sort(dim=1, stable=True)
     free = (fewest < blocks).gather(1, order)  # other rows have no choice, and no part in choosing the groups
     start = _groups(ascending, free, min(levels, rows))
@@ -137,8 +139,8 @@ def level(kept: torch.Tensor, fewest: torch.Tensor, blocks: torch.Tensor, levels
     levelled = kept
     for index in range(start.shape[1] + 1):
         mine = group == index
-        budget = budget + (kept * mine).sum(1)
-        total = (filled * mine[..., None]).sum(1)
+        budget = budget + (kept * mine * worth).sum(1)
+        total = (filled * (mine * worth)[..., None]).sum(1)
         best = (total <= budget[:, None]).sum(1, keepdim=True) - 1
         levelled = torch.where(mine, filled.gather(2, best[:, None].expand(-1, rows, 1))[..., 0], levelled)
         budget = budget - total.gather(1, best)[:, 0]

@@ -113,13 +113,16 @@ class KaraPolicy:
             recent = math.ceil(recent * (sequence.kept + sequence.open) - 1e-9)
         return min(recent, sequence.open)
 
-    def due(self, sequence: Counts) -> list[Seal]:
-        """The windows to seal, oldest first: one while W + R or more tokens are open. None where everything is kept."""
+    def due(self, sequence: Counts, unsure: int = 0) -> list[Seal]:
+        """The windows to seal, oldest first: one while W + R or more tokens are open. None where everything is kept.
+
+        The newest `unsure` tokens, which may be taken back, do not count.
+        """
         found: list[Seal] = []
-        width, left = self.config.window, sequence.open
+        width, left = self.config.window, sequence.open - unsure
         if not self.compresses or left < width:
             return found
-        start, kept = sequence.tokens - left, sequence.kept
+        start, kept = sequence.tokens - sequence.open, sequence.kept
         while left >= width:
             keep = self.kept_of(start)
             recent = self.recent_of(kept + keep)

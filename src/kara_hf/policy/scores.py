@@ -51,10 +51,23 @@ class Window:
     seed: int
     values: torch.Tensor | None = None
 
-    def attention(self, causal: bool = False) -> torch.Tensor:
-        """Mean attention from the window's queries to each key, over the heads of a row: ``[b, H, W]`` float32."""
+    def attention(self, causal: bool = False, later: bool = False) -> torch.Tensor:
+        """Mean attention from the window's queries to each key, over the heads of a row: ``[b, H, W]`` float32.
+
+        With `later` the queries of the recent tokens count as well.
+        """
         assert self.queries is not None, "the score is registered with queries=False"
-        scores = window_scores(self.queries, self.keys, scaling=self.scaling, softcap=self.softcap, causal=causal)
+        parts = [self.queries]
+        if later and self.later is not None:
+            parts += [part for part in self.later.split(self.keys.shape[2], 2) if part.shape[2]]
+        count = sum(part.shape[2] for part in parts)
+        scores = torch.stack(
+            [
+                window_scores(part, self.keys, scaling=self.scaling, softcap=self.softcap, causal=causal)
+                * (part.shape[2] / count)
+                for part in parts
+            ]
+        ).sum(0)
         return scores.unflatten(1, (self.rows, -1)).mean(2)
 
     def random(self, width: int) -> torch.Tensor:
@@ -150,6 +163,21 @@ def key_difference(window: Window) -> torch.Tensor:
     keys = window.keys.float()
     likeness = torch.nn.functional.cosine_similarity(keys, keys.mean(2, keepdim=True), dim=-1)
     return (1 - likeness).unflatten(1, (window.rows, -1)).mean(2)
+
+
+@register_score("blend", queries=True)
+def blend(window: Window) -> torch.Tensor:
+    """Place by attention plus place by `key_difference`, from 0 for the last of the window on. Ours.
+
+    Attention is that of `bidirectional`, from the recent tokens behind the window too. Few queries do for it
+    (`KaraConfig.queries`): where their mean says little, keys decide.
+    """
+    return _places(window.attention(later=True)) + _places(key_difference(window))
+
+
+def _places(scores: torch.Tensor) -> torch.Tensor:
+    """How many of the last dimension score less, those in front of an equal one among them; NaN stays NaN."""
+    return scores.argsort(dim=-1, stable=True).argsort(-1) + 0 * scores
 
 
 @register_score("key-distance")

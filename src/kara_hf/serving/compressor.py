@@ -78,7 +78,7 @@ class Compressor:
     def __init__(self, config: ServingConfig):
         self.config, self.policy = config, KaraPolicy(config.kara)
         self.queries = QueryPool()
-        self.sampling = Sampling(config.kara.queries or config.kara.window, config.kara.window)
+        self.sampling = Sampling(config.kara.queries_held, config.kara.window)
 
     @property
     def least(self) -> int:

@@ -12,7 +12,7 @@ from .request import Request, TokenizedExample
 
 TRIAL_EXAMPLES = 8  # on which bytes are made equal
 TOLERANCE = 0.005  # by how much of the reference's bytes a method may hold more, where it can help it
-HALVINGS = 7
+TRIALS = 8  # of a method, to find its share
 CLOSE = 0.01  # of a budget of bytes: what is not worth another trial
 
 # From examples, method, plan and a number of tokens: bytes held at most while exactly so many are generated.
@@ -31,32 +31,33 @@ class EqualBytes:
         self._held: dict[tuple[Any, ...], int] = {}
 
     def share(self, examples: Sequence[TokenizedExample], method: Method, plan: Plan, request: Request) -> float:
-        """The largest share with which `method` holds no more than the reference does with the budget for its share.
+        """A share with which `method` holds about what the reference does with the budget for its share, and no more.
         Where there is none, the budget: such a method keeps as many tokens, and holds more.
         """
         reference = request.reference
         if request.equal == "tokens" or reference is None or method.name == reference.name:
             return plan.share
-        allowed = (1 + TOLERANCE) * self.held(examples, reference, plan)
-
-        def fits(share: float) -> bool:
-            return self.held(examples, method, replace(plan, share=share)) <= allowed
-
-        low, high = 1 / request.shared.window, 1.0
-        if fits(plan.share):
-            if self.held(examples, method, plan) >= (1 - 3 * TOLERANCE) * allowed:
-                return plan.share
-            low = plan.share
-        elif fits(low):
-            high = plan.share
-        else:
-            return plan.share
-        if high == 1.0 and fits(high):
-            return high
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        allowed = self.held(examples, reference, plan)
+        curve, tried = ShareCurve(request.shared.window), dict[float, float]()
+        low, high, share = curve.least, 1.0, plan.share
+        while len(tried) < TRIALS:
+            tried[share] = self.held(examples, method, replace(plan, share=share)) / allowed
+            curve.add(share, tried[share])
+            if tried[share] > 1 + TOLERANCE:
+                high = share
+            elif tried[share] < 1 - 3 * TOLERANCE and share < 1:
+                low = share
+            else:
+                break
+            if high <= curve.least:
+                break  # it cannot hold so little
+            guess = curve.next_share(1 - CLOSE / 2, tried)
+            if guess is None and low == curve.least and low not in tried:
+                guess = low
+            inside = guess is not None and low <= guess <= high and guess not in tried
+            share = guess if guess is not None and inside else (low + high) / 2
+        fitting = [share for share, held in tried.items() if held <= 1 + TOLERANCE]
+        return max(fitting, key=lambda share: tried[share], default=plan.share)
 
     def held(self, examples: Sequence[TokenizedExample], method: Method, plan: Plan) -> int:
         """Most bytes held while so many tokens are generated as the examples' solutions have, whatever they are."""

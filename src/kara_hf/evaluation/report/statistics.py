@@ -188,9 +188,9 @@ def _measures(cell: pd.DataFrame) -> dict[str, Any]:
 
 
 def _evictable(cell: pd.DataFrame) -> float:
-    """Of the tokens generated, those in whole windows with the recent tokens behind them when the answer ended."""
+    """Of the tokens generated, those in whole windows when the answer ended."""
     shared = cell["settings"].iloc[0].get("shared")
     if shared is None:
         return math.nan
-    behind = (cell["generated"] - 1 - shared["recent"]).clip(lower=0)  # the last token is never stored
-    return float((behind // shared["window"] * shared["window"]).sum() / cell["generated"].sum())
+    stored = cell["generated"] - 1  # the last token never is
+    return float((stored // shared["window"] * shared["window"]).sum() / cell["generated"].sum())

@@ -190,8 +190,8 @@ def guide_lines(results: Results, mark: Mark) -> list[str]:
         f"tokens; behind it, how many bytes more or less than {reference}, where that is over "
         f"{100 * UNEQUAL:g} %. **Mean**: over decode steps. **Peak**: most at any moment, prefill and copies included; "
         "in brackets what a GPU's allocator gave out at most for one sequence, activations included.",
-        "**Tokens**: generated, on average. **Evictable**: how many of them were in whole windows, the recent tokens "
-        "behind these, when the answer ended: of the others no window method can drop any. **Cut off**: answers that "
+        "**Tokens**: generated, on average. **Evictable**: how many of them were in whole windows when the answer "
+        "ended: of the others no window method can drop any. **Cut off**: answers that "
         "reached the limit. **Loops**: answers that ended "
         "in repetition. **Tokens/s** and **solved/min** are of the same runs, for one sequence of a batch.",
     ]
