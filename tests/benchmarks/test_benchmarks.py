@@ -298,13 +298,12 @@ def test_what_the_kit_keeps_is_in_no_file(tmp_path):
 
 
 def test_the_rows_that_are_kept_make_tables():
-    (path,) = RESULTS.glob("*.json")
-    for row in load_rows(path):
+    for row in [row for path in RESULTS.glob("*.json") for row in load_rows(path)]:
         assert row["case"] in CASES and row["status"] == "measured"
         assert {"command", "device", "versions", "date"} <= row["provenance"].keys()
         shown = table([row], CASES[row["case"]].columns)
         assert "–" not in shown, shown
-    done = invoke("table", "pod", "kv_compress", "--rows", path)
+    done = invoke("table", "pod", "kv_compress", "--rows", RESULTS / "intel-r-xeon-r-processor.json")
     assert done.exit_code == 0 and "| layers in fours |" in done.output and "| aim | | measured |" in done.output
 
 

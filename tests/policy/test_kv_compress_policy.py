@@ -25,6 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 # ------------------------------------------------------------------------------------------------------------- settings
 BAD_SETTINGS = [
+    ("bits", 3, "one of 8, 4, or None"),
+    ("key_bits", 2, "one of 8, 4, or None"),
+    ("value_bits", 16, "one of 8, 4, 2, or None"),
     ("max_cache_tokens", 31, "a whole number from 48 on: every row keeps 2 blocks of 16 for sinks=4, protected=0.5"),
     ("max_cache_tokens", 256.0, "a whole number of tokens"),
     ("max_cache_tokens", True, "a whole number of tokens"),

@@ -34,6 +34,9 @@ BUILT_IN = [
 
 # ------------------------------------------------------------------------------------------------------------- settings
 BAD_SETTINGS = [
+    ("bits", 3, "one of 8, 4, or None"),
+    ("key_bits", 2, "one of 8, 4, or None"),
+    ("value_bits", 16, "one of 8, 4, 2, or None"),
     ("retention", 0, "a number in (0, 1]"),
     ("retention", 1.01, "a number in (0, 1]"),
     ("retention", -0.5, "a number in (0, 1]"),
