@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from support import kernel_cases
 from support.kernel_cases import (
     HIDES_ALL,
     INTERPRETED,
@@ -128,13 +129,8 @@ else:
 
 
 def assert_error_bounded(got, plain, exact):
-    """As of the other kernels with twice their bound: numbers are not made first and then multiplied, but both in one,
-    so that sums of codes stand where small numbers did.
-    """
-    assert got.isfinite().all()
-    error, allowed = ((out.double() - exact).abs().max().item() for out in (got, plain))
-    unavoidable = max(16 * torch.finfo(torch.float32).eps, torch.finfo(got.dtype).eps / 2) * exact.abs().max().item()
-    assert error <= max(4 * allowed, unavoidable), f"error {error:.3g}, plain torch {allowed:.3g}"
+    """As of the other kernels, but for float32: sums of codes, which are large, stand where small numbers did."""
+    kernel_cases.assert_error_bounded(got, plain, exact, floor=16)
 
 
 UNEVEN = next(case for case in CASES if case.name == "uneven")

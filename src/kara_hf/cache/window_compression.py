@@ -232,7 +232,7 @@ class WindowCompression(Compression):
             if state.queries is not None and state.fresh is None:
                 state.queries.forget(torch.from_numpy(index).to(slots.device), windows * self.config.window)
         if not step.first:
-            after = [sequence.sealed(self.policy, self.unsure) for sequence in step.after]
+            after = self._after(step)
             filled = np.array([sequence.open for sequence in after])
             for layer in layers:
                 if layer.state.queries is not None:

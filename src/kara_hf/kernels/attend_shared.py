@@ -235,9 +235,9 @@ def lead_scores(
     batch, heads_in_all = leads[0].lengths.shape
     group = query.shape[1] // heads_in_all
     longest = max(rows.max_length for rows in leads)
-    scores = query.new_zeros(batch, heads_in_all, group, 1, longest, dtype=torch.float32)
     if any(rows.rounded is not None for rows in leads):
         return _lead_scores_rounded(query, leads, heads, scaling, softcap)
+    scores = query.new_zeros(batch, heads_in_all, group, 1, longest, dtype=torch.float32)
     if use_triton(query, query.shape[-1], dtypes=tuple(rows.keys.dtype for rows in leads)):
         from .triton_.attend_shared import lead_scores as lead_scores_triton
 

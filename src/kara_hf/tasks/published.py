@@ -174,10 +174,8 @@ def answers_in_turn(text: str, count: int) -> list[str]:
     """
     heads: list[tuple[int, re.Match[str]]] = []
     for found in re.finditer(r"\bProblem (\d+)\b", text):
-        number = int(found[1])
-        if (
-            (heads[-1][0] if heads else 0) < number <= count + 1
-        ):  # a problem more is what base models like to go on with
+        number, last = int(found[1]), heads[-1][0] if heads else 0
+        if last < number <= count + 1:  # a problem more is what base models like to go on with
             heads.append((number, found))
     ends = [head.start() for _, head in heads[1:]] + [len(text)]
     parts = {number: text[head.end() : end] for (number, head), end in zip(heads, ends, strict=False)}
