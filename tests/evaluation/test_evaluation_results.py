@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from support.marks import most_examples
 
+from kara_hf.evaluation.measure.provenance import provenance
 from kara_hf.evaluation.measure.results import EXAMPLE, Cell, CellFile, load, pack, save_packed
 from kara_hf.methods.rules import OLD_SPELLINGS
 
@@ -250,3 +252,16 @@ def test_files_with_an_old_spelling_of_a_rule_are_read_and_found(old, new, tmp_p
     assert load(tmp_path)["number"].tolist() == [0, 1]
     with pytest.raises(ValueError, match="settings window: 64 there, 32 now"):
         opened(tmp_path, cell=replace(CELL, rule=new), window=32)
+
+
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [
+        ("/somewhere/kara_hf/__main__.py", "python -m kara_hf"),
+        ("/somewhere/bin/kara-hf", "kara-hf"),
+        (str(Path.cwd() / "examples" / "a.py"), "python examples/a.py"),
+    ],
+)
+def test_a_command_is_told_as_anybody_would_type_it(monkeypatch, program, shown):
+    monkeypatch.setattr("sys.argv", [program, "--n", "3", str(Path.cwd() / "out")])
+    assert provenance("cpu")["command"] == f"{shown} --n 3 out"

@@ -25,11 +25,13 @@ def processor(device: str) -> str:
 
 def provenance(device: str) -> dict[str, Any]:
     """Command, hardware, versions and date of this run."""
-    command = ["python" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name, *sys.argv[1:]]
-    if command[0] == "python":
-        command.insert(1, sys.argv[0])
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":  # wherever the package lies
+        began = f"python -m {program.parent.name}"
+    else:
+        began = f"python {program}" if program.suffix == ".py" else program.name
     return {
-        "command": " ".join(command).replace(str(Path.cwd()) + "/", ""),
+        "command": " ".join([began, *sys.argv[1:]]).replace(str(Path.cwd()) + "/", ""),
         "device": processor(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
