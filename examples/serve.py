@@ -22,7 +22,7 @@ def main(
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line [default: 16 problems].")] = None,
     retention: Annotated[float, typer.Option(help="Share of a window that is kept.")] = 0.25,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 64,
-    score: Annotated[str, typer.Option(help="What ranks the tokens of a window.")] = "key-norm",
+    score: Annotated[str, typer.Option(help="What ranks the tokens of a window.")] = "key-difference",
     blocks: Annotated[int, typer.Option(help="Blocks of 16 tokens in the pool.")] = 120,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 400,
 ) -> None:

@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks for anything, and one that did would wait for long
@@ -85,6 +86,17 @@ def precision_forgotten():
     yield
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def quanto(monkeypatch):
+    """Quanto without its code in C++, which it would compile for a minute when it is first used."""
+    from optimum.quanto.library.extensions.cpp import ext
+
+    def unpack(packed, bits):
+        return torch.cat([packed >> place & 2**bits - 1 for place in range(0, 8, bits)])
+
+    monkeypatch.setattr(ext, "_lib", SimpleNamespace(unpack=unpack))
 
 
 @pytest.fixture

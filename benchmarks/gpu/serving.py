@@ -13,7 +13,7 @@ from .aims import aims
 from .shapes import LLAMA, the_model
 
 PAGE = 16
-RETENTIONS: dict[str, float | None] = {"engine alone": None, "Kara 0.25": 0.25, "Kara 0.25, key-norm": 0.25}
+RETENTIONS: dict[str, float | None] = {"engine alone": None, "Kara 0.25": 0.25, "Kara 0.25, key-difference": 0.25}
 
 
 @register(
@@ -38,14 +38,14 @@ def serve_jobs(run: Run) -> list[Job]:
     found = []
     for what, retention in RETENTIONS.items():
         labels = {"what": what, "model": LLAMA, "batch": requests, "prompt": prompt, "new": new, "sequences": sequences}
-        settings = None if retention is None else kara(run, retention, what.endswith("key-norm"))
+        settings = None if retention is None else kara(run, retention, what.endswith("key-difference"))
         found.append(Job(labels, partial(served, run, settings, requests, prompt, new, sequences), seconds=120))
     return found
 
 
-def kara(run: Run, retention: float, key_norm: bool) -> dict[str, Any]:
+def kara(run: Run, retention: float, keys_alone: bool) -> dict[str, Any]:
     sizes = {"window": 16, "recent": 4} if run.smoke else {"window": 64, "recent": 32}
-    return sizes | {"retention": retention, "period": 4, "score": "key-norm" if key_norm else "bidirectional"}
+    return sizes | {"retention": retention, "period": 4, "score": "key-difference" if keys_alone else "bidirectional"}
 
 
 @torch.no_grad()

@@ -25,21 +25,21 @@ from ..common.run import Run, Skip
 
 PAGE = 16
 WINDOW: Row = {"window": 64, "recent": 32, "anchor_share": 1.0}
-KEY_NORM: Row = {"score": "key-norm", "anchor_share": 1.0, "period": 16}
+KEY_DIFFERENCE: Row = {"score": "key-difference", "anchor_share": 1.0, "period": 16}
 TRACE: Row = {"scope": "trace", "window": 256, "recent": 32, "retention": 0.5, "period": 16}
 # Names and settings; None is the engine alone.
 METHODS: dict[str, Row | None] = {
     "engine alone": None,
     "off (retention 1)": WINDOW | {"retention": 1.0},
-    "key-norm, 25 %": WINDOW | KEY_NORM | {"retention": 0.25},
-    "key-norm, 25 %, windows of 32": WINDOW | KEY_NORM | {"retention": 0.25, "window": 32, "recent": 16},
-    "key-norm, 25 %, under pressure": WINDOW | KEY_NORM | {"retention": 0.25, "when": "pressure"},
-    "key-norm, 25 %, at most 4 at once": WINDOW | KEY_NORM | {"retention": 0.25, "requests": 4},
-    "key-norm, 50 %": WINDOW | KEY_NORM | {"retention": 0.5},
+    "key-difference, 25 %": WINDOW | KEY_DIFFERENCE | {"retention": 0.25},
+    "key-difference, 25 %, windows of 32": WINDOW | KEY_DIFFERENCE | {"retention": 0.25, "window": 32, "recent": 16},
+    "key-difference, 25 %, under pressure": WINDOW | KEY_DIFFERENCE | {"retention": 0.25, "when": "pressure"},
+    "key-difference, 25 %, at most 4 at once": WINDOW | KEY_DIFFERENCE | {"retention": 0.25, "requests": 4},
+    "key-difference, 50 %": WINDOW | KEY_DIFFERENCE | {"retention": 0.5},
     "bidirectional, 25 %": WINDOW | {"retention": 0.25, "period": 16},
     "Kara as published, 25 %": WINDOW | {"retention": 0.25, "anchor_share": 0.5, "period": 16},
     "random, 25 %": WINDOW | {"retention": 0.25, "score": "random", "period": 16},
-    "whole trace over 288 tokens to 160, key-norm": TRACE | {"score": "key-norm"},
+    "whole trace over 288 tokens to 160, key-difference": TRACE | {"score": "key-difference"},
 }
 
 
@@ -60,7 +60,7 @@ METHODS: dict[str, Row | None] = {
         "sequences": 2,
         "prompts": (16,),
         "new": (104,),
-        "methods": ("engine alone", "key-norm, 25 %, windows of 32"),
+        "methods": ("engine alone", "key-difference, 25 %, windows of 32"),
     },
 )
 def serving_jobs(

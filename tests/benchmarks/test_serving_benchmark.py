@@ -18,7 +18,7 @@ def test_the_engine_alone_and_with_kara(tmp_path):
     done = CliRunner().invoke(app, ["run", "serving", "--smoke", "--out", str(out)])
     assert done.exit_code == 0, done.output
     alone, kara = load_rows(out)
-    assert [row["method"] for row in (alone, kara)] == ["engine alone", "key-norm, 25 %, windows of 32"]
+    assert [row["method"] for row in (alone, kara)] == ["engine alone", "key-difference, 25 %, windows of 32"]
     assert alone["tokens"] == kara["tokens"] == 4 * 104 and alone["blocks"] == kara["blocks"]
     assert kara["windows"] > 0 == alone["windows"]
     assert kara["steps"] < alone["steps"] and kara["running"] > alone["running"]

@@ -35,7 +35,6 @@ CACHES = {
     "kara-sampled": lambda model, **more: KaraCache(model, retention=0.25, queries=3, **KARA, **more),
     "kara-share": lambda model, **more: KaraCache(model, retention=0.25, queries=5, **KARA | {"recent": 0.3}, **more),
     "kara-random": lambda model, **more: KaraCache(model, retention=0.5, score="random", **KARA, **more),
-    "kara-mean-square": lambda model, **more: KaraCache(model, retention=0.5, score="mean-square", **KARA, **more),
     "kara-all": lambda model, **more: KaraCache(model, retention=1.0, **KARA, **more),
     "kv-compress": lambda model, **more: KVCompressCache(model, max_cache_tokens=32, protected=8, block_size=8, **more),
     "kv-compress-all": lambda model, **more: KVCompressCache(model, retention=1.0, block_size=8, **more),
@@ -393,7 +392,7 @@ def test_a_capture_that_fails_changes_nothing(gpu, name, monkeypatch):
         assert layer.store.proximal is None or layer.store.proximal.tokens.tolist() == [cache.get_seq_length()] * 2
 
 
-@some("kara-mean-square", "kara-all", "kv-compress-all", "pod")
+@some("kara-share", "kara-all", "kv-compress-all", "pod")
 def test_a_cache_that_was_reset_is_like_a_new_one(gpu, name):
     """Nothing that decode steps noted of the sequences before is taken for the new ones'."""
     model = build("llama")

@@ -16,7 +16,6 @@ SMALL = {"window": 16, "recent": 8, "block_size": 4}
 SHARED = PoDSharing(lead=((0, 0), (0, 1), (0, 1)), sinks=1, recent=5)
 CACHES = {
     "kara": lambda model: KaraCache(model, retention=0.5, **SMALL),
-    "kara, moments": lambda model: KaraCache(model, retention=0.5, score="mean-square", **SMALL),
     "kara, shared": lambda model: KaraCache(model, retention=0.5, sharing=SHARED, **SMALL),
     "kv-compress": lambda model: KVCompressCache(model, max_cache_tokens=32, protected=4, sinks=2, block_size=4),
     "kv-compress, shared": lambda model: KVCompressCache(model, retention=0.5, sharing=SHARED, block_size=4),

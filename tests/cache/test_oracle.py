@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 from support.marks import few
 from support.oracle import check
+from support.scores import VALUE_NORM
 
 from kara_hf import KaraCache
 from kara_hf.policy import SCORES
@@ -21,7 +22,7 @@ OTHERS = ["gemma2", "gemma3", "gpt-oss", "qwen3-next", "deepseek-v3"]
     ("name", "score"),
     few(
         [*(("llama", score) for score in sorted(SCORES)), *itertools.product(OTHERS, ["bidirectional", "random"])],
-        *(("llama", score) for score in ("bidirectional", "mean-square", "random-chunks", "value-norm")),
+        *(("llama", score) for score in ("bidirectional", "random-chunks", VALUE_NORM)),
         ("gemma3", "bidirectional"),
         ("deepseek-v3", "random"),
     ),

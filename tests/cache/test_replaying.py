@@ -13,7 +13,6 @@ BUDGET = {"retention": 0.3, "block_size": 4, "protected": 4, "sinks": 2, "observ
 CACHES = {
     "kara": lambda model: KaraCache(model, **WINDOWS),
     "kara, prompt compressed": lambda model: KaraCache(model, **WINDOWS, compress_prompt=True),
-    "moments": lambda model: KaraCache(model, **WINDOWS, score="mean-square"),
     "everything": lambda model: KaraCache(model, **{**WINDOWS, "retention": 1.0}),
     "kv-compress": lambda model: KVCompressCache(model, **BUDGET),
     "kv-compress, without votes": lambda model: KVCompressCache(model, **BUDGET, accumulate=False),
@@ -49,7 +48,7 @@ def replay(model, cache, ids, most):
 
 
 @pytest.mark.parametrize(
-    "name", few(list(CACHES), "kara", "moments", "kv-compress", "kv-compress, the prompt only", "kara on shared keys")
+    "name", few(list(CACHES), "kara", "kv-compress", "kv-compress, the prompt only", "kara on shared keys")
 )
 def test_replaying_is_decoding(model, name):
     prompt = torch.randint(1, 50, (1, PROMPT))

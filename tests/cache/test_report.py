@@ -85,7 +85,7 @@ def test_numbers(model):
     retention=st.floats(0.05, 1.0),
     sinks=st.sampled_from([0, 1, 4, 30]),
     compress_prompt=st.booleans(),
-    score=st.sampled_from(["bidirectional", "mean-square", "random", "recency", "random-chunks"]),
+    score=st.sampled_from(["bidirectional", "random", "recency", "random-chunks"]),
 )
 def test_what_is_kept_is_what_the_settings_promise(prompt, window, recent, retention, sinks, compress_prompt, score):
     settings = dict(window=window, recent=recent, retention=retention, compress_prompt=compress_prompt, score=score)

@@ -215,7 +215,7 @@ def test_generate_under_autocast(kind, how):
     assert outs[1].sequences.shape == outs[0].sequences.shape
 
 
-@pytest.mark.parametrize("score", ["mean-square", "key-norm", "bidirectional"])
+@pytest.mark.parametrize("score", ["blend", "key-difference", "bidirectional"])
 def test_what_is_kept_is_chosen_outside_autocast(score):
     """A score multiplies in the dtypes of what it is given, wherever the model runs."""
     model, judged = llama(), []
@@ -228,8 +228,6 @@ def test_what_is_kept_is_chosen_outside_autocast(score):
     assert len(judged) > 2 * LAYERS
     for window, scores in judged:
         assert torch.equal(scores, cache.policy.score.rank(window))
-        if window.moments is not None:
-            assert not torch.equal(window.moments, window.moments.bfloat16().float())
 
 
 @pytest.mark.usefixtures("compiler")

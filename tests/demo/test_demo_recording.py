@@ -59,7 +59,7 @@ def agree(recording, steps):
 CASES = {
     "kara": {},
     "kara on its prompt": {"settings": {"compress_prompt": True, "anchor_share": 0.5, "recent": 0}},
-    "kara, no queries": {"settings": {"score": "mean-square"}},
+    "kara, no queries": {"settings": {"score": "key-difference"}},
     "random control": {"choice": RANDOM},
     "kv-compress": {"choice": "KV-Compress", "settings": {"retention": 0.3}},
     "kv-compress on a needle": {"choice": "KV-Compress", "task": NEEDLE, "length": 200, "settings": {"retention": 0.2}},

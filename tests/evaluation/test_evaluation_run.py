@@ -68,6 +68,7 @@ EVERY = [name for name, method in METHODS.items() if not method.shares]
 FEW = ["full", "kara", "random", "oracle", "kv-compress", "snapkv", "calibrated", "float8", "quantized-4"]
 
 
+@pytest.mark.usefixtures("quanto")
 @pytest.mark.parametrize(
     ("names", "rules"), [(FEW, ("query-agnostic",)), slow(EVERY, tuple(RULES))], ids=["few", "every"]
 )
@@ -121,7 +122,7 @@ def test_an_answer_is_that_of_generate(evaluator, tmp_path, reasoner):
 
 
 @pytest.mark.parametrize(
-    ("dearer", "n"), [(("mean-square",), 1), slow(("key-norm", "mean-square", "kv-compress-ragged"), 2)], ids=str
+    ("dearer", "n"), [(("kara",), 1), slow(("key-difference", "kara", "kv-compress-ragged"), 2)], ids=str
 )
 def test_methods_hold_equal_bytes(evaluator, tmp_path, dearer, n):
     """Or keep the budget's share of tokens where they cannot hold so little, and show it."""
@@ -131,7 +132,7 @@ def test_methods_hold_equal_bytes(evaluator, tmp_path, dearer, n):
     frame = measure(evaluator, tmp_path, request(*names, budgets=(0.5,), n=n, batch=2, shared=shared), task)
     shares = {name: group.settings.iloc[0]["share"] for name, group in frame.groupby("method")}
     assert shares["random"] == shares["oracle"] == shares["kara-published"] == 0.5
-    assert shares["mean-square"] < 0.5  # which pays for its moments
+    assert shares["kara"] < 0.5  # which pays for its queries
     prompts = [evaluator.prompt(make_task(task, evaluator.tokenizer), number) for number in range(n)]
     allowed = held(evaluator, prompts, "random", 0.5, shared)
     for name in dearer:
@@ -232,6 +233,7 @@ def test_two_processes_do_each_example_once(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- what is held
+@pytest.mark.usefixtures("quanto")
 def test_held_bytes_are_those_of_all_storages(reasoner):
     model, _ = reasoner
     config, ids = model.config, torch.randint(5, 90, (2, 100))
@@ -350,7 +352,6 @@ def window_of(batch=2, heads=2, group=2, width=20, size=8, later=6):
         keys=keys,
         queries=torch.randn(batch, heads * group, width, size, generator=generator),
         later=torch.randn(batch, heads * group, later, size, generator=generator),
-        moments=None,
         scaling=0.4,
         softcap=None,
         layer=1,
@@ -514,6 +515,7 @@ def test_what_the_allocator_gives_out_is_noted_on_a_gpu(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ one reading for all methods
+@pytest.mark.usefixtures("quanto")
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_prompts_are_read_once_and_answers_are_as_if_each_method_had_read(evaluator, monkeypatch, rule):
     task = make_task(TASK, evaluator.tokenizer)

@@ -16,7 +16,6 @@ SHARED = PoDSharing(lead=((0, 0), (0, 1), (0, 1)), sinks=1, recent=5)
 CACHES = {
     "kara": lambda model: KaraCache(model, retention=0.5, compress_prompt=True, **SMALL),
     "kara-prompt-kept": lambda model: KaraCache(model, retention=0.5, **SMALL),
-    "kara-moments": lambda model: KaraCache(model, retention=0.5, compress_prompt=True, score="mean-square", **SMALL),
     "kv-compress": lambda model: KVCompressCache(model, max_cache_tokens=24, protected=8, block_size=4),
     "pod": lambda model: PoDCache(model, SHARED, block_size=4),
     "dynamic": lambda model: DynamicCache(config=model.config),

@@ -22,13 +22,9 @@ BUILT_IN = [
     "blend",
     "causal",
     "key-difference",
-    "key-distance",
-    "key-norm",
-    "mean-square",
     "random",
     "random-chunks",
     "recency",
-    "value-norm",
 ]
 
 
@@ -249,9 +245,6 @@ def make_window(batch=2, heads=2, group=2, width=24, dim=8, **changes):
         keys=torch.randn(batch, heads, width, dim, generator=generator),
         queries=2 * torch.randn(batch, heads * group, width, dim, generator=generator),
         later=2 * torch.randn(batch, heads * group, 5, dim, generator=generator),
-        moments=torch.stack(
-            [queries.mT @ queries for queries in torch.randn(batch, heads, 40, dim, generator=generator)]
-        ),
         scaling=0.3,
         softcap=None,
         layer=3,
@@ -327,19 +320,7 @@ def test_attention_scores_of_a_shared_latent_row(name):
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_mean_square_is_that_of_logits():
-    """Over all queries that the moments are of, and the heads that share a key."""
-    queries = torch.randn(2, 2, 40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    window = make_window(moments=(queries.mT @ queries).float())
-    logits = queries @ window.keys.double().mT
-    got = rank("mean-square", window)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), logits.square().sum(2), rtol=1e-5, atol=1e-5)
-    one_row = replace(window, rows=1)
-    torch.testing.assert_close(rank("mean-square", one_row)[:, 0], got.mean(1))
-
-
-def test_scores_of_keys_and_values_as_written():
+def test_scores_of_keys_as_written():
     window = make_window(heads=4, group=1, rows=2)
     cosine = torch.nn.functional.cosine_similarity
     for b, h in itertools.product(range(2), range(4)):
@@ -349,21 +330,14 @@ def test_scores_of_keys_and_values_as_written():
             of_row = slice(h // 2 * 2, h // 2 * 2 + 2)
             other = [window.keys[b, i].double() for i in range(4)[of_row]]
             difference = [1 - cosine(part[j], part.mean(0), dim=0) for part in other]
-            distance = [(part[j] - part.mean(0)).norm() for part in other]
             assert torch.allclose(mean, keys.mean(0))
             assert rank("key-difference", window)[b, h // 2, j].item() == pytest.approx(
                 float(sum(difference) / 2), abs=1e-5
-            )
-            assert rank("key-distance", window)[b, h // 2, j].item() == pytest.approx(
-                float(sum(distance) / 2), rel=1e-5
             )
     both = (24 * window.attention() + 5 * replace(window, queries=window.later).attention()) / 29
     ranked = both, rank("key-difference", window)
     places = [scores.argsort(-1).argsort(-1) for scores in ranked]
     assert torch.equal(rank("blend", window), sum(places).float())
-    assert torch.allclose(rank("value-norm", window), window.values.square().sum(-1).sqrt())
-    with pytest.raises(AssertionError, match="registered with values=False"):
-        rank("value-norm", replace(window, values=None))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -378,7 +352,6 @@ def test_scores_of_a_batch_are_those_of_each_sequence(name):
                 keys=window.keys[b : b + 1],
                 queries=window.queries[b : b + 1] if SCORES[name].queries else None,
                 later=window.later[b : b + 1] if SCORES[name].queries else None,
-                moments=window.moments[b : b + 1] if SCORES[name].moments else None,
                 ordinals=window.ordinals[b : b + 1],
                 values=window.values[b : b + 1] if SCORES[name].values else None,
             )

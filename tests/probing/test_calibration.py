@@ -125,7 +125,7 @@ def test_a_cache_keeps_what_the_quadratic_ranks_highest(name, tmp_path):
             dense[layer] = predict(seen.key, **calibration.layers[layer])
     settings = {"retention": 0.25, "block_size": 4, "compress_prompt": True, "sinks": 0, **WINDOWS}
     cache = KaraCache(model, score=tmp_path, **settings)
-    plain = KaraCache(model, score="key-norm", **settings)
+    plain = KaraCache(model, score="key-difference", **settings)
     with torch.no_grad():
         model(sample, **for_forward(model, cache))
         model(sample, **for_forward(model, plain))

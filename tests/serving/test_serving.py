@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from packaging.version import Version
 from support.marks import few, most_examples, slow
+from support.scores import VALUE_NORM
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -206,7 +207,8 @@ def test_prefixes_and_children_are_shared_when_off(model):
 
 # ------------------------------------------------------------------------------------------------- KaraCache's answers
 @pytest.mark.parametrize(
-    "score", ["bidirectional", "random-chunks", *map(slow, ("causal", "key-norm", "recency", "random", "value-norm"))]
+    "score",
+    ["bidirectional", "random-chunks", *map(slow, ("causal", "key-difference", "recency", "random", VALUE_NORM))],
 )
 def test_equals_kara_cache(model, score, audited):
     kara, inputs = KARA | {"score": score}, prompts(4)
@@ -351,7 +353,7 @@ def test_late_windows_are_sealed_at_once(model, audited):
     assert metrics.compressions == 3 and metrics.windows == 12 and metrics.evicted_tokens == 48
 
 
-@pytest.mark.parametrize("score", ["recency", "key-norm"])
+@pytest.mark.parametrize("score", ["recency", "key-difference"])
 def test_whole_traces(model, score, audited):
     settings = {"unit": "trace", "window": 12, "recent": 3, "retention": 0.5, "score": score, "period": 1}
     with kara_continuous_batching(model, **settings) as serving:
@@ -380,7 +382,7 @@ def test_more_run_at_once_in_the_same_blocks(model):
     period=st.integers(1, 12),
     max_requests=st.sampled_from([None, 1, 3]),
     trigger=st.sampled_from(["periodic", "pressure"]),
-    score=st.sampled_from(["bidirectional", "key-norm"]),
+    score=st.sampled_from(["bidirectional", "key-difference"]),
     window=st.sampled_from([4, 6, 8]),
     sharing=st.booleans(),
     seed=st.integers(0, 5),
@@ -466,7 +468,7 @@ def test_an_exception_in_the_policy_ends_one_request(model, failing_score, error
     assert 0 < len(results[1].generated_tokens) < 40
     for place in (0, 2):
         assert results[place].generated_tokens == single(
-            model, inputs[place], **KARA | {"score": "key-norm"} | {"anchor_share": 1.0}
+            model, inputs[place], **KARA | {"score": "key-difference"} | {"anchor_share": 1.0}
         )
     ended(audited[-1])
 
@@ -714,7 +716,6 @@ def test_what_is_refused(model):
         "unit": "all",
         "retention": 1.5,
         "compress_prompt": True,
-        "score": "mean-square",
     }.items():
         with pytest.raises(ValueError, match=f"{setting}={value!r}"):
             ServingConfig.of(**{setting: value})
@@ -855,7 +856,7 @@ def test_the_server(generated, window, killed):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     problem = make_problem("trace", generated=generated, seed=60_000)
-    settings = {"retention": 0.5, "window": window, "recent": 32, "score": "key-norm", "period": 1}
+    settings = {"retention": 0.5, "window": window, "recent": 32, "score": "key-difference", "period": 1}
     settings |= {"memory": "4 MiB"}
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     ask = {"model": str(BUNDLED_MODEL), "prompt": problem.prompt, "temperature": 0, "max_tokens": generated + 60}
@@ -915,7 +916,7 @@ class _Unpinned:
         return torch.empty(*args, **kwargs)
 
 
-@pytest.mark.parametrize("score", ["bidirectional", slow("key-norm")])
+@pytest.mark.parametrize("score", ["bidirectional", slow("key-difference")])
 def test_offloaded_requests_come_back_compressed(model, score, audited, monkeypatch):
     """With the engine's swap space a preempted request keeps what it had: its answer is as if nothing had happened."""
     from transformers.generation.continuous_batching import offloading_manager

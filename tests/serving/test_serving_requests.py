@@ -217,7 +217,7 @@ def no_collector(monkeypatch):
 
 
 @pytest.mark.parametrize("family", [LlamaConfig, Gemma2Config])
-@pytest.mark.parametrize("score", ["bidirectional", "key-norm"])
+@pytest.mark.parametrize("score", ["bidirectional", "key-difference"])
 def test_memory_goes_with_the_last_reference(family, score, no_collector, monkeypatch):
     """The pool when the engine stops, while the session goes on; the manager and the model when they are let go."""
     seen, begin = {}, Engine.__init__
@@ -286,7 +286,7 @@ def client(tmp_path_factory):
     def serve():
         try:
             run_server(
-                ServingConfig.of(**KARA, score="key-norm"),
+                ServingConfig.of(**KARA, score="key-difference"),
                 force_model=str(folder),
                 page=4,
                 num_blocks=40,

@@ -16,7 +16,7 @@ from support.dense_store import DenseStore
 from support.marks import most_examples, slow
 
 from kara_hf.kernels import Proximal
-from kara_hf.storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, QueryBuffer, QueryMoments, paged_store
+from kara_hf.storage import MemoryMeter, PagedStore, PoolExhausted, Prompt, QueryBuffer, paged_store
 from kara_hf.storage.paged import HEADROOM
 from kara_hf.storage.queries import GROWTH
 
@@ -314,19 +314,6 @@ def test_queries_are_rounded_to_the_dtype_of_their_buffer():
     buffer.append(queries[:, :, :4], np.array([0, 0]))
     buffer.put(queries[:, :, 4:], torch.tensor([[4], [4]]))
     assert torch.equal(buffer.window(torch.tensor([0, 1]), 0, 5), queries.bfloat16())
-
-
-def test_moments_are_as_exact_under_autocast():
-    sums = []
-    for enabled in (False, True):
-        moments = QueryMoments(1, 2, 3, CPU, MemoryMeter())
-        torch.manual_seed(0)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            for new in (1, 4):
-                moments.add(torch.randn(1, 4, new, 3))
-                moments.commit()
-        sums.append(moments.sums)
-    assert sums[1].dtype == torch.float32 and torch.equal(*sums)
 
 
 # -------------------------------------------------------------------------------------------------------------- sharing
@@ -706,11 +693,9 @@ def test_query_buffer_forks_within_max_bytes():
 def filled(kind):
     """A store, prompt or buffer that has been through what they go through, in a meter of its own."""
     meter = MemoryMeter()
-    if kind in ("queries", "moments"):
-        make = QueryBuffer if kind == "queries" else QueryMoments
-        beside = (torch.float32,) if kind == "queries" else ()
-        holder, queries = make(2, 4, 3, *beside, CPU, meter), torch.randn(2, 4, 5, 3)
-        holder.append(queries, np.array([0, 0])) if kind == "queries" else holder.add(queries)
+    if kind == "queries":
+        holder = QueryBuffer(2, 4, 3, torch.float32, CPU, meter)
+        holder.append(torch.randn(2, 4, 5, 3), np.array([0, 0]))
         holder.fork(torch.tensor([1, 0, 1]))
         return holder
     tokens = Tokens()
@@ -734,7 +719,7 @@ def filled(kind):
     return holder
 
 
-@pytest.mark.parametrize("kind", ["paged", "followers", "prompt", "queries", "moments"])
+@pytest.mark.parametrize("kind", ["paged", "followers", "prompt", "queries"])
 def test_the_last_reference_frees_the_tensors_at_once(kind):
     """Nothing holds itself in a circle, which memory would wait in for the collector."""
     gc.collect()

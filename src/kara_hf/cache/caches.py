@@ -26,10 +26,8 @@ class KaraCache(CompressedCache):
             without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
         score: "blend" (ours) of the two next; "bidirectional" (the paper), which holds queries of `window` + `recent`
             tokens, or of `queries` of them; "key-difference" (KeyDiff, arXiv 2504.15364), which holds nothing; or a
-            control: "causal", "random", "random-chunks", "recency", "value-norm", "key-norm" and "mean-square", which
-            holds second moments of queries; see `kara_hf.policy.register_score`. Or the folder or hub id of a
-            `KeyCalibration`, which holds nothing either (ours; `kara-hf calibrate` makes one). Drafts of assisted
-            decoding do not count in moments, so that windows may be judged otherwise than without drafts.
+            control: "causal", "random", "random-chunks" and "recency"; see `kara_hf.policy.register_score`. Or the
+            folder or hub id of a `KeyCalibration`, which holds nothing either (ours; `kara-hf calibrate` makes one).
         queries: how many queries of a window every query head holds for a score that needs them, spread
             evenly; None: all, as published. `report().query_bytes` says what they weigh. Ours.
         anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.

@@ -24,7 +24,7 @@ class CacheReport:
         resident_bytes: everything held: blocks (free ones too), tables, lengths, positions, buffered queries.
         peak_bytes: the most that was resident at any moment, copies made while a pool grows included.
         other_bytes: held by the layers that are not compressed (sliding-window, linear, recurrent).
-        query_bytes: those of `resident_bytes` that are queries or their moments, which scores and votes need.
+        query_bytes: those of `resident_bytes` that are queries, which scores and votes need.
     """
 
     seen: torch.Tensor

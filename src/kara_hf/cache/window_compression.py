@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..policy import KaraPolicy, Window
-from ..storage import QueryBuffer, QueryMoments, RoundedStore, Sampling, Stored, paged_store, upload
+from ..storage import QueryBuffer, RoundedStore, Sampling, Stored, paged_store, upload
 from .compression import Compression
 from .layer import CompressedLayer
 from .rounding import Rounding, round_in_order
@@ -20,46 +20,36 @@ Alike = tuple[int, tuple[tuple[int, int], ...]]
 
 
 class WindowState:
-    """What windows of one layer are scored with: queries of open tokens or moments of all queries, and keys that were
-    expanded in this step.
-    """
+    """What windows of one layer are scored with: queries of open tokens, and keys that were expanded in this step."""
 
     def __init__(self) -> None:
         self.queries: QueryBuffer | None = None
-        self.moments: QueryMoments | None = None
         self.fresh: torch.Tensor | None = None
         self.expanded: torch.Tensor | None = None
 
     @property
-    def _held(self) -> list[QueryBuffer | QueryMoments]:
-        return [held for held in (self.queries, self.moments) if held is not None]
-
-    @property
     def query_bytes(self) -> int:
-        return sum(held.nbytes for held in self._held)
+        return 0 if self.queries is None else self.queries.nbytes
 
     def crop(self, tokens: np.ndarray) -> None:
-        pass  # places in the buffer are counted by the open tokens of a sequence; drafts are in no moment
+        pass  # places in the buffer are counted by the open tokens of a sequence
 
     def fork(self, index: np.ndarray) -> None:
-        for held in self._held:
-            held.fork(torch.from_numpy(index))
+        if self.queries is not None:
+            self.queries.fork(torch.from_numpy(index))
 
     def fork_bytes(self, index: np.ndarray) -> int:
-        return sum(held.fork_bytes(len(index)) for held in self._held)
+        return 0 if self.queries is None else self.queries.fork_bytes(len(index))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        buffers = () if self.queries is None else (self.queries.buffer,)
-        return buffers if self.moments is None else (*buffers, self.moments.sums)
+        return () if self.queries is None else (self.queries.buffer,)
 
     def discard_step(self) -> None:
         self.fresh = self.expanded = None
-        if self.moments is not None:
-            self.moments.discard_step()
 
     def close(self) -> None:
-        for held in self._held:
-            held.close()
+        if self.queries is not None:
+            self.queries.close()
 
 
 class WindowCompression(Compression):
@@ -145,21 +135,13 @@ class WindowCompression(Compression):
             places = (settled + torch.arange(due, device=key.device)).clamp(max=key.shape[2] - 1)
             columns = order.gather(1, places)[:, None, :, None]
             state.expanded = key.gather(2, columns.expand(-1, key.shape[1], -1, key.shape[3]))
-        holds = self.policy.needs_queries and not self.pinned
-        if not holds and not self.policy.needs_moments:
+        if self.pinned or not self.policy.needs_queries:
             return
         if layer.followers:  # what those keep is chosen elsewhere
             query = layer.paged().rows().of_keys(query.unflatten(1, (key.shape[1], -1))).flatten(1, 2)
         if not query.shape[1]:
             return
         real = None if step.real is None else step.real.to(query.device)
-        if self.policy.needs_moments and not self.unsure:  # drafts that are refused could not be taken out again
-            if state.moments is None:
-                deciding = key.shape[1] - len(layer.followers)
-                state.moments = QueryMoments(len(query), deciding, query.shape[-1], query.device, self.state.meter)
-            state.moments.add(query, real)
-        if not holds:
-            return
         if state.queries is None:
             batch, heads, _, size = query.shape
             group = heads // (key.shape[1] - len(layer.followers))
@@ -177,15 +159,12 @@ class WindowCompression(Compression):
 
     def layer_done(self, layer: CompressedLayer, step: Step) -> None:
         if step.first:
-            self._commit(layer)
             self._seal([layer], step)
             self._hold_open(layer.state, step)
             self._round([layer], self._after(step))
 
     def done(self, step: Step) -> list[Sequence]:
         if not step.first:
-            for layer in self.state.compressed_layers:
-                self._commit(layer)
             self._seal(self.state.compressed_layers, step)
         self._chosen.clear()
         after = self._after(step)
@@ -198,10 +177,6 @@ class WindowCompression(Compression):
     def _after(self, step: Step) -> list[Sequence]:
         """The sequences once the windows that are due are sealed."""
         return [sequence.sealed(self.policy, self.unsure) for sequence in step.after] if self.due else step.after
-
-    def _commit(self, layer: CompressedLayer) -> None:
-        if layer.state.moments is not None:
-            layer.state.moments.commit()
 
     # -------------------------------------------------------------------------------------------------------- sealing
     def _seal(self, layers: list[CompressedLayer], step: Step) -> None:
@@ -295,7 +270,6 @@ class WindowCompression(Compression):
                 else state.expanded[index, :, first:last],
                 queries=self._queries(state, step, index, first, last),
                 later=self._queries(state, step, index, last, last + recent),
-                moments=None if state.moments is None else state.moments.sums[index],
                 scaling=layer.scaling,
                 softcap=layer.softcap,
                 layer=layer.index,

@@ -135,7 +135,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-SCORES = ["bidirectional", "key-difference", "mean-square", "key-norm", "causal", "recency", "random-chunks", "random"]
+SCORES = ["blend", "bidirectional", "key-difference", "causal", "recency", "random-chunks", "random"]
 
 
 def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int) -> ConfiguredCache:

@@ -217,17 +217,13 @@ METHODS: dict[str, Method] = {
         ),
         Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),
         Method("causal", windows("causal"), "causal attention within the window"),
-        Method("key-norm", windows("key-norm"), "largest norms of keys; holds nothing but keys and values"),
         Method("key-difference", windows("key-difference"), "keys least like the window's mean key (KeyDiff)"),
-        Method("key-distance", windows("key-distance"), "keys farthest from the window's mean key"),
-        Method("value-norm", windows("value-norm"), "largest norms of values"),
         Method(
             "calibrated",
             _calibrated,
             "the attention to come, told from keys by what was fitted to the model; holds nothing else",
             calibrated=True,
         ),
-        Method("mean-square", windows("mean-square"), "mean squared logits from all queries so far; holds no query"),
         Method(
             "random-chunks",
             windows("random-chunks", anchor_share=KaraConfig.anchor_share),

@@ -23,8 +23,7 @@ class KeyCalibration:
 
         score(k) = z^T A z + b^T z + c    with z = P^T (k - m)
 
-    `mean-square`, whose A is the running sum of q q^T, in which A is fitted beforehand instead, so that nothing has to
-    be held of a sequence. `kara_hf.calibration.calibrate` makes one. Ours.
+    Nothing has to be held of a sequence. `kara_hf.calibrate` makes one. Ours.
 
     Attributes:
         layers: for every layer of full attention by its index, for H heads of keys: m as ``mean`` ``[H, D]``, P as
@@ -45,7 +44,7 @@ class KeyCalibration:
 
     @property
     def score(self) -> Score:
-        return Score(self.rank, queries=False, moments=False, chunks=False)
+        return Score(self.rank, queries=False, chunks=False)
 
     def check(self, model: dict[str, Any], layers: set[int]) -> None:
         """Raises ValueError if this was not fitted to a model of these sizes, or not to all of these layers.

@@ -80,11 +80,6 @@ class KaraPolicy:
         """Whether the queries of open tokens must be held until their window seals."""
         return self.compresses and self.score.queries
 
-    @property
-    def needs_moments(self) -> bool:
-        """Whether the second moments of all queries must be held."""
-        return self.compresses and self.score.moments
-
     def kept_of(self, start: int) -> int:
         """Tokens that every KV head keeps of the window that starts at a true position: k, or its sinks if these are
         more.

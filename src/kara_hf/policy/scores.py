@@ -20,8 +20,6 @@ class Window:
             None for a score registered with ``queries=False``.
         later: ``[b, Hq, R, D]`` of the R recent tokens behind the window, which are kept whole, or of as many as the
             same sampling hits, perhaps none; or None as `queries`.
-        moments: sums of q q^T over all queries of the sequence so far and the heads that share a key, ``[b, H, D, D]``
-            float32, or None for a score registered with ``moments=False``.
         scaling: the layer's factor on q.k.
         softcap: the layer's soft cap on logits, or None.
         layer: index of the layer.
@@ -39,7 +37,6 @@ class Window:
     keys: torch.Tensor
     queries: torch.Tensor | None
     later: torch.Tensor | None
-    moments: torch.Tensor | None
     scaling: float
     softcap: float | None
     layer: int
@@ -86,14 +83,12 @@ class Score:
     Attributes:
         rank: from a `Window` to scores ``[b, H, W]``, larger is better.
         queries: whether it needs the window's queries, which must then be held until the window seals.
-        moments: whether it needs second moments of queries, D x D numbers for each KV head of a sequence.
         values: whether it needs the window's values, which are then read from the store.
         chunks: whether Token2Chunk expands its best tokens; otherwise the k best are kept.
     """
 
     rank: Callable[[Window], torch.Tensor]
     queries: bool
-    moments: bool
     chunks: bool
     values: bool = False
 
@@ -102,7 +97,7 @@ SCORES: dict[str, Score] = {}
 
 
 def register_score(
-    name: str, *, queries: bool = False, moments: bool = False, values: bool = False, chunks: bool = False
+    name: str, *, queries: bool = False, values: bool = False, chunks: bool = False
 ) -> Callable[[Callable[[Window], torch.Tensor]], Callable[[Window], torch.Tensor]]:
     """Makes a function from `Window` to scores ``[b, H, W]`` selectable as ``score=name``.
 
@@ -113,7 +108,7 @@ def register_score(
     def register(rank: Callable[[Window], torch.Tensor]) -> Callable[[Window], torch.Tensor]:
         if name in SCORES:
             raise ValueError(f"score {name!r} is registered already; choose another name")
-        SCORES[name] = Score(rank, queries, moments, chunks, values)
+        SCORES[name] = Score(rank, queries, chunks, values)
         return rank
 
     return register
@@ -129,29 +124,6 @@ def bidirectional(window: Window) -> torch.Tensor:
 def causal(window: Window) -> torch.Tensor:
     """The same under a causal mask: early keys collect votes from many queries and late ones from few."""
     return window.attention(causal=True)
-
-
-@register_score("mean-square", moments=True)
-def mean_square(window: Window) -> torch.Tensor:
-    """Mean squared logit that a key gets from all queries of the sequence so far: k^T E[q q^T] k, and no softmax.
-
-    A softmax over the window makes every query vote inside it, even where what it looks for lies elsewhere. Squared
-    logits say how strongly a key can tell queries apart at all. Ours; needs no query to be held.
-    """
-    assert window.moments is not None, "the score is registered with moments=False"
-    keys = window.keys.float()
-    squares = ((keys @ window.moments) * keys).sum(-1)
-    return squares.unflatten(1, (window.rows, -1)).mean(2)
-
-
-@register_score("key-norm")
-def key_norm(window: Window) -> torch.Tensor:
-    """Norm of the key: mean-square as if queries pointed everywhere alike, for which nothing has to be held. Ours.
-
-    In models with strong attention sinks keys of small norm are reported to get the most attention (arXiv 2406.11430):
-    measure before use.
-    """
-    return window.keys.float().norm(dim=-1).unflatten(1, (window.rows, -1)).mean(2)
 
 
 @register_score("key-difference")
@@ -178,20 +150,6 @@ def blend(window: Window) -> torch.Tensor:
 def _places(scores: torch.Tensor) -> torch.Tensor:
     """How many of the last dimension score less, those in front of an equal one among them; NaN stays NaN."""
     return scores.argsort(dim=-1, stable=True).argsort(-1) + 0 * scores
-
-
-@register_score("key-distance")
-def key_distance(window: Window) -> torch.Tensor:
-    """How far a key lies from the window's mean key: key-difference with lengths. Ours; nothing has to be held."""
-    keys = window.keys.float()
-    return (keys - keys.mean(2, keepdim=True)).norm(dim=-1).unflatten(1, (window.rows, -1)).mean(2)
-
-
-@register_score("value-norm", values=True)
-def value_norm(window: Window) -> torch.Tensor:
-    """Norm of the value: what a token adds to the output where it is attended to. Ours, as a control."""
-    assert window.values is not None, "the score is registered with values=False"
-    return window.values.float().norm(dim=-1)
 
 
 @register_score("random")

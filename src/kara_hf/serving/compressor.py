@@ -144,7 +144,6 @@ class Compressor:
             keys=keys,
             queries=queries,
             later=later,
-            moments=None,
             scaling=scaling,
             softcap=softcap,
             layer=layer,

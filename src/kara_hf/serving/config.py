@@ -87,11 +87,8 @@ class ServingConfig(Settings):
         )
         policy = KaraPolicy(self.kara)
         require(
-            not policy.needs_moments, "score", self.kara.score, "one that needs no moments of queries while serving"
-        )
-        require(
             self.unit == "window" or not policy.needs_queries,
             "score",
             self.kara.score,
-            'one that needs no queries with unit="trace", such as key-norm, recency or random',
+            'one that needs no queries with unit="trace", such as key-difference, recency or random',
         )

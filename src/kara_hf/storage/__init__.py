@@ -5,7 +5,7 @@ from .followers import FollowerStore, paged_store
 from .meter import MemoryMeter, PoolExhausted
 from .paged import PagedStore
 from .prompt import Prompt
-from .queries import QueryBuffer, QueryMoments, Sampling
+from .queries import QueryBuffer, Sampling
 from .records import RecordStore
 from .rounded import RoundedStore
 from .store import Store
@@ -20,7 +20,6 @@ __all__ = [
     "PoolExhausted",
     "Prompt",
     "QueryBuffer",
-    "QueryMoments",
     "RecordStore",
     "RoundedStore",
     "Sampling",

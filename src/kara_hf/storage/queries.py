@@ -1,12 +1,10 @@
-"""What windows are scored with when their turn comes: the queries of tokens that are not sealed yet, or moments of all
-queries that there were."""
+"""What windows are scored with when their turn comes: queries of tokens that are not sealed yet."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..kernels import as_sdpa
 from .meter import MemoryMeter
 
 GROWTH = 32  # places added at once where every token has one
@@ -180,62 +178,3 @@ class QueryBuffer:
         self.meter.count(buffer)
         self.meter.uncount(self.buffer)
         self.buffer = buffer
-
-
-class QueryMoments:
-    """Sums of q q^T over all queries of the G heads that share a KV head, ``[B, H, D, D]`` float32, in the meter.
-
-    What a step adds is held back until `commit`, so that a step that fails adds nothing.
-    """
-
-    def __init__(self, sequences: int, heads: int, dim: int, device: torch.device, meter: MemoryMeter):
-        self.meter = meter
-        self.sums = meter.zeros((sequences, heads, dim, dim), torch.float32, device)
-        self._pending: torch.Tensor | None = None
-        self._summed = False  # whether that is a sum already
-
-    def add(self, queries: torch.Tensor, real: torch.Tensor | None = None) -> None:
-        """Queries ``[B, H * G, S, D]`` of a step, those where `real` ``[B, S]`` says so."""
-        queries = queries.detach()
-        if real is not None:
-            queries = queries.masked_fill(~real[:, None, :, None], 0.0)
-        grouped = queries.unflatten(1, (self.sums.shape[1], -1)).flatten(2, 3)
-        self._summed = queries.shape[2] > 1  # those of many tokens would be held for all layers
-        self._pending = squared(grouped) if self._summed else grouped
-
-    def commit(self) -> None:
-        """The step is done."""
-        if self._pending is not None:
-            self.sums += self._pending if self._summed else squared(self._pending)
-            self._pending = None
-
-    def discard_step(self) -> None:
-        """Forgets what was not committed."""
-        self._pending = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.sums.nbytes
-
-    @torch.inference_mode(False)
-    def fork(self, index: torch.Tensor) -> None:
-        """Makes sequence i a copy of sequence ``index[i]``."""
-        self.meter.require(self.fork_bytes(len(index)))
-        fresh = self.meter.count(self.sums.index_select(0, index.to(self.sums.device)))
-        self.meter.uncount(self.sums)
-        self.sums = fresh
-
-    def fork_bytes(self, sequences: int) -> int:
-        """Bytes that `fork` to so many sequences takes."""
-        return (sequences - self.sums.shape[0]) * self.sums[:1].nbytes
-
-    def close(self) -> None:
-        """Stops counting what is held here; the object is not used afterwards."""
-        self.meter.uncount(self.sums)
-
-
-@as_sdpa(0)
-def squared(queries: torch.Tensor) -> torch.Tensor:
-    """Sums of q q^T over queries ``[..., n, D]``, ``[..., D, D]`` float32."""
-    queries = queries.float()
-    return queries.transpose(-1, -2) @ queries
