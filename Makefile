@@ -1,5 +1,6 @@
 # `make generate` and `make test` do all the set-up; they need Python 3.11 or newer with venv, and nothing else.
 #
+#   make generate MODEL=smollm2              an English text by SmolLM2-135M-Instruct, or by any hub id or folder
 #   make generate PYTHON=python3.12          another Python
 #   make generate TORCH="torch==2.12.1"      another build of torch; so does a PIP_CONSTRAINT file that names torch
 #
@@ -8,6 +9,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+MODEL ?=
+SMOLLM2 := HuggingFaceTB/SmolLM2-135M-Instruct
 TORCH ?= $(shell grep -qis '^torch *[=<>~!@]' $(PIP_CONSTRAINT) /dev/null && echo torch || echo torch==2.13.0)
 
 BIN := $(VENV)/bin
@@ -25,7 +28,7 @@ IN_TWO := -n 2 --dist worksteal
 .PHONY: generate test test-all clean
 
 generate: $(VENV)/generate.stamp
-	$(BIN)/kara-hf generate
+	$(BIN)/kara-hf generate $(if $(MODEL),--model $(if $(filter smollm2,$(MODEL)),$(SMOLLM2),$(MODEL)))
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m ruff check

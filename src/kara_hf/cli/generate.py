@@ -17,6 +17,8 @@ BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated"
 # The bundled model is no language model: what is best for it is not what is best elsewhere.
 BUNDLED_SETTINGS: dict[str, Any] = {"retention": 0.4, "window": 64, "recent": 32, "score": "bidirectional"}
 BUNDLED_SETTINGS |= {"queries": None, "anchor_share": 1.0, "protected": 32, "votes": "sum", "levels": None}
+# What any other model is asked where nothing is said: a short prompt with a long answer.
+PROMPT = "Explain step by step, and in full sentences, how a letter travels from a red letterbox to its reader abroad."
 # Tokens generated at most: for a problem with a known solution so many times its length, otherwise a fixed number.
 SOLUTION_ALLOWANCE = 1.25
 MAX_NEW_TOKENS = 512
@@ -26,7 +28,11 @@ DEFAULT_CACHES = ("full", "kara")
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="Text to continue; left out, the bundled model solves a problem of its own.")
+        str | None,
+        typer.Argument(
+            help="Text to continue; left out, the bundled model solves a problem of its own, and any other answers a "
+            "question in English."
+        ),
     ] = None,
     model: Model = None,
     cache: Annotated[
@@ -161,7 +167,6 @@ def generate(
         check_dtype(dtype)
         require(max_new_tokens is None or max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
         require(prompt is None or bool(prompt.strip()), "prompt", prompt, "some text to continue")
-        require(model is None or prompt is not None, "prompt", None, f'given with --model: --model {model} "text"')
         options = {
             "retention": retention,
             "window": window,
@@ -197,10 +202,10 @@ def generate(
 
         names = [name.strip() for names in cache or DEFAULT_CACHES for name in names.split(",")]
         methods = list(configured_caches(names, given, {} if model else BUNDLED_SETTINGS).values())
-        problem = None if prompt else make_problem(**BUNDLED_PROBLEM)
+        problem = None if prompt or model else make_problem(**BUNDLED_PROBLEM)
         place = model or str(BUNDLED_MODEL)
         loaded = LoadedModel(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        text = problem.prompt if problem else str(prompt)
+        text = problem.prompt if problem else prompt or PROMPT
         ids = loaded.encode(text, chat=not no_chat)
         if model is None and (ids == loaded.tokenizer.unk_token_id).any():
             raise ValueError(
