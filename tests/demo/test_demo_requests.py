@@ -50,7 +50,7 @@ BAD = {
     "score": ({"settings": {"score": "best"}}, "score='best' is not possible"),
     "a folder as a score": (
         {"settings": {"score": "src/kara_hf"}},
-        "score='src/kara_hf' is not possible.*one of bidir",
+        "score='src/kara_hf' is not possible.*one of blend",
     ),
     "no map": ({"choice": "PoD"}, "PoD needs a map .* tiny_reasoner has none: choose deep_reasoner"),
     "no model": ({"model": ""}, "model='' is not possible: choose tiny_reasoner, deep_reasoner or a hub id"),
