@@ -15,7 +15,7 @@ from support.architectures import ARCHITECTURES, _small, build
 from support.batches import left_padded, prompt
 from support.caches import memory_of, state
 from support.interpreter import run
-from support.marks import slow
+from support.marks import few
 from support.oracle import EVICTED, evicted_of
 from support.sharing import SHARED, deep
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -48,6 +48,11 @@ CACHES = {
     "kv-compress-prompt": kv(max_cache_tokens=88, continual=False),
 }
 EVERY = pytest.mark.parametrize("name", CACHES)
+
+
+def some(*names):
+    """These kinds of caches in `make test`; each is in one test at least."""
+    return pytest.mark.parametrize("name", few(list(CACHES), *names))
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +135,10 @@ def test_attention_is_over_what_records_stand_for(model, name, bits):
 
 REFUSED = {"bloom", "falcon-alibi", "mamba2", "minimax", "mistral-sliding", "mpt"}  # with any settings
 UNMASKED = {"falcon-multi-query", "falcon-new", "gemma3n", "gemma4", "zamba2"}  # the oracle does not reach all layers
-SUPPORTED = [
-    slow(name) if model.group == "extra" else name
-    for name, model in ARCHITECTURES.items()
-    if name not in REFUSED | LATENT
-]
+SUPPORTED = [name for name in ARCHITECTURES if name not in REFUSED | LATENT]
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", few(SUPPORTED, "llama", "gpt-oss", "gpt-neox", "gemma3", "qwen3-next", "mixtral"))
 def test_every_architecture(name):
     kind = ARCHITECTURES[name]
     padding, model = [3, 0] if kind.padding else [0, 0], build(name)
@@ -185,7 +186,7 @@ def test_keys_that_are_shared_are_rounded_at_their_lead(kind, padding, distant_q
 
 
 # ----------------------------------------------------------------------------------------------------- what people do
-@EVERY
+@some("kara-prompt", "kv-compress")
 def test_left_padded_sequences_equal_single_runs(model, name):
     rows = [prompt(n, seed=n)["input_ids"][0] for n in (133, 7, 82)]
     batch, cache = left_padded(rows), CACHES[name](model)
@@ -200,7 +201,7 @@ def test_left_padded_sequences_equal_single_runs(model, name):
             assert torch.equal(cache.kept_positions(layer, b, head), alone.kept_positions(layer, 0, head))
 
 
-@EVERY
+@some("kara-windows", "kv-compress")
 def test_beams_fork_copies_and_selections(model, name):
     cache = CACHES[name](model)
     settings = {"num_beams": 3, "num_return_sequences": 2, **LONG}
@@ -218,7 +219,7 @@ def test_beams_fork_copies_and_selections(model, name):
     assert cache.report().resident_bytes == 0
 
 
-@EVERY
+@some("kara-prompt", "kv-compress-prompt")
 @torch.no_grad()
 def test_replayed_tokens_are_kept_as_decoded_ones_are(model, name):
     ids = prompt(200)["input_ids"]
@@ -267,7 +268,7 @@ def test_rounded_tokens_can_be_cropped_where_whole_ones_could(model, count):
     assert cache.report().resident_bytes == pytest.approx(short.report().resident_bytes, rel=0.2)
 
 
-@EVERY
+@some("kara-all", "kv-compress-all")
 @torch.no_grad()
 def test_a_step_that_fails_is_taken_back(model, name):
     ids = prompt(150)["input_ids"]

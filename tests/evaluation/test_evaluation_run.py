@@ -65,7 +65,7 @@ def measure(evaluator, out, request, task=TASK, **more):
 
 # ---------------------------------------------------------------------------------------------------------- what is run
 EVERY = [name for name, method in METHODS.items() if not method.shares]
-FEW = ["full", "kara", "random", "oracle", "kv-compress", "snapkv", "calibrated", "float8", "quantized-4"]
+FEW = ["full", "kara", "random", "oracle", "kv-compress", "snapkv", "float8", "quantized-4"]
 
 
 @pytest.mark.usefixtures("quanto")
