@@ -43,6 +43,7 @@ CACHES = {
     "kara-all": kara(retention=1.0),
     "kara-prompt": kara(retention=0.5),
     "kara-windows": kara(retention=0.5, compress_prompt=True),
+    "kara-share": kara(retention=0.7, compress_prompt=True, recent=0.7),
     "kv-compress": kv(retention=0.8),
     "kv-compress-all": kv(retention=1.0),
     "kv-compress-prompt": kv(max_cache_tokens=88, continual=False),
@@ -164,7 +165,7 @@ def test_latents_are_refused(name, make):
 
 # --------------------------------------------------------------------------------------------------------------- shared
 @pytest.mark.parametrize("distant_query", ["lead", "own"])
-@pytest.mark.parametrize("kind", ["pod", "kara", "kv-compress"])
+@pytest.mark.parametrize("kind", ["pod", "kara-prompt", "kara-share", "kv-compress"])
 @pytest.mark.parametrize("padding", [[0, 0], [5, 0]], ids=str)
 def test_keys_that_are_shared_are_rounded_at_their_lead(kind, padding, distant_query):
     sharing = dataclasses.replace(SHARED, distant_query=distant_query)
@@ -172,7 +173,7 @@ def test_keys_that_are_shared_are_rounded_at_their_lead(kind, padding, distant_q
     def make(model):
         if kind == "pod":
             return PoDCache(model, sharing, bits=4, block_size=4)
-        return CACHES["kara-prompt" if kind == "kara" else "kv-compress"](model, sharing=sharing)
+        return CACHES[kind](model, sharing=sharing)
 
     test_pod_selection.SHARING["now"], test_pod_selection.PADDING[:] = sharing, padding
     forwards = [150] + [1] * 20 + ([] if any(padding) else [7] + [1] * 12)
@@ -201,7 +202,7 @@ def test_left_padded_sequences_equal_single_runs(model, name):
             assert torch.equal(cache.kept_positions(layer, b, head), alone.kept_positions(layer, 0, head))
 
 
-@some("kara-windows", "kv-compress")
+@some("kara-share", "kv-compress")
 def test_beams_fork_copies_and_selections(model, name):
     cache = CACHES[name](model)
     settings = {"num_beams": 3, "num_return_sequences": 2, **LONG}
@@ -219,7 +220,7 @@ def test_beams_fork_copies_and_selections(model, name):
     assert cache.report().resident_bytes == 0
 
 
-@some("kara-prompt", "kv-compress-prompt")
+@some("kara-share", "kv-compress-prompt")
 @torch.no_grad()
 def test_replayed_tokens_are_kept_as_decoded_ones_are(model, name):
     ids = prompt(200)["input_ids"]
@@ -308,14 +309,62 @@ def test_under_a_cap_a_step_is_refused_or_makes_room(model, name):
 
 
 @pytest.mark.parametrize(
-    "make", [kara(retention=1.0, recent=0.5), kv(retention=1.0, protected=0.5)], ids=["kara", "kv"]
+    ("make", "most"),
+    [
+        (kara(retention=1.0, recent=0.5), 2 + 32 + 16),
+        (kara(retention=0.5, recent=0.5, compress_prompt=True), 2 + 32 + 16),
+        (kv(retention=1.0, protected=0.5), 2 + 32 + 16),
+    ],
+    ids=["kara", "kara-windows", "kv"],
 )
-def test_of_a_share_of_newest_tokens_few_stay_whole(model, make):
+def test_of_a_share_of_newest_tokens_few_stay_whole(model, make, most):
     cache = make(model)
     with torch.no_grad():
-        model(**prompt(150), past_key_values=cache)
-        model(torch.tensor([[7]]), past_key_values=cache)
-    assert (150 - records_of(cache) <= 2 + 32 + 16).all()
+        model(**prompt(300), past_key_values=cache)
+        for token in range(20):
+            model(torch.tensor([[7 + token]]), past_key_values=cache)
+            whole = np.stack([layer.store.whole.lengths for layer in cache.compressed_layers])
+            assert (whole <= most).all() and (records_of(cache) > 60).all()
+
+
+def test_a_rounded_window_is_judged_by_what_its_records_stand_for(model):
+    cache, rounded = kara(retention=0.7, recent=0.7, score="key-difference")(model), []
+
+    def watch(window, scores):
+        store = cache.layers[window.layer].store
+        for b, h in np.ndindex(*window.keys.shape[:2]):
+            keys, _, positions = store.read(b, h)
+            order = positions.argsort()
+            chosen = (positions[order] >= window.starts[b]) & (positions[order] < window.starts[b] + KARA["window"])
+            assert torch.equal(window.keys[b, h], keys[order][chosen])
+        first = store.lengths.min() - store.newest_lengths.min()
+        rounded.append(int(first) > int((store.read(0, 0)[2] < window.starts[0]).sum()) - KARA["sinks"])
+
+    cache.policy.watch = watch
+    with torch.no_grad():
+        model(**prompt(40), past_key_values=cache)
+        for token in range(150):
+            model(torch.tensor([[token % 90 + 3]]), past_key_values=cache)
+    assert rounded[-1]
+
+
+def test_a_window_that_is_rounded_is_not_cropped_in_part(model):
+    cache = CACHES["kara-share"](model)
+    with torch.no_grad():
+        model(**prompt(300), past_key_values=cache)
+        whole = int(cache.compressed_layers[0].store.whole.lengths[0, 0]) - KARA["sinks"]
+        kept = cache.report().kept.tolist()
+        with pytest.raises(
+            ValueError, match=rf"crop\(-{whole + 1}\) .* in few bits, of which only the last {whole} tok"
+        ):
+            cache.crop(-whole - 1)
+        assert cache.report().kept.tolist() == kept
+        cache.crop(-whole - KARA["window"])
+        rounded = records_of(cache)
+        for _ in range(2 * KARA["window"] + 40):
+            model(torch.tensor([[7]]), past_key_values=cache)
+    assert cache.get_seq_length() == 300 - whole - KARA["window"] + 2 * KARA["window"] + 40
+    assert (records_of(cache) != rounded).all()
 
 
 def test_a_turn_is_rounded_as_a_prompt_is(model):

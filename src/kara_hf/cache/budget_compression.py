@@ -413,6 +413,9 @@ class BudgetCompression(Compression):
         sealed = sequence.segments[-1].stop if sequence.segments else 0
         return [(min(sealed, recent), "sealed"), (recent, "open"), (sequence.tokens, "recent")]
 
+    def splits(self, number: int, cropped: Sequence) -> bool:
+        return False
+
     def uncroppable(self, number: int, sequence: Sequence, count: int) -> str:
         return (
             f"crop({-count}) would reach behind the last eviction, {sequence.open} tokens ago in sequence {number}: "

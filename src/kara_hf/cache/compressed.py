@@ -269,7 +269,7 @@ class CompressedCache(Cache, StepCache):
         after = []
         for number, sequence in enumerate(self.sequences):
             cropped = sequence.cropped(count)
-            if cropped is None:
+            if cropped is None or self.compression.splits(number, cropped):
                 raise ValueError(self.compression.uncroppable(number, sequence, count))
             after.append(cropped)
         if count < self.columns:

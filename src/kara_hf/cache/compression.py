@@ -72,6 +72,9 @@ class Compression(Protocol):
     def limits(self, sequence: Sequence) -> list[tuple[int, Kind]]:
         """Where the stretches of a sequence stop, and what each of them is, in order."""
 
+    def splits(self, number: int, cropped: Sequence) -> bool:
+        """Whether sequence `number`, when it has become `cropped`, would end within what only goes as a whole."""
+
     def uncroppable(self, number: int, sequence: Sequence, count: int) -> str:
         """Why the newest `count` tokens of sequence `number` cannot be taken off."""
 

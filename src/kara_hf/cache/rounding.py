@@ -23,7 +23,7 @@ class Rounding:
     Attributes:
         bits: of keys and of values.
         first: first tokens of a sequence that stay whole.
-        near: newest tokens that stay whole.
+        near: newest tokens that stay whole, at least.
     """
 
     bits: tuple[int, int]

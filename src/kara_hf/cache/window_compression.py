@@ -14,9 +14,9 @@ from .sequence import Kind, Sequence
 from .state import CacheState
 from .step import Step
 
-# What sequences whose windows are sealed together have in common: open tokens, and for each window that is due how many
-# of its tokens stay and how many behind it are recent.
-Alike = tuple[int, tuple[tuple[int, int], ...]]
+# What sequences whose windows are sealed together have in common: open tokens, how many of these are rounded, and for
+# each window that is due how many of its tokens stay and how many behind it are recent.
+Alike = tuple[int, int, tuple[tuple[int, int], ...]]
 
 
 class WindowState:
@@ -184,11 +184,13 @@ class WindowCompression(Compression):
         if not self.due or not self.policy.compresses:
             return
         groups: dict[Alike, list[int]] = {}
+        rounded = self._rounded(layers[0]).tolist()
         for number, sequence in enumerate(step.after):
             due = self.policy.due(sequence, self.unsure)
             if due:
                 behind = self.policy.needs_queries  # whether it matters how many are recent
-                alike = sequence.open, tuple((seal.keep, seal.recent if behind else 0) for seal in due)
+                seals = tuple((seal.keep, seal.recent if behind else 0) for seal in due)
+                alike = sequence.open, self._rounded_open(sequence, rounded[number]), seals
                 groups.setdefault(alike, []).append(number)
         plan = []
         for alike, members in groups.items():
@@ -198,7 +200,7 @@ class WindowCompression(Compression):
             for layer in layers:
                 slots = self._select(layer, step, index, settled, alike, ordinals)
                 slots = self._with_leads(layer, slots, alike)
-                plan.append((layer, index, settled, len(alike[1]), slots))
+                plan.append((layer, index, settled, len(alike[2]), slots))
         for layer, index, settled, _, slots in plan:
             layer.paged().unshare(index, settled, slots.shape[2])
         for layer, index, settled, windows, slots in plan:
@@ -217,10 +219,14 @@ class WindowCompression(Compression):
 
     # ------------------------------------------------------------------------------------------------------- rounding
     def _round(self, layers: list[CompressedLayer], sequences: list[Sequence]) -> None:
-        """Rounds what has settled, where something may have."""
-        if self.rounding is None or not (self.due or self.pinned or not self.policy.compresses):
+        """Rounds what has settled, and of open tokens whole windows, where there may be some."""
+        if self.rounding is None:
             return
         rounded = self._rounded(layers[0]).tolist()
+        if self.policy.compresses and not (self.due or self.pinned):
+            free = [self._open_windows(sequence, self.rounding, self.unsure) for sequence in sequences]
+            if all(n <= self._rounded_open(*known) for n, *known in zip(free, sequences, rounded, strict=True)):
+                return
         free = [self._free(sequence, self.rounding, self.unsure) for sequence in sequences]
         counts = [self.rounding.due(*known) for known in zip(free, rounded, strict=True)]
         if any(counts):
@@ -228,12 +234,26 @@ class WindowCompression(Compression):
             self._settled = None
 
     def _free(self, sequence: Sequence, rounding: Rounding, unsure: int = 0) -> int:
-        """How many tokens of a sequence may be rounded: those that have settled, where anything is compressed. None of
-        the newest `unsure`, which may be taken back, counts.
+        """How many tokens of a sequence may be rounded. None of the newest `unsure`, which may be taken back, counts.
+
+        Where anything is compressed these are settled ones and, behind them, open ones in whole windows, so that a
+        window is sealed whole or rounded.
         """
         near = rounding.near + unsure
-        near = max(near, sequence.open) if self.policy.compresses else near
-        return sequence.settled + sequence.open - near - rounding.first
+        if not self.policy.compresses:
+            return sequence.settled + sequence.open - near - rounding.first
+        settled = sequence.settled - max(0, near - sequence.open) - rounding.first
+        return settled + self._open_windows(sequence, rounding, unsure) if settled >= 0 else 0
+
+    def _open_windows(self, sequence: Sequence, rounding: Rounding, unsure: int = 0) -> int:
+        """Open tokens, in whole windows, that are none of the newest."""
+        width = self.config.window
+        return max(0, sequence.open - rounding.near - unsure) // width * width
+
+    def _rounded_open(self, sequence: Sequence, rounded: int) -> int:
+        """How many open tokens are rounded of a sequence of which `rounded` are, where anything is compressed."""
+        first = 0 if self.rounding is None else self.rounding.first
+        return max(0, rounded - max(0, sequence.settled - first))
 
     def _rounded(self, layer: CompressedLayer | None = None) -> np.ndarray:
         """How many tokens of each sequence are rounded, ``[B]``; the same in all layers and heads."""
@@ -252,7 +272,7 @@ class WindowCompression(Compression):
         """Slots that survive when the windows that are due in the named sequences seal, in the K heads that decide for
         themselves: ``[b, K, n]`` int32.
         """
-        open_tokens, windows = alike
+        open_tokens, _, windows = alike
         config, store, state = self.config, layer.paged(), layer.state
         heads = store.lengths.shape[1] if layer.deciding is None else len(layer.deciding)
         if not heads:
@@ -341,15 +361,19 @@ class WindowCompression(Compression):
 
     # -------------------------------------------------------------------------------------------------- what is known
     def steps_to_compression(self) -> int:
+        steps = self._steps_to_rounding()
         if not self.policy.compresses:
-            return self._steps_to_rounding()
-        return min(self.policy.open_limit(sequence) - sequence.open for sequence in self.state.sequences)
+            return steps
+        return min(steps, *(self.policy.open_limit(sequence) - sequence.open for sequence in self.state.sequences))
 
     def _steps_to_rounding(self) -> int:
-        """The same where everything is kept."""
         if self.rounding is None:
             return sys.maxsize
-        free = [self._free(sequence, self.rounding) for sequence in self.state.sequences]
+        sequences, width, near = self.state.sequences, self.config.window, self.rounding.near
+        if self.policy.compresses:  # a window more is free
+            free = [self._open_windows(sequence, self.rounding) for sequence in sequences]
+            return min(near + n + width - sequence.open - 1 for n, sequence in zip(free, sequences, strict=True))
+        free = [self._free(sequence, self.rounding) for sequence in sequences]
         return min(self.rounding.steps(*known) for known in zip(free, self._rounded().tolist(), strict=True))
 
     def _limit(self, sequences: list[Sequence]) -> int:
@@ -379,11 +403,16 @@ class WindowCompression(Compression):
         limits: list[tuple[int, Kind]] = [(segment.stop, segment.kind) for segment in sequence.segments]
         return [*limits, (recent, "open"), (sequence.tokens, "recent")]
 
+    def splits(self, number: int, cropped: Sequence) -> bool:
+        rounded = self._rounded_open(cropped, int(self._rounded()[number])) if self.policy.compresses else 0
+        return cropped.open < rounded and cropped.open % self.config.window != 0
+
     def uncroppable(self, number: int, sequence: Sequence, count: int) -> str:
+        left = sequence.open - self._rounded_open(sequence, int(self._rounded()[number]))
         return (
-            f"crop({-count}) would reach into a sealed window of sequence {number}, of which only the last "
-            f"{sequence.open} tokens are still open: what was evicted around sealed tokens is gone. Crop "
-            f"fewer tokens, draft fewer than recent={self.config.recent} at once, or make the cache "
+            f"crop({-count}) would reach into a sealed window of sequence {number}, or into one that is stored in few "
+            f"bits, of which only the last {left} tokens are still open: what was evicted around sealed tokens is "
+            f"gone. Crop fewer tokens, draft fewer than recent={self.config.recent} at once, or make the cache "
             "with a larger `recent`"
         )
 

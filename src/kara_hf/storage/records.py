@@ -134,6 +134,15 @@ class RecordStore(PagedStore):
             positions = torch.arange(self.begin, self.begin + len(values), device=self.device)
         return numbers, self.packings[1].unpack(values), positions
 
+    def window(self, sequences: np.ndarray, start: np.ndarray, tokens: int) -> torch.Tensor:
+        """As of `PagedStore`, what the records stand for, float32."""
+        frame = self.frame[self._index(sequences)]
+        return out_of_frame(self.packings[0].unpack(super().window(sequences, start, tokens)), frame)
+
+    def window_values(self, sequences: np.ndarray, start: np.ndarray, tokens: int) -> torch.Tensor:
+        """As of `PagedStore`, what the records stand for, float32."""
+        return self.packings[1].unpack(super().window_values(sequences, start, tokens))
+
     def fork(self, index: np.ndarray) -> None:
         super().fork(index)
         chosen = torch.from_numpy(index.astype(np.int64)).to(self.device)

@@ -169,25 +169,46 @@ class RoundedStore(Store):
         """Bytes that `fill` takes."""
         return self.whole.fill_bytes(real, kept & ~settled, ahead) + self.records.add_bytes(kept & settled)
 
-    # ---------------------------------------------------------------------------------- windows, whose tokens are whole
+    # -------------------------------------------------- windows, each of them whole or rounded, counted from the oldest
     def slots(self, start: np.ndarray, tokens: int) -> torch.Tensor:
         """As of `PagedStore`."""
         return self.whole.slots(start, tokens)
 
     def window(self, sequences: np.ndarray, start: np.ndarray, tokens: int) -> torch.Tensor:
         """As of `PagedStore`."""
-        return self.whole.window(sequences, start - self._before(sequences), tokens)
+        store, place = self._where(sequences, start)
+        return store.window(sequences, place, tokens).to(self.whole.keys.pools[0].dtype)
 
     def window_values(self, sequences: np.ndarray, start: np.ndarray, tokens: int) -> torch.Tensor:
         """As of `PagedStore`."""
-        return self.whole.window_values(sequences, start - self._before(sequences), tokens)
+        store, place = self._where(sequences, start)
+        return store.window_values(sequences, place, tokens).to(self.whole.values.pools[0].dtype)
 
     def unshare(self, sequences: np.ndarray, start: np.ndarray, count: int) -> None:
-        self.whole.unshare(sequences, start - self._before(sequences), count)
+        store, place = self._where(sequences, start)
+        if store is self.records:
+            store.unshare(sequences, place, int((self._before(sequences) - place).max()))
+            place = np.full_like(place, self.first)
+        self.whole.unshare(sequences, place, count)
 
     def keep(self, sequences: np.ndarray, start: np.ndarray, slots: torch.Tensor) -> None:
+        store, place = self._where(sequences, start)
         before = self._before(sequences)
-        self.whole.keep(sequences, start - before, slots - upload(before, self.device)[:, None, None])
+        if store is self.records:
+            count = int((slots[0, 0] < self.first + int(before[0])).sum())  # the same in all rows
+            store.keep(sequences, place, slots[:, :, :count] - self.first)
+            place, slots = np.full_like(place, self.first), slots[:, :, count:]
+            if slots.shape[2] == int(self.whole.lengths[sequences[0], 0]) - self.first:  # nothing goes from there
+                return
+        self.whole.keep(sequences, place, slots - upload(before, self.device)[:, None, None])
+
+    def _where(self, sequences: np.ndarray, start: np.ndarray) -> tuple[PagedStore, np.ndarray]:
+        """The part that has the slots from `start` ``[b]`` on, which are counted from a sequence's oldest token, and
+        where it has them. The first tokens are whole, the records come behind them, then all others.
+        """
+        before = self._before(sequences)
+        rounded = (start >= self.first) & (start < self.first + before)
+        return (self.records, start - self.first) if rounded.any() else (self.whole, start - before)
 
     def _before(self, sequences: np.ndarray) -> np.ndarray:
         """Records of the named sequences, all of whose rows have as many, ``[b]``."""
