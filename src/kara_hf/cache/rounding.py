@@ -10,6 +10,7 @@ from ..kernels.rounding import Packing
 from ..policy.sharing import PoDSharing
 from ..storage import MemoryMeter, PagedStore, PoolExhausted, RecordStore, RoundedStore
 from .layer import CompressedLayer
+from .sequence import Sequence
 
 OPENING = 64  # tokens, at least, that are rounded first: the frame of a row's keys is theirs
 AT_ONCE = 16  # tokens, at least, that are rounded together later
@@ -100,6 +101,22 @@ class Rounding:
         held = block_size * (int(of_keys.sum()) * key + int(blocks.sum()) * (value + 4 + 4))  # position and metric
         tables = (blocks.size + of_keys.size) * int(blocks.max(initial=0)) * 4 + blocks.size * 4
         return held + tables + of_keys.size * 2 * sizes[0] * 4
+
+    def free(self, sequence: Sequence, window: int | None, unsure: int = 0) -> int:
+        """How many tokens of a sequence may be rounded. None of the newest `unsure`, which may be taken back, counts.
+
+        Where windows of so many tokens are sealed these are settled ones and, behind them, open ones in whole windows,
+        so that a window is sealed whole or rounded; where every token is kept (None) all but the first and newest.
+        """
+        near = self.near + unsure
+        if window is None:
+            return sequence.settled + sequence.open - near - self.first
+        settled = sequence.settled - max(0, near - sequence.open) - self.first
+        return settled + self.open_windows(sequence, window, unsure) if settled >= 0 else 0
+
+    def open_windows(self, sequence: Sequence, window: int, unsure: int = 0) -> int:
+        """Open tokens, in whole windows, that are none of the newest."""
+        return max(0, sequence.open - self.near - unsure) // window * window
 
     def due(self, free: int, rounded: int) -> int:
         """Of `free` tokens that may be rounded, of which `rounded` are, how many are rounded now."""

@@ -65,6 +65,7 @@ class WindowCompression(Compression):
         self.state, self.policy, self.config = state, policy, policy.config
         self.block_size = policy.config.block_size
         self.rounding = Rounding.of(self.config, self.config.recent, state.sharing, state.steady)
+        self._width = self.config.window if policy.compresses else None
         self.open = np.zeros(0, np.int64)  # open tokens of each sequence before the step
         self.due = 0  # windows due in this step, in the sequence that has most
         self.pinned = False
@@ -224,31 +225,14 @@ class WindowCompression(Compression):
             return
         rounded = self._rounded(layers[0]).tolist()
         if self.policy.compresses and not (self.due or self.pinned):
-            free = [self._open_windows(sequence, self.rounding, self.unsure) for sequence in sequences]
+            free = [self.rounding.open_windows(sequence, self.config.window, self.unsure) for sequence in sequences]
             if all(n <= self._rounded_open(*known) for n, *known in zip(free, sequences, rounded, strict=True)):
                 return
-        free = [self._free(sequence, self.rounding, self.unsure) for sequence in sequences]
+        free = [self.rounding.free(sequence, self._width, self.unsure) for sequence in sequences]
         counts = [self.rounding.due(*known) for known in zip(free, rounded, strict=True)]
         if any(counts):
             round_in_order(layers, counts)
             self._settled = None
-
-    def _free(self, sequence: Sequence, rounding: Rounding, unsure: int = 0) -> int:
-        """How many tokens of a sequence may be rounded. None of the newest `unsure`, which may be taken back, counts.
-
-        Where anything is compressed these are settled ones and, behind them, open ones in whole windows, so that a
-        window is sealed whole or rounded.
-        """
-        near = rounding.near + unsure
-        if not self.policy.compresses:
-            return sequence.settled + sequence.open - near - rounding.first
-        settled = sequence.settled - max(0, near - sequence.open) - rounding.first
-        return settled + self._open_windows(sequence, rounding, unsure) if settled >= 0 else 0
-
-    def _open_windows(self, sequence: Sequence, rounding: Rounding, unsure: int = 0) -> int:
-        """Open tokens, in whole windows, that are none of the newest."""
-        width = self.config.window
-        return max(0, sequence.open - rounding.near - unsure) // width * width
 
     def _rounded_open(self, sequence: Sequence, rounded: int) -> int:
         """How many open tokens are rounded of a sequence of which `rounded` are, where anything is compressed."""
@@ -371,9 +355,9 @@ class WindowCompression(Compression):
             return sys.maxsize
         sequences, width, near = self.state.sequences, self.config.window, self.rounding.near
         if self.policy.compresses:  # a window more is free
-            free = [self._open_windows(sequence, self.rounding) for sequence in sequences]
+            free = [self.rounding.open_windows(sequence, width) for sequence in sequences]
             return min(near + n + width - sequence.open - 1 for n, sequence in zip(free, sequences, strict=True))
-        free = [self._free(sequence, self.rounding) for sequence in sequences]
+        free = [self.rounding.free(sequence, None) for sequence in sequences]
         return min(self.rounding.steps(*known) for known in zip(free, self._rounded().tolist(), strict=True))
 
     def _limit(self, sequences: list[Sequence]) -> int:
