@@ -6,15 +6,12 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from ..config import is_int, require
 from ..integration.attach import Hold, calls_sdpa, check_not_compiled, check_supported, decoder_config
-from ..integration.shape import head_dim, layer_kinds, model_shape
+from ..integration.shape import full_layers, head_dim, layer_kinds, model_shape
 from ..policy import KeyCalibration
 from ..policy.sharing import PoDSharing
-
-_COMPRESSED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # by exact type
 
 
 class BoundModel:
@@ -65,18 +62,13 @@ class BoundModel:
             ValueError: there is none of them, or some layer is of a kind that a compressed cache does not support.
         """
         layers: list[Any] = DynamicCache(config=self.config).layers
-        if not self._full(layers):
+        if not full_layers(self.config, layers):
             kinds = sorted({type(layer).__name__ for layer in layers})
             raise ValueError(
                 f"{self.name} has no full-attention layer (its layers are {kinds}), so there is nothing to compress; "
                 "use Transformers' own cache"
             )
         return layers
-
-    def _full(self, layers: list[Any]) -> list[int]:
-        # Cross-attention to an image reads the keys of its layer as Transformers holds them.
-        crossing = set(getattr(self.config, "cross_attention_layers", None) or ())
-        return [i for i, layer in enumerate(layers) if type(layer) in _COMPRESSED and i not in crossing]
 
     def shares_masks(self) -> bool:
         """Whether the mask of full-attention layers reaches others too: those of another kind that are neither sliding
@@ -89,7 +81,7 @@ class BoundModel:
 
     def full_layers(self) -> list[int]:
         """Indices of the layers that can be compressed. Raises as `layers`."""
-        return self._full(self.layers())
+        return full_layers(self.config, self.layers())
 
     def observable_layers(self) -> list[int]:
         """The same, of a model whose queries an attention hook sees.

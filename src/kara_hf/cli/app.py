@@ -1,5 +1,5 @@
 """The `kara-hf` command: generate with one cache or several, compared; evaluate methods, measure how far they
-move a model, and report; calibrate a score; serve; show; and `pod`.
+move a model, and report; calibrate a score; plan; serve; show; and `pod`.
 
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
@@ -14,6 +14,7 @@ from .demo import demo
 from .divergence import divergence
 from .evaluate import evaluate, report
 from .generate import generate
+from .plan import plan
 from .pod import app as pod
 from .serve import serve
 
@@ -30,6 +31,7 @@ app.command()(calibrate)
 app.command()(evaluate)
 app.command()(divergence)
 app.command()(report)
+app.command()(plan)
 app.command()(serve)
 app.command()(demo)
 

@@ -153,12 +153,16 @@ def _kept(run: CacheRun) -> str:
     return f"{mean:,.0f} ({mean / run.seen:.0%})"
 
 
-def _bytes(count: int, full: int) -> str:
-    """A readable number of bytes, with its share of `full` where that is another number."""
+def readable_bytes(count: int) -> str:
     size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
-    text = f"{size:,.0f} B" if units[0] == "B" else f"{size:,.1f} {units[0]}"
+    return f"{size:,.0f} B" if units[0] == "B" else f"{size:,.1f} {units[0]}"
+
+
+def _bytes(count: int, full: int) -> str:
+    """A readable number of bytes, with its share of `full` where that is another number."""
+    text = readable_bytes(count)
     return text if full in (0, count) else f"{text} ({count / full:.0%})"
 
 

@@ -1,8 +1,23 @@
 """Sizes of a model, read from its config: what sharing maps and calibrations are made for."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+_FULL = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # by exact type
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Of one layer: KV heads, query heads, and the sizes of a head's keys and values."""
+
+    heads: int
+    query_heads: int
+    key_size: int
+    value_size: int
 
 
 def model_name(model: PreTrainedModel) -> str:
@@ -54,3 +69,40 @@ def layer_kinds(config: PreTrainedConfig) -> list[str]:
         shape, position = model_shape(each[layer]), "" if rotated[layer] else " without RoPE"
         kinds.append(f"{types[layer]}{position}, {shape['num_key_value_heads']} KV heads of {shape['head_dim']}")
     return kinds
+
+
+def full_layers(config: PreTrainedConfig, layers: list[Any] | None = None) -> list[int]:
+    """Indices of the layers of full attention, the ones that can be compressed.
+
+    Args:
+        config: of the decoder.
+        layers: Transformers' own cache layers for it, if they are there already.
+    """
+    layers = DynamicCache(config=config).layers if layers is None else layers
+    # Cross-attention to an image reads the keys of its layer as Transformers holds them.
+    crossing = set(getattr(config, "cross_attention_layers", None) or ())
+    return [i for i, layer in enumerate(layers) if type(layer) in _FULL and i not in crossing]
+
+
+def layer_sizes(config: PreTrainedConfig) -> list[LayerSizes]:
+    """Sizes of every layer of full attention.
+
+    Args:
+        config: of the decoder.
+
+    Raises:
+        ValueError: its layers hold latent rows, whose sizes are the model's own affair.
+    """
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(
+            f"sizes of {config.model_type}, which holds one latent row for all heads of a layer, are not told by its "
+            "config; make the cache, use it and ask its report()"
+        )
+    each = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    shapes = [model_shape(each[layer]) for layer in full_layers(config)]
+    return [
+        LayerSizes(
+            *(int(shape[name]) for name in ("num_key_value_heads", "num_attention_heads", "head_dim", "head_dim"))
+        )
+        for shape in shapes
+    ]

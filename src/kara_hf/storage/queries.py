@@ -46,6 +46,10 @@ class Sampling:
         """Places that `tokens` tokens are written to."""
         return self.place(tokens - 1 + self.earlier[-1]) + 1 if tokens else 0
 
+    def rounded(self, places: int) -> int:
+        """Places that a buffer has for so many."""
+        return -(-places // self.growth) * self.growth
+
     def tokens(self, places: int) -> int:
         """The most tokens that can be written to so many places."""
         return max(0, -(-places * self.window // self.count) - self.earlier[-1])
@@ -89,7 +93,7 @@ class QueryBuffer:
         """Makes room for queries of `tokens` of every sequence. Raises `PoolExhausted`; nothing is lost then."""
         places = self.sampling.places(tokens)
         if places > self.places:
-            self._resize(self._rounded(places))
+            self._resize(self.sampling.rounded(places))
 
     def put(self, queries: torch.Tensor, tokens: torch.Tensor) -> None:
         """Takes one query ``[B, Hq, 1, D]`` of every sequence, of its token ``[B, 1]`` int64, for which there is room.
@@ -140,12 +144,9 @@ class QueryBuffer:
 
     def shrink(self, filled: np.ndarray, room: int) -> None:
         """Gives memory back down to room for `room` tokens, or as many as there are, rounded up."""
-        needed = self._rounded(self.sampling.places(max(room, int(filled.max(initial=0)))))
+        needed = self.sampling.rounded(self.sampling.places(max(room, int(filled.max(initial=0)))))
         if self.places > needed:
             self._resize(needed)
-
-    def _rounded(self, places: int) -> int:
-        return -(-places // self.sampling.growth) * self.sampling.growth
 
     @property
     def nbytes(self) -> int:
