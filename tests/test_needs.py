@@ -64,7 +64,7 @@ def test_methods_tasks_and_files_of_an_evaluation_are_looked_up_together(monkeyp
     text = refused(
         "evaluate",
         *("--model", "some/model"),
-        *("--methods", "full,quantized-4,quantized-2,press:SnapKVPress,pod,calibrated"),
+        *("--methods", "full,quantized-4,quantized-2,press:SnapKVPress,pod"),
         *("--tasks", f"gsm8k:path={tmp_path / 'none.jsonl'},longbench-dureader,niah:haystack=nowhere"),
         *("--sharing", tmp_path / "map", "--out", tmp_path / "out"),
     )
@@ -76,7 +76,6 @@ def test_methods_tasks_and_files_of_an_evaluation_are_looked_up_together(monkeyp
         "none.jsonl' is not there; give a file",
         "haystack='nowhere' is not there",
         "there is no",  # the map
-        "calibrated: method 'calibrated' needs a key calibration; pass --calibration DIR",
     ):
         assert part in text, (part, text)
     assert not (tmp_path / "out").exists()
@@ -110,9 +109,9 @@ def test_an_exploration_needs_its_data_and_its_picture(monkeypatch, tmp_path):
     without(monkeypatch, "datasets", "plotly")
     options = ["--model", "some/model", "--data", "owner/text", "--plot", tmp_path / "it.html", "--out", tmp_path]
     text = refused("pod", "explore", *options)
-    assert "datasets is not installed" in text and "pip install 'kara_hf[plot]'" in text
-    text = refused("calibrate", "--model", "some/model", "--data", "owner/text", "--out", tmp_path)
-    assert "datasets is not installed; run: pip install 'kara_hf[train]'" in text
+    assert (
+        "datasets is not installed; run: pip install 'kara_hf[train]'" in text and "pip install 'kara_hf[plot]'" in text
+    )
 
 
 def test_a_report_needs_more(monkeypatch, tmp_path):

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from .cache.report import CacheReport
     from .config import KaraConfig, KVCompressConfig
     from .integration.attach import attach, detach
-    from .policy import KaraPolicy, KeyCalibration, KVCompressPolicy, register_score
+    from .policy import KaraPolicy, KVCompressPolicy, register_score
     from .policy.sharing import PoDSharing
-    from .probing.calibrate import calibrate
     from .storage import PoolExhausted
 
 __version__ = "0.1.0"
@@ -33,12 +32,10 @@ _HOMES = {
     "KaraCache": "cache.caches",
     "KaraConfig": "config",
     "KaraPolicy": "policy",
-    "KeyCalibration": "policy",
     "PoDCache": "cache.caches",
     "PoDSharing": "policy.sharing",
     "PoolExhausted": "storage",
     "attach": "integration.attach",
-    "calibrate": "probing.calibrate",
     "detach": "integration.attach",
     "register_score": "policy",
 }
@@ -52,12 +49,10 @@ __all__ = [
     "KaraCache",
     "KaraConfig",
     "KaraPolicy",
-    "KeyCalibration",
     "PoDCache",
     "PoDSharing",
     "PoolExhausted",
     "attach",
-    "calibrate",
     "detach",
     "register_score",
 ]

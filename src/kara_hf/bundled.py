@@ -1,7 +1,6 @@
-"""Where the models and the calibration are that come with this package."""
+"""Where the models are that come with this package."""
 
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_MODEL = ASSETS / "tiny_reasoner"
-BUNDLED_CALIBRATION = ASSETS / "tiny_reasoner_calibration"

@@ -76,8 +76,8 @@ class KaraConfig(Settings):
         sinks: first tokens of a sequence that are kept whatever their score: language models lay the attention that
             they need nowhere on these, and fall apart without (arXiv 2309.17453). They are among the tokens that their
             window keeps; where they are more than that, the window keeps them and no others.
-        score: what ranks a window's tokens: the name of a score, or the folder or hub id of a `KeyCalibration`;
-            `KaraPolicy` refuses one that is neither.
+        score: what ranks a window's tokens: the name of a score; `KaraPolicy` refuses one that is not
+            registered.
         queries: how many queries of a window every query head holds for a score that needs them, spread evenly over
             the window and over the heads of a key, from 1 on; None, or more than `window`: all, as published. Means
             over queries are estimated by a sample, at a fraction of the bytes. The recent tokens are sampled as

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Quan
 from typer.testing import CliRunner
 
 from kara_hf import KaraCache, KaraConfig, detach
-from kara_hf.bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
+from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.cache.compression import register_compression
 from kara_hf.cli import app as cli
 from kara_hf.evaluation.measure import results
@@ -73,8 +73,7 @@ FEW = ["full", "kara", "random", "oracle", "kv-compress", "snapkv", "float8", "q
     ("names", "rules"), [(FEW, ("query-agnostic",)), slow(EVERY, tuple(RULES))], ids=["few", "every"]
 )
 def test_every_method_answers_the_same_examples_under_every_rule(evaluator, tmp_path, names, rules):
-    calibration = str(BUNDLED_CALIBRATION)
-    wanted = request(*names, rules=rules, n=2, equal="tokens", calibration=calibration)
+    wanted = request(*names, rules=rules, n=2, equal="tokens")
     frame = measure(evaluator, tmp_path, wanted)
     for (rule, name), group in frame.groupby(["rule", "method"]):
         assert sorted(group.number) == [0, 1]
@@ -434,8 +433,6 @@ def test_bad_methods():
         request("full", "full")
     with pytest.raises(ValueError, match="method 'pod' needs a sharing map; pass --sharing DIR"):
         request("pod")
-    with pytest.raises(ValueError, match="method .calibrated. needs a key calibration; pass --calibration DIR"):
-        request("calibrated")
     with pytest.raises(ValueError, match="method='snap' is not possible: method must be one of full, kara"):
         make_method("snap")
 

@@ -10,7 +10,6 @@ from transformers import DynamicCache, PreTrainedModel
 from ..config import is_int, require
 from ..integration.attach import Hold, calls_sdpa, check_not_compiled, check_supported, decoder_config
 from ..integration.shape import full_layers, head_dim, layer_kinds, model_shape
-from ..policy import KeyCalibration
 from ..policy.sharing import PoDSharing
 
 
@@ -114,15 +113,6 @@ class BoundModel:
                 f"positions for {limit}; lower `recent`",
                 stacklevel=4,
             )
-
-    def check_calibration(self, calibration: KeyCalibration) -> None:
-        """Raises ValueError if `calibration` is of another model, or if this is only some of the model's heads."""
-        if self.tensor_parallel > 1:
-            raise ValueError(
-                f"a key calibration has all heads of {self.name}, and with tensor parallelism (tp_size="
-                f"{self.tensor_parallel}) each process has some; use a score that is not fitted"
-            )
-        calibration.check(model_shape(self.config), set(self.full_layers()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BoundModel":
         return self

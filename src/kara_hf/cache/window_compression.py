@@ -60,8 +60,6 @@ class WindowCompression(Compression):
     """
 
     def __init__(self, state: CacheState, policy: KaraPolicy):
-        if policy.calibration is not None:
-            state.binding.check_calibration(policy.calibration)
         self.state, self.policy, self.config = state, policy, policy.config
         self.block_size = policy.config.block_size
         self.rounding = Rounding.of(self.config, self.config.recent, state.sharing, state.steady)

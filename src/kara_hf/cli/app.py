@@ -1,5 +1,5 @@
 """The `kara-hf` command: generate with one cache or several, compared; evaluate methods, measure how far they
-move a model, and report; calibrate a score; plan; serve; show; and `pod`.
+move a model, and report; plan; serve; show; and `pod`.
 
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from .calibrate import calibrate
 from .demo import demo
 from .divergence import divergence
 from .evaluate import evaluate, report
@@ -27,7 +26,6 @@ app = typer.Typer(
 )
 app.add_typer(pod, name="pod")
 app.command()(generate)
-app.command()(calibrate)
 app.command()(evaluate)
 app.command()(divergence)
 app.command()(report)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
+from ..bundled import BUNDLED_MODEL
 from ..config import require
 from ..needs import check_needs
 from . import options
@@ -69,7 +69,6 @@ def divergence(
     observation: options.Observation = None,
     sinks: options.Sinks = None,
     sharing: options.Sharing = None,
-    calibration: options.Calibration = None,
     seed: Annotated[int, typer.Option(help="Of random methods, and of traces that are drawn.")] = 0,
     split: Annotated[str, typer.Option(help="Split of a dataset of the hub.")] = "train",
     text_column: options.TextColumn = "text",
@@ -97,10 +96,9 @@ def divergence(
         require(documents >= 1, "documents", documents, "1 or more")
         fits = first >= 1 if own_traces else 1 <= first <= length - 2
         require(fits, "prompt", first, f"from 1 to {length - 2}, with --tokens {length}")
-        calibration = calibration or (None if model else str(BUNDLED_CALIBRATION))
         names = names_in(methods)
         check_needs({"": REPORT})  # without which the kit cannot be imported
-        check_needs(needs_of_methods(names, sharing, calibration))
+        check_needs(needs_of_methods(names, sharing))
 
         from ..evaluation.measure.divergence import divergence as measure
         from ..evaluation.measure.identity import weights_of
@@ -132,7 +130,6 @@ def divergence(
             "seeds": (seed,),
             "shared": SharedSettings(**shared),
             "sharing": None if sharing is None else PoDSharing.from_pretrained(sharing),
-            "calibration": calibration,
         }
         for rule in settings["rules"]:
             require(rule in SINGLE_TEXT_RULES, "rules", rule, f"one of {', '.join(SINGLE_TEXT_RULES)} for documents")

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..bundled import BUNDLED_CALIBRATION, BUNDLED_MODEL
+from ..bundled import BUNDLED_MODEL
 from ..config import require
 from ..needs import Check, Need, Package, check_needs, extra
 from . import options
@@ -58,7 +58,6 @@ def evaluate(
     observation: options.Observation = None,
     sinks: options.Sinks = None,
     sharing: options.Sharing = None,
-    calibration: options.Calibration = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...; under `accelerate launch` each process has its own.")
     ] = None,
@@ -78,8 +77,7 @@ def evaluate(
         check_dtype(dtype)
         require(model is None or tasks is not None, "tasks", None, "given with --model, like --tasks niah:length=4096")
         task_names, method_names = names_in(tasks or BUNDLED_TASKS), names_in(methods)
-        calibration = calibration or (None if model else str(BUNDLED_CALIBRATION))
-        _look_up(task_names, [*method_names, reference], sharing, calibration)
+        _look_up(task_names, [*method_names, reference], sharing)
 
         from ..evaluation.measure.evaluator import Evaluator
         from ..evaluation.measure.identity import weights_of
@@ -109,7 +107,6 @@ def evaluate(
             reference=make_method(reference),
             shared=SharedSettings(**shared),
             sharing=None if sharing is None else PoDSharing.from_pretrained(sharing),
-            calibration=calibration,
             keep_text=not no_text,
         )
         rank = Rank(device)
@@ -144,30 +141,30 @@ def evaluate(
             typer.echo(f"results are in {out}; `kara-hf report {out}` makes a page of them")
 
 
-def _look_up(tasks: list[str], methods: list[str], sharing: str | None, calibration: str | None) -> None:
+def _look_up(tasks: list[str], methods: list[str], sharing: str | None) -> None:
     """Everything that the run will need, before a model is loaded. Raises ImportError and ValueError."""
     check_needs({"": RESULTS})  # without which the kit cannot be imported
     from ..evaluation.measure import processes
     from ..tasks.task import needs_of
 
-    needs = needs_of_methods(methods, sharing, calibration)
+    needs = needs_of_methods(methods, sharing)
     needs[""] = [*processes.needed(), *needs[""]]
     check_needs(needs | {name: needs_of(name) for name in tasks})
 
 
-def needs_of_methods(methods: list[str], sharing: str | None, calibration: str | None) -> dict[str, Sequence[Need]]:
+def needs_of_methods(methods: list[str], sharing: str | None) -> dict[str, Sequence[Need]]:
     """What methods need, by name, and under "" the files that are given for them."""
     from ..methods import registry
-    from ..policy import KeyCalibration
     from ..policy.sharing import PoDSharing
 
     needs: dict[str, Sequence[Need]] = {name: registry.needs_of(name) for name in methods}
-    files = [(sharing, PoDSharing), (calibration, KeyCalibration)]
-    needs[""] = [Check(partial(kind.from_pretrained, place)) for place, kind in files if place]  # type: ignore[attr-defined]
+    needs[""] = [Check(partial(PoDSharing.from_pretrained, sharing))] if sharing else []
     for name in methods:
         if name in registry.METHODS:
-            given = {"sharing": sharing is not None, "calibration": calibration is not None}
-            needs[name] = [*needs[name], Check(partial(registry.METHODS[name].check_given, **given))]
+            needs[name] = [
+                *needs[name],
+                Check(partial(registry.METHODS[name].check_given, sharing=sharing is not None)),
+            ]
     return needs
 
 

@@ -64,8 +64,8 @@ def generate(
     score: Annotated[
         str | None,
         typer.Option(
-            help="kara: what ranks the tokens of a window: bidirectional, key-difference, ..., or the folder or "
-            f"hub id of a key calibration [default: {KaraConfig.score}; bundled model: bidirectional]."
+            help="kara: what ranks the tokens of a window: blend, bidirectional, key-difference, ... "
+            f"[default: {KaraConfig.score}; bundled model: bidirectional]."
         ),
     ] = None,
     queries: Annotated[

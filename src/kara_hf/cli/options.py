@@ -24,9 +24,7 @@ Data = Annotated[
         "owner/name:config), or problems:TASK=WEIGHT,... [bundled model: problems].",
     ),
 ]
-SampleLength = Annotated[
-    int | None, typer.Option(help="Tokens of a sample [default: 8192; bundled model: 1024, to calibrate 512].")
-]
+SampleLength = Annotated[int | None, typer.Option(help="Tokens of a sample [default: 8192; bundled model: 1024].")]
 # Of the methods that are compared, the same for all.
 Window = Annotated[
     int | None,
@@ -48,12 +46,6 @@ Sinks = Annotated[
     int | None, typer.Option(help="First tokens that window and eviction methods always keep [default: 4].")
 ]
 Sharing = Annotated[str | None, typer.Option(metavar="DIR", help="Sharing map for the methods with PoD.")]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR", help="Key calibration for the method `calibrated` [default for the bundled model: its own]."
-    ),
-]
 TextColumn = Annotated[str, typer.Option(help="Column or field of the text.")]
 
 

@@ -1,4 +1,4 @@
-"""Sizes of a model, read from its config: what sharing maps and calibrations are made for."""
+"""Sizes of a model, read from its config: what sharing maps are made for."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def model_shape(config: PreTrainedConfig) -> dict[str, str | int]:
-    """What a model must have in common with the one that a sharing or a calibration was made for.
+    """What a model must have in common with the one that a sharing was made for.
 
     Args:
         config: of the decoder.

@@ -58,7 +58,6 @@ class Plan:
         prompts: tokens of each prompt of the batch.
         seed: of what is random.
         sharing: of PoD, or None.
-        calibration: folder or hub id of a key calibration, or None.
         future: for the oracle; empty where only its bytes matter.
     """
 
@@ -68,7 +67,6 @@ class Plan:
     prompts: list[int]
     seed: int = 0
     sharing: PoDSharing | None = None
-    calibration: str | None = None
     future: Future = field(default_factory=dict)
 
 
@@ -83,7 +81,6 @@ class Method:
         random: whether `Plan.seed` changes what it keeps.
         oracle: whether it needs `Plan.future`.
         shares: whether it needs `Plan.sharing`.
-        calibrated: whether it needs `Plan.calibration`.
         needs: what it needs beside this package.
         about: in words.
     """
@@ -95,17 +92,12 @@ class Method:
     random: bool = False
     oracle: bool = False
     shares: bool = False
-    calibrated: bool = False
     needs: tuple[Need, ...] = ()
 
-    def check_given(self, *, sharing: bool, calibration: bool) -> None:
-        """Raises ValueError if the method needs a sharing map or a calibration that is not given."""
-        for needed, given, what, option in (
-            (self.shares, sharing, "sharing map", "--sharing"),
-            (self.calibrated, calibration, "key calibration", "--calibration"),
-        ):
-            if needed and not given:
-                raise ValueError(f"method {self.name!r} needs a {what}; pass {option} DIR, or leave it out")
+    def check_given(self, *, sharing: bool) -> None:
+        """Raises ValueError if the method needs a sharing map that is not given."""
+        if self.shares and not sharing:
+            raise ValueError(f"method {self.name!r} needs a sharing map; pass --sharing DIR, or leave it out")
 
 
 def window_settings(plan: Plan) -> dict[str, Any]:
@@ -178,11 +170,6 @@ def _all_in(**bits: int) -> Callable[[Any, Plan], Cache]:
     return windows("random", retention=1.0, recent=NEAREST, **bits)
 
 
-def _calibrated(model: Any, plan: Plan) -> Cache:
-    assert plan.calibration is not None, "the method is marked as one that needs a calibration"
-    return windows(plan.calibration)(model, plan)
-
-
 def _oracle(model: Any, plan: Plan) -> Cache:
     return OracleCache(model, plan.future, **window_settings(plan))
 
@@ -218,12 +205,6 @@ METHODS: dict[str, Method] = {
         Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),
         Method("causal", windows("causal"), "causal attention within the window"),
         Method("key-difference", windows("key-difference"), "keys least like the window's mean key (KeyDiff)"),
-        Method(
-            "calibrated",
-            _calibrated,
-            "the attention to come, told from keys by what was fitted to the model; holds nothing else",
-            calibrated=True,
-        ),
         Method(
             "random-chunks",
             windows("random-chunks", anchor_share=KaraConfig.anchor_share),

@@ -1,7 +1,6 @@
 """What to keep: scores rank the tokens of a window, Token2Chunk makes chunks of a ranking; KV-Compress observes and
 evicts whole blocks. Owns no memory."""
 
-from .calibrated import KeyCalibration
 from .eviction import Eviction, evict, moves
 from .kara import KaraPolicy
 from .kv_compress import KVCompressPolicy
@@ -14,7 +13,6 @@ __all__ = [
     "Eviction",
     "KVCompressPolicy",
     "KaraPolicy",
-    "KeyCalibration",
     "Window",
     "evict",
     "moves",

@@ -3,13 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from ..config import KaraConfig, require
-from .calibrated import KeyCalibration
 from .scores import SCORES, Window
 from .token2chunk import token2chunk
 
@@ -49,27 +47,19 @@ class KaraPolicy:
         config: the settings.
 
     Attributes:
-        calibration: what the score was read from, if it is none that is registered.
         watch: told of every window that is scored, with its scores ``[b, H, W]``, if there is somebody to tell.
 
     Raises:
-        ValueError, OSError: `config.score` is neither registered nor a key calibration that can be read.
+        ValueError: `config.score` is not registered.
     """
 
-    calibration: KeyCalibration | None
     watch: Callable[[Window, torch.Tensor], None] | None = None
 
     def __init__(self, config: KaraConfig):
-        self.config, self.calibration = config, None
-        named = isinstance(config.score, str)
-        if named and config.score in SCORES:
-            self.score = SCORES[config.score]
-        else:
-            somewhere = named and ("/" in config.score or Path(config.score).exists())
-            known = f"one of {', '.join(sorted(SCORES))}, or the folder or hub id of a key calibration"
-            require(somewhere, "score", config.score, known)
-            self.calibration = KeyCalibration.from_pretrained(config.score)
-            self.score = self.calibration.score
+        self.config = config
+        known = config.score in SCORES
+        require(known, "score", config.score, f"one of {', '.join(sorted(SCORES))}, or registered before")
+        self.score = SCORES[config.score]
 
     @property
     def compresses(self) -> bool:

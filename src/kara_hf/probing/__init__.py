@@ -1,1 +1,1 @@
-"""What PoD and calibration both do before a cache: data, recorded attention, fitted scores."""
+"""What is done with a model before a cache: text is read, attention recorded."""

@@ -9,9 +9,7 @@ from weakref import WeakSet, ref
 
 import transformers
 
-from ..cache.bound_model import BoundModel
 from ..integration.attach import unwrap
-from ..policy import KaraPolicy
 from .config import ServingConfig
 from .engine import Engine
 from .metrics import ServingMetrics
@@ -46,8 +44,7 @@ class Serving:
             model, generation_config, config, hints: as it takes them; the config is not changed.
 
         Raises:
-            ValueError: the engine is to run asynchronously or in CUDA graphs, there is one without Kara already, or the
-                score is a key calibration of another model.
+            ValueError: the engine is to run asynchronously or in CUDA graphs, or there is one without Kara already.
         """
         cached: Any = getattr(model, "_cached_continuous_batching_manager", None)
         if cached is not None and cached not in self._managers:
@@ -55,9 +52,6 @@ class Serving:
                 "the model keeps a continuous batching manager that was started without Kara; call "
                 "model.destroy_cached_continuous_batching_manager() first"
             )
-        calibration = KaraPolicy(self.config.kara).calibration
-        if calibration is not None:
-            BoundModel(model).check_calibration(calibration)
         config = transformers.ContinuousBatchingConfig() if config is None else copy(config)
         for name in ("use_async_batching", "use_cuda_graph"):
             value = getattr(config, name)

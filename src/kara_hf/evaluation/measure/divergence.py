@@ -91,7 +91,7 @@ def divergence(
         together: caches that are read together, beside the full one.
         name, weights: of the model in results; None: from its `name_or_path`.
         progress: called with what is read and how many further documents of all cells were read, in parts.
-        settings: of `Request`: rules ("prompt-kept", "query-aware"), seeds, equal, shared, sharing, calibration.
+        settings: of `Request`: rules ("prompt-kept", "query-aware"), seeds, equal, shared, sharing.
 
     Returns:
         As `load_divergence`, of all that `out` holds.
@@ -177,7 +177,7 @@ class _Run:
         of_model = forward_identity(model)
         for rule, method, budget, seed in request.cells():
             cell = Cell(name, weights, TASK + data, rule, method.name, budget, request.equal, seed)
-            plan = Plan(request.shared, rule, budget, [], seed, request.sharing, request.calibration)
+            plan = Plan(request.shared, rule, budget, [], seed, request.sharing)
             fixed = {"shared": asdict(request.shared), "step": step, "model": of_model}
             work = Work(cell, method, plan, fixed | method_identity(method, plan))
             found = stored_settings(out, cell, LINES)

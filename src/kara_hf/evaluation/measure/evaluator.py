@@ -275,7 +275,7 @@ class Evaluator:
         process: int,
     ) -> "_OpenCell":
         """A cell with the share that it is measured with, and its file."""
-        plan = Plan(request.shared, rule, budget, [], seed, request.sharing, request.calibration)
+        plan = Plan(request.shared, rule, budget, [], seed, request.sharing)
         share = self.equal_bytes.share(trial, method, plan, request) if method.budgeted else 1.0
         plan = replace(plan, share=share)
         settings = {"share": share, **of_run, **method_identity(method, plan)}

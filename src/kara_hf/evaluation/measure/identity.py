@@ -54,9 +54,6 @@ def method_identity(method: Method, plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if method.shares and plan.sharing is not None:
         found["sharing"] = short_digest(plan.sharing.to_json().encode())
-    if method.calibrated and plan.calibration is not None:
-        folder = Path(plan.calibration)
-        found["calibration"] = digest(folder)[:16] if folder.is_dir() else plan.calibration
     return found
 
 

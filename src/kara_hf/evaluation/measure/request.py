@@ -28,7 +28,6 @@ class Request:
         reference: the method whose bytes count.
         shared: settings that are the same for all methods.
         sharing: for methods with shared keys.
-        calibration: for the method with a key calibration: its folder or hub id.
         keep_text: whether answers are kept.
 
     Raises:
@@ -45,7 +44,6 @@ class Request:
     reference: Method | None = None
     shared: SharedSettings = field(default_factory=SharedSettings)
     sharing: PoDSharing | None = None
-    calibration: str | None = None
     keep_text: bool = True
 
     def __post_init__(self) -> None:
@@ -61,7 +59,7 @@ class Request:
         require(len(names) > 0, "methods", None, "the name of at least one")
         require(len(set(names)) == len(names), "methods", ",".join(names), "each of them named once")
         for method in self.methods:
-            method.check_given(sharing=self.sharing is not None, calibration=self.calibration is not None)
+            method.check_given(sharing=self.sharing is not None)
 
     def needs(self) -> dict[str, Sequence[Need]]:
         """What its methods need, by name."""
