@@ -47,6 +47,7 @@ class KaraPolicy:
 
     Args:
         config: the settings.
+        calibration: in place of the one that `config.score` names, which is not read then.
 
     Attributes:
         calibration: what the score was read from, if it is none that is registered.
@@ -59,10 +60,12 @@ class KaraPolicy:
     calibration: KeyCalibration | None
     watch: Callable[[Window, torch.Tensor], None] | None = None
 
-    def __init__(self, config: KaraConfig):
-        self.config, self.calibration = config, None
+    def __init__(self, config: KaraConfig, calibration: KeyCalibration | None = None):
+        self.config, self.calibration = config, calibration
         named = isinstance(config.score, str)
-        if named and config.score in SCORES:
+        if calibration is not None:
+            self.score = calibration.score
+        elif named and config.score in SCORES:
             self.score = SCORES[config.score]
         else:
             somewhere = named and ("/" in config.score or Path(config.score).exists())
