@@ -139,5 +139,5 @@ def _restore_layer(steps: Steps, layer: Any, saved: Saved, device: torch.device)
 
 
 def _sequence(tokens: int, open: int, segments: list[Saved], voters: list[list[int]]) -> Sequence:
-    settled = tuple(Segment(**segment) for segment in segments)
-    return Sequence(tokens, open, settled, tuple((start, stop) for start, stop in voters))
+    settled = (Segment(s["kind"], int(s["start"]), int(s["stop"]), int(s["slots"])) for s in segments)
+    return Sequence(int(tokens), int(open), tuple(settled), tuple((int(start), int(stop)) for start, stop in voters))

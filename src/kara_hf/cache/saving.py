@@ -9,6 +9,7 @@ from ..hub import find_file, push_file
 from ..integration.attach import unwrap
 from ..policy import KaraPolicy, KVCompressPolicy
 from ..policy.sharing import PoDSharing
+from ..storage import PoolExhausted
 from .saved_contents import (
     check_model,
     restore_contents,
@@ -48,7 +49,8 @@ class SavableCache:
         """Writes the cache to one file, which `load` reads: keys and values as they are stored, and all that belongs
         to them. A file that is there already stays whole until the new one is.
 
-        A CUDA graph is captured anew after loading; a subclass of your own saves what this package knows of.
+        A forward that was broken off is taken back before. A CUDA graph is captured anew after loading. Of a subclass
+        of your own only what this class has is saved.
 
         Raises:
             OSError: the file cannot be written.
@@ -103,7 +105,9 @@ class SavableCache:
                 cuda_graph=saved["cuda_graph"] if cuda_graph is None else cuda_graph,
             )
             restore_contents(cache.steps, saved["contents"])
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+        except (PoolExhausted, ValueError):
+            raise
+        except Exception as error:  # whatever a header leads to whose digest was made to fit
             raise ValueError(f"{path} is no cache that this version of kara_hf can take up: {error!r}") from error
         return cache
 
