@@ -118,7 +118,6 @@ OTHERS = [
     "falcon-h1",
     "lfm2",
     "zamba2",
-    "minimax",
 ]
 
 
