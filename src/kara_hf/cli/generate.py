@@ -148,7 +148,7 @@ def generate(
             "evicts more while it can."
         ),
     ] = None,
-    from_file: Annotated[
+    from_: Annotated[
         Path | None,
         typer.Option(
             "--from",
@@ -205,17 +205,17 @@ def generate(
 
         from ..integration.loading import LoadedModel
 
-        if from_file is not None:
+        if from_ is not None:
             from .compress import answer
 
             if prompt is None or cache or given:
                 raise ValueError(
-                    f"--from {from_file} needs a PROMPT to ask, and has a cache with settings of its own: leave "
+                    f"--from {from_} needs a PROMPT to ask, and has a cache with settings of its own: leave "
                     f"{', '.join(['cache', *given])} out"
                 )
             place = model or str(BUNDLED_MODEL)
             loaded = LoadedModel(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-            answer(loaded, from_file, prompt, max_new_tokens=max_new_tokens, stream=stream, chat=not no_chat)
+            answer(loaded, from_, prompt, max_new_tokens=max_new_tokens, stream=stream, chat=not no_chat)
             return
 
         from ..integration.generation import ignored
