@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CacheReport": "cache.report",
-    "CompressedCache": "cache.compressed",
+    "CompressedCache": "cache.caches",  # where the classes are that its `load` finds
     "KVCompressCache": "cache.caches",
     "KVCompressConfig": "config",
     "KVCompressPolicy": "policy",

@@ -2,6 +2,7 @@
 
 import warnings
 import weakref
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,6 +48,14 @@ class BoundModel:
     def answers(self) -> bool:
         """Whether the model's attention reaches a store: nobody has detached it."""
         return self._hold.answers
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, as long as it lives. Raises RuntimeError afterwards."""
+        model = self._hold.model
+        if model is None:
+            raise RuntimeError(f"the {self.name} that this cache was made for is gone")
+        return model
 
     def check_not_compiled(self) -> None:
         """Raises ValueError if `torch.compile` was applied to the model or a part of it."""
@@ -95,10 +104,15 @@ class BoundModel:
             )
         return self.full_layers()
 
+    @property
+    def devices(self) -> dict[int, torch.device]:
+        """Where the layers of the model are, by index."""
+        return {module.layer_idx: part.device for module in self._modules for part in islice(module.parameters(), 1)}
+
     def check_sharing(self, sharing: PoDSharing) -> None:
         """Raises ValueError if `sharing` is not possible with this model; warns if it cannot save anything."""
         sharing.check(model_shape(self.config), layer_kinds(self.config))
-        devices = {module.layer_idx: next(module.parameters(), torch.empty(0)).device for module in self._modules}
+        devices = self.devices
         for layer, heads in enumerate(sharing.lead):
             for lead in heads:
                 if devices.get(layer) != devices.get(lead):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..policy import Eviction, KVCompressPolicy, moves
-from ..storage import PoolExhausted, Prompt, RoundedStore, Stored, paged_store
+from ..storage import PoolExhausted, Prompt, RoundedStore, Saved, Stored, paged_store
 from .compression import Compression
 from .layer import CompressedLayer
 from .pending_queries import PendingQueries
@@ -286,7 +286,7 @@ class BudgetCompression(Compression):
                 prompt = layer.stored()
                 if isinstance(prompt, Prompt):
                     dropped = None if eviction is None else eviction.dropped[:, rows].to(prompt.device)
-                    kept, store = prompt.kept(dropped), self._empty_like(layer, prompt)
+                    kept, store = prompt.kept(dropped), self.empty_store(layer, prompt.keys, prompt.values)
                     beside: tuple[torch.Tensor, ...] = ()
                     if self.rounding is not None:
                         beside = (self._settled(prompt.positions[:, None], kept & settles, 0),)
@@ -365,19 +365,19 @@ class BudgetCompression(Compression):
         begun = store.records.lengths > 0 if isinstance(store, RoundedStore) else np.zeros(lengths.shape, bool)
         return np.where(begun | (found >= OPENING), found, 0)
 
-    def _empty_like(self, layer: CompressedLayer, prompt: Prompt) -> Stored:
-        sizes = prompt.keys.shape[-1], prompt.values.shape[-1]
+    def empty_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> Stored:
+        sizes = keys.shape[-1], values.shape[-1]
         whole = paged_store(
-            prompt.keys.shape[:2],
+            keys.shape[:2],
             sizes,
-            dtypes=(prompt.keys.dtype, prompt.values.dtype),
-            device=prompt.device,
+            dtypes=(keys.dtype, values.dtype),
+            device=keys.device,
             block_size=self.block_size,
             meter=self.state.meter,
             metric=self.policy.compresses,
             tight=self.policy.compresses and self.config.continual,
             steady=self.state.steady,
-            **layer.proximal(prompt.keys.shape[1]),
+            **layer.proximal(keys.shape[1]),
         )
         if self.rounding is None:
             return whole
@@ -412,6 +412,12 @@ class BudgetCompression(Compression):
         recent = max(0, sequence.tokens - self.policy.newest(sequence.tokens))
         sealed = sequence.segments[-1].stop if sequence.segments else 0
         return [(min(sealed, recent), "sealed"), (recent, "open"), (sequence.tokens, "recent")]
+
+    def saved(self) -> Saved:
+        return {"until": self.until}
+
+    def restore(self, saved: Saved) -> None:
+        self.until = int(saved["until"])
 
     def splits(self, number: int, cropped: Sequence) -> bool:
         return False

@@ -23,6 +23,7 @@ from .compression import Compression, register_compression
 from .cuda_graph import DecodeGraph, check_graph
 from .layer import COPIED_WITH_ITS_CACHE, CompressedLayer, HybridLayer
 from .report import CacheReport, make_report
+from .saving import SavableCache
 from .sequence import Kind, Sequence
 from .shared_layer import SharedLayer
 from .state import CacheState
@@ -33,7 +34,7 @@ register_compression(KaraPolicy, WindowCompression)
 register_compression(KVCompressPolicy, BudgetCompression)
 
 
-class CompressedCache(Cache, StepCache):
+class CompressedCache(SavableCache, Cache, StepCache):
     """A cache whose full-attention layers keep what `policy` decides; the other layers are Transformers' own.
 
     `get_seq_length()` is the number of tokens seen, so positions and masks are those of the full cache; `report()` says
@@ -86,6 +87,13 @@ class CompressedCache(Cache, StepCache):
         self.graph = DecodeGraph(self.steps) if cuda_graph else None
         if cuda_graph:
             route(inner)
+
+    @classmethod
+    def made(cls, model: Any, **settings: Any) -> Self:
+        """One of this class, whatever its own arguments are."""
+        cache = cls.__new__(cls)
+        CompressedCache.__init__(cache, model, **settings)
+        return cache
 
     # ------------------------------------------------------------------------------------------------------- observing
     @property
@@ -301,17 +309,6 @@ class CompressedCache(Cache, StepCache):
         memo[COPIED_WITH_ITS_CACHE] = made
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
-
-    def __copy__(self) -> Self:
-        raise TypeError(
-            f"a copy of a {type(self).__name__} that shares its layers would change with it; use copy.deepcopy(cache)"
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            f"a {type(self).__name__} belongs to a model in this process and cannot be pickled or saved by torch.save; "
-            "use copy.deepcopy(cache) here, and let another process read the tokens anew"
-        )
 
     # --------------------------------------------------------------------------------------------------- one step of it
     def update(

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..storage import Prompt, Stored
+from ..storage import Prompt, Saved, Stored
 from .layer import CompressedLayer, LayerState
 from .sequence import Kind, Sequence
 from .state import CacheState
@@ -29,7 +29,11 @@ class Compression(Protocol):
         """
 
     def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> Stored | Prompt:
-        """An empty store for a layer whose first keys and values these are."""
+        """An empty store for a layer whose first keys and values these are: in blocks, if nothing else is said."""
+        return self.empty_store(layer, keys, values)
+
+    def empty_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> Stored:
+        """An empty store in blocks for a layer that holds keys and values like these, ``[B, H, ..., D]``."""
 
     def metric_power(self, step: Step) -> int | None:
         """The power of the probabilities that attention adds to the metric of what it sees in this step, or None."""
@@ -71,6 +75,15 @@ class Compression(Protocol):
 
     def limits(self, sequence: Sequence) -> list[tuple[int, Kind]]:
         """Where the stretches of a sequence stop, and what each of them is, in order."""
+
+    def saved(self) -> Saved:
+        """What is known between steps beside `CacheState`: nothing, unless a compression says else; see
+        `kara_hf.storage.saved`.
+        """
+        return {}
+
+    def restore(self, saved: Saved) -> None:
+        """Takes back, when it is new, what `saved` gave."""
 
     def splits(self, number: int, cropped: Sequence) -> bool:
         """Whether sequence `number`, when it has become `cropped`, would end within what only goes as a whole."""

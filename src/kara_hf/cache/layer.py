@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from ..integration.attention import AttentionFunction, StoredLength
 from ..kernels import attend, attend_masked
-from ..storage import Prompt, Stored
+from ..storage import MemoryMeter, Prompt, Saved, Stored
 from .step import Step
 
 # Arguments of attention functions that are tensors and are honoured, or do not matter to attention over a store.
@@ -43,6 +43,12 @@ class LayerState(Protocol):
     def close(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""
 
+    def saved(self) -> Saved:
+        """What is held here between steps; see `kara_hf.storage.saved`."""
+
+    def restore(self, saved: Saved, device: torch.device, meter: MemoryMeter) -> None:
+        """Takes back, when it is new, what `saved` gave. Raises `PoolExhausted`."""
+
 
 class CompressedLayer(CacheLayerMixin):
     """One full-attention layer of a `CompressedCache`: its store, its attention, and what its compression holds.
@@ -68,6 +74,15 @@ class CompressedLayer(CacheLayerMixin):
     followers: tuple[int, ...] = ()
     leading: tuple[int, ...] = ()
     deciding: tuple[int, ...] | None = None
+    saved_names: tuple[str, ...] = (
+        "is_initialized",
+        "scaling",
+        "softcap",
+        "sink_logits",
+        "latent",
+        "padded",
+        "record_past",
+    )  # attributes that are saved as they are, beside `store` and `state`
 
     def __init__(self, index: int, model: str, state: Any):
         CacheLayerMixin.__init__(self)
@@ -388,6 +403,7 @@ class HybridLayer(LinearAttentionLayer, CompressedLayer):
     """
 
     is_compileable = False
+    saved_names = (*CompressedLayer.saved_names, *vars(LinearAttentionLayer()))
 
     def __init__(self, index: int, model: str, state: Any, number_of_states: int = 1):
         CompressedLayer.__init__(self, index, model, state)

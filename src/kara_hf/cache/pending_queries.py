@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ..storage import MemoryMeter
+from ..storage import MemoryMeter, Saved
 
 
 class PendingQueries:
@@ -66,6 +66,15 @@ class PendingQueries:
 
     def fork_bytes(self, index: np.ndarray) -> int:
         return 0
+
+    def saved(self) -> Saved:
+        return {"undecided": self.undecided, "queries": self.queries, "valid": self.valid}
+
+    @torch.inference_mode(False)
+    def restore(self, saved: Saved, device: torch.device, meter: MemoryMeter) -> None:
+        self.undecided = int(saved["undecided"])
+        if saved["queries"] is not None:
+            self._replace(*(saved[name].to(device, copy=True) for name in ("queries", "valid")))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return ()

@@ -11,7 +11,7 @@ import torch
 
 from ..integration.attention import AttentionFunction, real_tokens
 from ..kernels.precision import without_autocast
-from ..storage import MemoryMeter, upload
+from ..storage import MemoryMeter, Saved, upload
 from .compression import Compression, make_compression
 from .layer import CompressedLayer
 from .masks import StepMask, flattened, read_mask
@@ -260,6 +260,14 @@ class Steps:
         state.compressed_layers, state.sequences, state.padding = state.all_compressed_layers, [], None
         state.count_columns(0)
         self._forget()
+
+    def saved(self) -> Saved:
+        """What is known between steps beside `CacheState`, once `sync` was called; see `kara_hf.storage.saved`."""
+        return {"solid_columns": self._solid_columns, "hiding": self.hiding, "turn": self.turn}
+
+    def restore(self, saved: Saved) -> None:
+        """Takes back, when it is new, what `saved` gave."""
+        self._solid_columns, self.hiding, self.turn = int(saved["solid_columns"]), saved["hiding"], saved["turn"]
 
     # --------------------------------------------------------------------------------------------- what is to be known
     def _check(self, keys: torch.Tensor, unanswered: bool) -> None:

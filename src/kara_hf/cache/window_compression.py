@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..policy import KaraPolicy, Window
-from ..storage import QueryBuffer, RoundedStore, Sampling, Stored, paged_store, upload
+from ..storage import MemoryMeter, QueryBuffer, RoundedStore, Sampling, Saved, Stored, paged_store, upload
 from .compression import Compression
 from .layer import CompressedLayer
 from .rounding import Rounding, round_in_order
@@ -43,6 +43,13 @@ class WindowState:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return () if self.queries is None else (self.queries.buffer,)
+
+    def saved(self) -> Saved:
+        return {"queries": None if self.queries is None else self.queries.saved()}
+
+    def restore(self, saved: Saved, device: torch.device, meter: MemoryMeter) -> None:
+        if saved["queries"] is not None:
+            self.queries = QueryBuffer.restored(saved["queries"], device, meter)
 
     def discard_step(self) -> None:
         self.fresh = self.expanded = None
@@ -104,7 +111,7 @@ class WindowCompression(Compression):
                 self._settled = upload(settled, lengths.device)
             self._tokens = lengths - self._settled
 
-    def new_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> Stored:
+    def empty_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> Stored:
         sizes, meter = (keys.shape[-1], values.shape[-1]), self.state.meter
         whole = paged_store(
             keys.shape[:2],

@@ -1,5 +1,5 @@
-"""The `kara-hf` command: generate with one cache or several, compared; evaluate methods, measure how far they
-move a model, and report; plan; serve; show; and `pod`.
+"""The `kara-hf` command: generate with one cache or several, compared, or from one that was saved; evaluate methods,
+measure how far they move a model, and report; plan; serve; show; and `pod`.
 
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .compress import compress
 from .demo import demo
 from .divergence import divergence
 from .evaluate import evaluate, report
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(pod, name="pod")
 app.command()(generate)
+app.command()(compress)
 app.command()(evaluate)
 app.command()(divergence)
 app.command()(report)

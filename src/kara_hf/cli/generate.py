@@ -1,6 +1,7 @@
 """`kara-hf generate`. Torch and Transformers are imported when it runs."""
 
 import json
+from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any
 
@@ -147,6 +148,14 @@ def generate(
             "evicts more while it can."
         ),
     ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Ask PROMPT about what `kara-hf compress` has read into this file; the cache comes from there.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens generated at most [default: 512; bundled problem: enough to solve it].")
     ] = None,
@@ -194,8 +203,22 @@ def generate(
         if queries is not None:
             given["queries"] = count_or_all("queries", queries)
 
-        from ..integration.generation import ignored
         from ..integration.loading import LoadedModel
+
+        if from_ is not None:
+            from .compress import answer
+
+            if prompt is None or cache or given:
+                raise ValueError(
+                    f"--from {from_} needs a PROMPT to ask, and has a cache with settings of its own: leave "
+                    f"{', '.join(['cache', *given])} out"
+                )
+            place = model or str(BUNDLED_MODEL)
+            loaded = LoadedModel(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            answer(loaded, from_, prompt, max_new_tokens=max_new_tokens, stream=stream, chat=not no_chat)
+            return
+
+        from ..integration.generation import ignored
         from ..methods.caches import configured_caches
         from ..tasks.reasoner import make_problem
         from .runs import compare

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+_MESSAGE = "(message)"  # stands for it where the chat template is asked what is around it
+
 
 class LoadedModel:
     """A causal LM in memory, with its tokenizer.
@@ -53,6 +55,28 @@ class LoadedModel:
         else:
             encoded = self.tokenizer(prompt, return_tensors="pt")
         return encoded["input_ids"].to(self.device)
+
+    def encode_text(self, text: str, *, chat: bool) -> torch.Tensor:
+        """Token ids ``[1, S]`` of a text that a question will follow, in one message with it where there is a template:
+        those of the message up to the end of the text.
+        """
+        before = self._around(chat)[0]
+        encoded = self.tokenizer(before + text.strip(), return_tensors="pt", add_special_tokens=not before)
+        return encoded["input_ids"].to(self.device)
+
+    def encode_question(self, question: str, *, chat: bool) -> torch.Tensor:
+        """Token ids ``[1, S]`` of a question behind what `encode_text` gave, up to where the model answers."""
+        asked = f"\n\n{question.strip()}{self._around(chat)[1]}"
+        return self.tokenizer(asked, return_tensors="pt", add_special_tokens=False)["input_ids"].to(self.device)
+
+    def _around(self, chat: bool) -> tuple[str, str]:
+        """What the chat template puts in front of a message and behind it; nothing without one, or without `chat`."""
+        if not (chat and self.tokenizer.chat_template):
+            return "", ""
+        messages = [{"role": "user", "content": _MESSAGE}]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        before, _, behind = text.partition(_MESSAGE)
+        return before, behind
 
 
 def is_folder(name: str) -> bool:

@@ -8,6 +8,7 @@ from .prompt import Prompt
 from .queries import QueryBuffer, Sampling
 from .records import RecordStore
 from .rounded import RoundedStore
+from .saved import Saved
 from .store import Store
 
 Stored = PagedStore | RoundedStore  # what holds a layer's tokens in blocks
@@ -23,6 +24,7 @@ __all__ = [
     "RecordStore",
     "RoundedStore",
     "Sampling",
+    "Saved",
     "Store",
     "Stored",
     "paged_store",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .meter import MemoryMeter
+from .saved import Saved, check_saved, restored_tensor
 
 
 @torch.inference_mode(False)
@@ -167,6 +168,28 @@ class Blocks:
         for tensor in (*self.pools, self.table):
             self.meter.uncount(tensor)
         self.pools = []
+
+    def saved(self) -> Saved:
+        """What is held here; see `kara_hf.storage.saved`."""
+        return {"pools": list(self.pools), "table": self._host}
+
+    def restore(self, saved: Saved, lengths: np.ndarray) -> None:
+        """Takes back what `saved` gave of rows with these `lengths` ``[B, H]``. Raises ValueError, `PoolExhausted`."""
+        pools, blocks = saved["pools"], len(saved["pools"][0])
+        for pool, own in zip(pools, self.pools, strict=True):
+            check_saved("a pool", pool, (blocks, *own.shape[1:]), own.dtype)
+        check_saved("a table", saved["table"], (*self.counts.shape, None), torch.int32)
+        table = saved["table"].numpy().copy()
+        held = table >= 0
+        if (table < -1).any() or (table >= blocks).any() or (held[..., 1:] > held[..., :-1]).any():
+            raise ValueError(f"a table names blocks that are not among {blocks}, or leaves some out")
+        if (lengths < 0).any() or (lengths > held.sum(-1) * self.block_size).any():
+            raise ValueError("rows are longer than their blocks")
+        self.pools = [
+            restored_tensor(pool, self.device, self.meter, old) for pool, old in zip(pools, self.pools, strict=True)
+        ]
+        self.refs = np.zeros(blocks, np.int32)
+        self._assign(table)
 
     # ------------------------------------------------------------------------------------------------------- internal
     def _take(self, n: int) -> np.ndarray:

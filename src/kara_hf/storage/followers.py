@@ -11,6 +11,7 @@ from .blocks import spread_table, upload
 from .meter import MemoryMeter
 from .paged import PagedStore
 from .proximal import ProximalRing
+from .saved import Saved
 
 
 class StoreSettings(TypedDict):
@@ -144,6 +145,13 @@ class FollowerStore(PagedStore):
         super().close()
         self.proximal.close()
         self.meter.uncount(self._key_table)
+
+    def saved(self) -> Saved:
+        return {**super().saved(), "proximal": self.proximal.saved()}
+
+    def restore(self, saved: Saved) -> None:
+        self.proximal.restore(saved["proximal"])
+        super().restore(saved)
 
     def _of_keys(self, rows: np.ndarray) -> np.ndarray:
         return rows[:, self._whole]

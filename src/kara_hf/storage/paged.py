@@ -9,6 +9,7 @@ from ..kernels import Rows, append, compact, gather_rows, slot_index
 from .blocks import Blocks, upload
 from .meter import MemoryMeter
 from .proximal import ProximalRing
+from .saved import Saved, restored_array
 from .store import Store
 
 SLACK = 1 / 8  # share of a pool that may be unused before it is given back
@@ -25,8 +26,7 @@ class PagedStore(Store):
         device: of everything but the host's tables.
         block_size: P.
         meter: counts every byte.
-        metric: whether every slot has a running importance, float32. Sequences then never share blocks, because each
-            adds to its own.
+        metric: whether every slot has a running importance, float32. Sequences then share no blocks: each adds to its.
         tight: whether no row has blocks reserved beyond what is asked for, and what is free beyond one block of each
             row is given back.
         steady: whether `rows` stay as they are, bound for bound, while there is `room`, so that a CUDA graph can be
@@ -185,12 +185,9 @@ class PagedStore(Store):
         """Fills the empty store with the tokens that each row keeps of a prompt, in their order.
 
         Args:
-            keys: ``[B, H, S, Dk]``.
-            values: ``[B, H, S, Dv]``.
-            positions: ``[B, S]`` int32.
-            metric: ``[B, H, S]`` float32.
-            real: ``[B, S]`` bool, False for padding.
-            kept: ``[B, H, S]`` bool.
+            keys, values: ``[B, H, S, Dk]`` and ``[B, H, S, Dv]``.
+            positions, real: ``[B, S]`` int32, and bool, False for padding.
+            metric, kept: ``[B, H, S]`` float32 and bool.
             ahead: tokens for which every row gets room beyond.
 
         Raises:
@@ -325,6 +322,17 @@ class PagedStore(Store):
         self.keys.close()
         self.values.close()
         self.meter.uncount(self.rows().lengths)
+
+    def saved(self) -> Saved:
+        """What is held here; see `kara_hf.storage.saved`."""
+        return {"lengths": self.lengths, "in_order": self.in_order, "blocks": [b.saved() for b, _ in self._pools()]}
+
+    def restore(self, saved: Saved) -> None:
+        """Takes back, into a new store, what `saved` gave. Raises ValueError and `PoolExhausted`."""
+        self.lengths, self.in_order = restored_array(saved, "lengths", self.lengths), bool(saved["in_order"])
+        for held, (blocks, lengths) in zip(saved["blocks"], self._pools(), strict=True):
+            blocks.restore(held, lengths)
+        self._changed()
 
     # ------------------------------------------------------------------------ what is different where some heads follow
     def _of_keys(self, rows: np.ndarray) -> np.ndarray:

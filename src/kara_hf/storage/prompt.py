@@ -4,6 +4,9 @@ import numpy as np
 import torch
 
 from .meter import MemoryMeter
+from .saved import Saved, check_saved
+
+_PARTS = ("keys", "values", "positions", "real", "metric")
 
 
 class Prompt:
@@ -12,6 +15,12 @@ class Prompt:
     Keys and values are the model's own tensors, not copies; all is counted as held, but not against a cap. Rows are
     those of a `Store`; slots are the columns that hold a token.
     """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    real: torch.Tensor
+    metric: torch.Tensor
 
     def __init__(self, meter: MemoryMeter):
         self.meter = meter
@@ -37,7 +46,7 @@ class Prompt:
 
     @property
     def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.keys, self.values, self.positions, self.real, self.metric
+        return tuple(getattr(self, name) for name in _PARTS)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -120,6 +129,22 @@ class Prompt:
         real = self.real[sequence]
         keys, values = self.keys[sequence, head, real], self.values[sequence, head, real]
         return keys, values, self.positions[sequence, real].long()
+
+    def saved(self) -> Saved:
+        """What is held here; see `kara_hf.storage.saved`."""
+        return dict(zip(_PARTS, self._tensors, strict=True))
+
+    @torch.inference_mode(False)
+    def restore(self, saved: Saved, device: torch.device) -> None:
+        """Takes back, into a new prompt on `device`, what `saved` gave. Raises ValueError."""
+        keys, values = saved["keys"], saved["values"]
+        batch, heads, columns = keys.shape[:3]
+        check_saved("values", values, (batch, heads, columns, None), values.dtype)
+        check_saved("positions", saved["positions"], (batch, columns), torch.int32)
+        check_saved("real", saved["real"], (batch, columns), torch.bool)
+        check_saved("metric", saved["metric"], (batch, heads, columns), torch.float32)
+        for name in _PARTS:
+            setattr(self, name, self.meter.borrow(saved[name].to(device, copy=True)))
 
     def close(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""

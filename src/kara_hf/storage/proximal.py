@@ -10,6 +10,7 @@ import torch
 from ..kernels import Proximal, ProximalKeys
 from .blocks import upload
 from .meter import MemoryMeter
+from .saved import Saved, check_saved, restored_array, restored_tensor
 
 HEADROOM = 1 / 8  # room made ahead, as a share of what is there, until the ring is full
 
@@ -175,6 +176,21 @@ class ProximalRing:
         self.commit()
         for tensor in (self.rows.keys, self.rows.index, self.rows.rest):
             self.meter.uncount(tensor)
+
+    def saved(self) -> Saved:
+        """What is held here between steps; see `kara_hf.storage.saved`."""
+        return {"keys": self.rows.keys, "ring": self.rows.ring, "tokens": self.tokens, "oldest": self._oldest}
+
+    def restore(self, saved: Saved) -> None:
+        """Takes back, into a new ring, what `saved` gave. Raises ValueError and `PoolExhausted`."""
+        keys, old, ring = saved["keys"], self.rows.keys, int(saved["ring"])
+        check_saved("keys of followers", keys, (*old.shape[:2], None, old.shape[3]), old.dtype)
+        tokens, oldest = (restored_array(saved, name, self.tokens) for name in ("tokens", "oldest"))
+        places = np.minimum(tokens, self.rows.bounds.first + ring)
+        if ring < self.rows.bounds.recent or (tokens < 0).any() or (places > keys.shape[2]).any():
+            raise ValueError(f"a ring of {ring} and {keys.shape[2]} places is too short for its tokens")
+        self.tokens, self._oldest = tokens, oldest
+        self.rows = replace(self.rows, ring=ring, keys=restored_tensor(keys, old.device, self.meter, old))
 
     @property
     def _most(self) -> int:

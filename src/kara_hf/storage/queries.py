@@ -1,11 +1,12 @@
 """What windows are scored with when their turn comes: queries of tokens that are not sealed yet."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
 from .meter import MemoryMeter
+from .saved import Saved, restored_tensor
 
 GROWTH = 32  # places added at once where every token has one
 
@@ -161,6 +162,18 @@ class QueryBuffer:
     def fork_bytes(self, sequences: int) -> int:
         """Bytes that `fork` to so many sequences takes."""
         return (sequences - self.buffer.shape[0]) * self.buffer[:1].nbytes
+
+    def saved(self) -> Saved:
+        """What is held here; see `kara_hf.storage.saved`."""
+        return {"buffer": self.buffer, "sampling": asdict(self.sampling)}
+
+    @classmethod
+    def restored(cls, saved: Saved, device: torch.device, meter: MemoryMeter) -> "QueryBuffer":
+        """One on `device` that holds what `saved` gave. Raises `PoolExhausted`."""
+        sequences, heads, _, dim = saved["buffer"].shape
+        made = cls(sequences, heads, dim, saved["buffer"].dtype, device, meter, Sampling(**saved["sampling"]))
+        made.buffer = restored_tensor(saved["buffer"], device, meter, made.buffer)
+        return made
 
     def close(self) -> None:
         """Stops counting what is held here; the object is not used afterwards."""

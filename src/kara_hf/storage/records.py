@@ -9,6 +9,7 @@ from ..kernels.rows import RoundedRows, Rows
 from .blocks import spread_table, upload
 from .meter import MemoryMeter
 from .paged import PagedStore
+from .saved import Saved, check_saved, restored_tensor
 
 
 class RecordStore(PagedStore):
@@ -160,6 +161,14 @@ class RecordStore(PagedStore):
         for part in (self.frame, self._key_index, self._spread):
             if part is not None:
                 self.meter.uncount(part)
+
+    def saved(self) -> Saved:
+        return {**super().saved(), "frame": self.frame}
+
+    def restore(self, saved: Saved) -> None:
+        check_saved("a frame", saved["frame"], tuple(self.frame.shape), self.frame.dtype)
+        self.frame = restored_tensor(saved["frame"], self.device, self.meter, self.frame)
+        super().restore(saved)
 
     def _of_keys(self, rows: np.ndarray) -> np.ndarray:
         return rows if len(self._with_keys) == rows.shape[1] else rows[:, self._with_keys]

@@ -10,6 +10,7 @@ from .blocks import upload
 from .paged import PagedStore
 from .proximal import ProximalRing
 from .records import RecordStore
+from .saved import Saved
 from .store import Store
 
 
@@ -276,6 +277,15 @@ class RoundedStore(Store):
     def reset(self, sequences: np.ndarray) -> None:
         self.whole.reset(sequences)
         self.records.reset(sequences)
+
+    def saved(self) -> Saved:
+        """As of `PagedStore`."""
+        return {"whole": self.whole.saved(), "records": self.records.saved()}
+
+    def restore(self, saved: Saved) -> None:
+        """As of `PagedStore`."""
+        self.whole.restore(saved["whole"])
+        self.records.restore(saved["records"])
 
     def close(self) -> None:
         """As of `PagedStore`."""

@@ -19,6 +19,7 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from ...config import KaraConfig, is_int, require
 from ...integration.attach import unwrap
+from ...integration.identity import forward_identity, short_digest
 from ...methods.oracle import Future, future_attention
 from ...methods.registry import Method, Plan, make_method, window_settings
 from ...methods.rules import SINGLE_TEXT_RULES
@@ -26,7 +27,7 @@ from ...needs import check_needs
 from .diverged import LINES, TASK, arrays_of, load_divergence
 from .equal_bytes import ShareCurve
 from .forced import Document, Outcome, read_together
-from .identity import forward_identity, method_identity, short_digest, weights_of
+from .identity import method_identity, weights_of
 from .provenance import provenance
 from .request import Request
 from .results import Cell, CellFile, stored_settings

@@ -1,25 +1,17 @@
 """What tells a measurement from others, beside its cell: everything that could change its numbers."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from ...integration.generation import GREEDY, end_tokens
+from ...integration.identity import forward_identity, short_digest
 from ...methods.registry import Method, Plan
 from ...tasks.task import Task
 from .provenance import digest
 from .request import TokenizedExample
 
-# Where a model lies, who wrote it and how it is attached change nothing.
-_NOT_OF_THE_MODEL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _NOT_OF_THE_TOKENIZER = {"padding", "truncation"}
-
-
-def short_digest(content: Any) -> str:
-    """The first 16 digits of the SHA-256 of bytes, or of a value's form in JSON."""
-    raw = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=str).encode()
-    return hashlib.sha256(raw).hexdigest()[:16]
 
 
 def model_identity(model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -33,12 +25,6 @@ def model_identity(model: Any, tokenizer: Any) -> dict[str, Any]:
         "tokenizer": _tokenizer_digest(tokenizer),
         "generation": {**GREEDY, "eos_token_id": end_tokens(model)},
     }
-
-
-def forward_identity(model: Any) -> dict[str, Any]:
-    """Of a model, the weights apart: what a forward depends on."""
-    config = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NOT_OF_THE_MODEL}
-    return {"dtype": str(model.dtype).removeprefix("torch."), "config": short_digest(config)}
 
 
 def task_identity(task: Task, first: TokenizedExample) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from transformers import DynamicCache
 
 from ...config import is_int, is_number, require
 from ...integration.generation import generate, greedy, pad_token
+from ...integration.identity import short_digest
 from .forced import Document
-from .identity import model_identity, short_digest
+from .identity import model_identity
 from .provenance import provenance
 from .results import Cell, CellFile, Lines, read_lines
 
