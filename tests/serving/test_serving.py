@@ -13,8 +13,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,14 +23,10 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from support.marks import few, most_examples, slow
 from support.scores import VALUE_NORM
+from support.serving import CACHE, KARA, batch, ended, generation, make, pool, prompts, single
 from transformers import (
     AttentionInterface,
-    AutoModelForCausalLM,
-    ContinuousBatchingConfig,
     Gemma2Config,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     Qwen3Config,
 )
@@ -52,6 +46,8 @@ from kara_hf.policy.scores import SCORES, key_difference
 from kara_hf.serving import ServingConfig, kara_continuous_batching, query_recorder
 from kara_hf.serving.compressor import Compressor, ServedRequest
 from kara_hf.serving.engine import Engine
+from kara_hf.serving.queries import QueryPool
+from kara_hf.serving.query_recorder import Logits
 from kara_hf.serving.seams import LEAST_TRANSFORMERS, REQUIRED_INTERNALS, check_internals, check_version
 from kara_hf.tasks.reasoner import make_problem
 
@@ -59,120 +55,11 @@ if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
     pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-KARA = {"retention": 0.5, "window": 8, "recent": 3, "anchor_share": 0.5}
-
-
-def make(config_class=LlamaConfig, seed=0, **changes):
-    torch.manual_seed(seed)
-    config = config_class(**SIZES | {"num_hidden_layers": 2} | changes)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
 def model():
     return make()
-
-
-def prompts(count, seed=1, shortest=3, longest=30):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
-    return [torch.randint(1, 97, (length,), generator=generator).tolist() for length in lengths]
-
-
-def generation(tokens=40, children=0):
-    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    config.num_return_sequences = 1 + children  # of greedy ones all are equal, which no user wants and a test does
-    return config
-
-
-def pool(blocks=400, page=4, batch=256, **changes):
-    return ContinuousBatchingConfig(page_size=page, num_blocks=blocks, max_batch_tokens=batch, **changes)
-
-
-def batch(model, inputs, tokens=40, config=None, children=0):
-    detach(model)
-    out = model.generate_batch(
-        inputs, generation_config=generation(tokens, children), continuous_batching_config=config or pool()
-    )
-    return [result.generated_tokens for result in out.values()]
-
-
-def single(model, prompt, tokens=40, **kara):
-    cache = KaraCache(model, **{"block_size": 4} | kara)
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, **{CACHE: cache}, generation_config=generation(tokens))
-    detach(model)
-    return out[0, len(prompt) :].tolist()
-
-
-@pytest.fixture
-def engines(monkeypatch) -> list[Engine]:
-    """Every engine made from here on, with what it belongs to kept alive."""
-    made, begin = [], Engine.__init__
-
-    def keep(engine, processor, *args):
-        begin(engine, processor, *args)
-        engine.kept = processor
-        made.append(engine)
-
-    monkeypatch.setattr(Engine, "__init__", keep)
-    return made
-
-
-@pytest.fixture
-def audited(engines, monkeypatch) -> Iterator[list[Engine]]:
-    """The same; checks at every step of each that every block is somewhere, once, and so is every query."""
-    prepare, steps = Engine._prepare, []
-
-    def checked(engine, *args, **kwargs):
-        prepare(engine, *args, **kwargs)
-        steps.append(engine)
-        audit(engine)
-
-    monkeypatch.setattr(Engine, "_prepare", checked)
-    yield engines
-    assert steps, "no step was taken"
-
-
-def audit(engine: Engine) -> None:
-    full, ledger = engine.pool.allocator, engine.pool.allocator.ledger
-    holders = Counter(block for table in full.block_table.values() for block in table)
-    for block, count in holders.items():
-        assert ledger.shared_ref_counts.get(block, 1) == count
-        assert block not in ledger.cached_blocks
-    assert len(holders) + len(ledger.cached_blocks) + engine.pool.free_blocks() == full.num_blocks
-    assert {block: h for h, block in ledger.hash_to_block.items()} == ledger.block_to_hash
-    slots = [slot for _, request in engine._known.values() for slot in request.slots]
-    assert len(slots) == len(set(slots)) == engine.compressor.queries.used
-    for state, request in engine._known.values():
-        if state.request_id in engine.scheduler.active_requests:
-            assert request.stored == state.position_offset
-            assert len(full.block_table[request.key]) >= -(-request.stored // engine.pool.page)
-            if engine.compressor.policy.needs_queries:
-                sampling = engine.compressor.sampling
-                held = request.open if sampling.every else sampling.place(request.open - 1) + 2
-                assert len(request.slots) == held * (request.open > 0)
-
-
-def ended(engine: Engine) -> None:
-    """Nothing is held by any request."""
-    assert not engine.pool.allocator.block_table and not engine._known
-    assert engine.compressor.queries.nbytes == engine.compressor.queries.used == 0
-    engine.cache.evict_cached_blocks()
-    assert engine.pool.free_blocks() == engine.pool.num_blocks
 
 
 # ---------------------------------------------------------------------------------------------------- exact when off
@@ -255,11 +142,11 @@ def test_sinks_behind_short_prompts(model, score, sinks, audited):
 def test_traces_keep_sinks_again_and_again():
     """Kept tokens of a trace are numbered without gaps; its first ones are sinks every time."""
     config = ServingConfig.of(**KARA | {"score": "recency", "sinks": 5}, unit="trace")
-    compressor, request = Compressor(config), ServedRequest("a", settled=2, stored=2 + 8 + 3)
+    compressor, request = Compressor(config, QueryPool()), ServedRequest("a", settled=2, stored=2 + 8 + 3)
     for _ in range(3):
         plan = compressor.plan(request)
         keys = torch.zeros(1, 2, plan.width, 8)
-        places = compressor.select(0, [plan], keys, 1.0, None)
+        places = compressor.select(0, [plan], keys, Logits(1.0))
         assert (places == torch.tensor([0, 1, 2, plan.width - 1])).all()
         compressor.done(plan)
         assert request.open == 4 + 3

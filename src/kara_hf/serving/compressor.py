@@ -1,4 +1,4 @@
-"""Which requests of an engine are compressed, and which of their tokens stay."""
+"""Which requests of an engine have windows compressed, and which of their tokens stay."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,34 +8,40 @@ import torch
 from ..policy import KaraPolicy, Window
 from ..storage import Sampling
 from .config import ServingConfig
-from .queries import QueryPool
+from .queries import Brought, QueryPool
+from .query_recorder import Logits
 
 
 @dataclass
 class ServedRequest:
-    """A request with tokens behind its prompt. Its stored tokens are numbered without gaps; positions count on.
+    """A request with tokens that can be evicted. Its stored tokens are numbered without gaps; positions count on.
 
     Attributes:
         key: of the request.
-        settled: stored tokens in front of the open ones: the prompt and the survivors of sealed windows.
+        settled: stored tokens in front of the open ones: the prompt, or what stayed of it, and the survivors of sealed
+            windows.
         stored: tokens in the pool.
+        prompt: tokens of a prompt that is still to be compressed; 0: it was, or stays whole.
         kept: survivors of sealed windows.
         evicted: tokens dropped: a stored token behind them is at position number + evicted.
         windows: windows sealed so far.
         slots: where those queries of open tokens that are held are, oldest first; empty for a score without queries.
+        voters: where the queries of the last tokens of a prompt that is still to be compressed are.
     """
 
     key: str
     settled: int
     stored: int
+    prompt: int = 0
     kept: int = 0
     evicted: int = 0
     windows: int = 0
     slots: list[int] = field(default_factory=list)
+    voters: list[int] = field(default_factory=list)
 
     @property
     def open(self) -> int:
-        return self.stored - self.settled
+        return max(0, self.stored - self.settled)
 
     @property
     def tokens(self) -> int:
@@ -45,15 +51,18 @@ class ServedRequest:
 
 @dataclass(frozen=True)
 class EvictionPlan:
-    """What is done to one request: of the first `width` tokens in each of `count` windows `keep` stay in every head.
-    Each is judged by `queries` of its own and of the tokens behind it.
+    """What is done to one request: from the stored token `start` on, of the `width` tokens in each of `count` windows
+    `keep` stay in every head. Each is judged by so many `queries`, its own and of the tokens behind it. A `findable`
+    plan leaves the blocks that it empties to be found by their content, until their room is needed.
     """
 
     request: ServedRequest
+    start: int
     count: int
     width: int
     keep: int
     queries: int
+    findable: bool = False
 
     @property
     def dropped(self) -> int:
@@ -65,20 +74,30 @@ class EvictionPlan:
 
 
 class Compressor:
-    """Decides which requests are compressed, and chooses survivors by the scores of `KaraPolicy`.
+    """Decides of which requests windows are compressed, and chooses survivors by the scores of `KaraPolicy`.
 
     Args:
         config: the settings.
+        queries: where those of open tokens are held, for scores that need them.
 
     Attributes:
-        queries: of open tokens, for scores that need them.
         sampling: of which open tokens.
+        counter: the metric that counts what it does.
     """
 
-    def __init__(self, config: ServingConfig):
-        self.config, self.policy = config, KaraPolicy(config.kara)
-        self.queries = QueryPool()
+    counter = "windows"
+
+    def __init__(self, config: ServingConfig, queries: QueryPool):
+        self.config, self.policy, self.queries = config, KaraPolicy(config.kara), queries
         self.sampling = Sampling(config.kara.queries_held, config.kara.window)
+
+    @property
+    def needs_queries(self) -> bool:
+        return self.policy.needs_queries
+
+    @property
+    def needs_values(self) -> bool:
+        return self.policy.score.values
 
     @property
     def least(self) -> int:
@@ -91,13 +110,14 @@ class Compressor:
         if not due:
             return None
         if self.config.unit == "trace":
-            return EvictionPlan(request, 1, request.open - due[0].recent, self.policy.kept_of(request.settled), 0)
+            width, keep = request.open - due[0].recent, self.policy.kept_of(request.settled)
+            return EvictionPlan(request, request.settled, 1, width, keep, 0)
         # A plan is of windows of which equally many tokens stay, judged by equally many queries.
         plans = [
             (seal.keep, self.sampling.place(width + seal.recent) if self.policy.needs_queries else 0) for seal in due
         ]
         keep, queries = plans[0]
-        return EvictionPlan(request, plans.count(plans[0]), width, keep, queries)
+        return EvictionPlan(request, request.settled, plans.count(plans[0]), width, keep, queries)
 
     def due(self, requests: Sequence[ServedRequest], page: int) -> list[EvictionPlan]:
         """The plans of the K requests that give most blocks of `page` tokens back, earlier ones first among equals."""
@@ -110,25 +130,10 @@ class Compressor:
         layer: int,
         plans: Sequence[EvictionPlan],
         keys: torch.Tensor,
-        scaling: float,
-        softcap: float | None,
+        logits: Logits,
         values: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Survivors in one layer.
-
-        Args:
-            layer: its index.
-            plans: that differ in request and number of windows alone.
-            keys: of all their windows, ``[b, H, width, D]``.
-            scaling, softcap: of the layer's logits.
-            values: of all their windows, ``[b, H, width, Dv]``, for a score that needs them.
-
-        Returns:
-            ``[b, H, keep]`` int64 places in the windows, ascending.
-
-        Raises:
-            ValueError: a score is NaN.
-        """
+        """What `Chooser.select` says. Raises ValueError: a score is NaN."""
         kara, width = self.config.kara, plans[0].width
         queries = later = None
         trace = self.config.unit == "trace"  # its window begins at the prompt again, and sinks are there still
@@ -144,8 +149,8 @@ class Compressor:
             keys=keys,
             queries=queries,
             later=later,
-            scaling=scaling,
-            softcap=softcap,
+            scaling=logits.scaling,
+            softcap=logits.softcap,
             layer=layer,
             sequences=list(range(len(windows))),
             starts=[request.settled + n * width + (0 if trace else request.evicted) for request, n in windows],
@@ -162,6 +167,13 @@ class Compressor:
         needed = request.open if self.sampling.every else self.sampling.place(request.open - 1) + 2
         request.slots += self.queries.take(max(0, needed - len(request.slots)))
         return list(request.slots)
+
+    def brought(self, request: ServedRequest, column: int, length: int) -> Brought | None:
+        """The queries to hold of a step whose columns from `column` on are the newest `length` tokens of a request."""
+        new = min(length, request.open) if self.needs_queries else 0
+        if not new:
+            return None
+        return Brought(column + length - new, request.open - new, new, self.slots(request), self.sampling)
 
     def done(self, plan: EvictionPlan) -> None:
         """Books a cut that was carried out."""

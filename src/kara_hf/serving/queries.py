@@ -1,4 +1,4 @@
-"""Queries of open tokens of all requests of an engine, in slots that any request may use."""
+"""Queries that all requests of an engine hold, of open tokens and of prompts' ends, in slots that any may use."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +47,13 @@ class QueryPool:
         taken, self._free = self._free[:count], self._free[count:]
         return taken
 
+    def copy(self, slots: list[int]) -> list[int]:
+        """As many free slots with what `slots` hold."""
+        copies = self.take(len(slots))
+        for tensor in self.layers.values():
+            tensor[copies] = tensor[slots]
+        return copies
+
     def give(self, slots: list[int]) -> None:
         """Frees `slots`."""
         self._free += slots
@@ -68,19 +75,21 @@ class QueryPool:
 
 @dataclass(frozen=True)
 class Brought:
-    """Open tokens that a step brings of one request.
+    """Tokens that a step brings of one request, of which queries are held: open ones, or the last of its prompt.
 
     Attributes:
         column: of the first of them in the step.
-        before: open tokens in front of it.
+        before: such tokens in front of it.
         new: how many they are.
-        slots: of all open tokens of the request.
+        slots: of all such tokens of the request.
+        sampling: of which of them queries are held.
     """
 
     column: int
     before: int
     new: int
     slots: list[int]
+    sampling: Sampling
 
 
 @dataclass(frozen=True)
@@ -92,13 +101,11 @@ class Places:
     columns: torch.Tensor
 
     @classmethod
-    def of(
-        cls, brought: Sequence[Brought], sampling: Sampling, heads: int, group: int, device: torch.device
-    ) -> "Places":
+    def of(cls, brought: Sequence[Brought], heads: int, group: int, device: torch.device) -> "Places":
         """Of a layer with so many query heads, `group` for each KV head."""
-        sampling = replace(sampling, group=group)
         slots, columns = [], []
         for part in brought:
+            sampling = replace(part.sampling, group=group)
             first, last = sampling.place(part.before), sampling.places(part.before + part.new)
             tokens = sampling.tokens_of(first, last).clip(max=part.before + part.new - 1) - part.before
             columns.append(np.where(tokens < 0, -1, part.column + tokens))
