@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from support.serving import audit
 
 from kara_hf.serving.engine import Engine
@@ -35,3 +36,21 @@ def audited(engines, monkeypatch) -> Iterator[list[Engine]]:
     monkeypatch.setattr(Engine, "_prepare", checked)
     yield engines
     assert steps, "no step was taken"
+
+
+class _Unpinned:
+    """Torch for a machine whose host memory cannot be pinned."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *args, pin_memory=False, **kwargs):
+        return torch.empty(*args, **kwargs)
+
+
+@pytest.fixture
+def unpinned(monkeypatch) -> None:
+    """The engine's swap space can be had on any machine."""
+    from transformers.generation.continuous_batching import offloading_manager
+
+    monkeypatch.setattr(offloading_manager, "torch", _Unpinned())

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from support.marks import few, most_examples, slow
 from support.scores import VALUE_NORM
-from support.serving import CACHE, KARA, batch, ended, generation, make, pool, prompts, single
+from support.serving import CACHE, KARA, batch, budgeted, ended, generation, make, pool, prompts, single
 from transformers import (
     AttentionInterface,
     Gemma2Config,
@@ -666,19 +666,25 @@ with kara_continuous_batching(model, **kara) as serving:
         persistent_manager=True,
     )
     heads = serving.engine.pool.allocator.num_key_value_heads
-report = {"tokens": [r.generated_tokens for r in results.values()], "windows": serving.metrics.windows, "heads": heads}
+report = {"tokens": [r.generated_tokens for r in results.values()], "heads": heads}
+report |= {"windows": serving.metrics.windows, "prompts": serving.metrics.prompts}
 open(f"{out}-{os.environ['RANK']}.json", "w").write(json.dumps(report))
 """
 
 
 @pytest.mark.slow
-def test_tensor_parallel_equals_one_process(model, tmp_path):
-    inputs = prompts(4)
+@pytest.mark.parametrize("compressed", ["windows", "prompts"])
+def test_tensor_parallel_equals_one_process(model, tmp_path, compressed):
+    inputs, kara = prompts(4), KARA | {"period": 1}
+    expected = [single(model, prompt, **KARA) for prompt in inputs]
+    if compressed == "prompts":
+        inputs, kara = prompts(4, shortest=40, longest=70), {"retention": 1.0, "max_prompt_tokens": 20}
+        expected = [budgeted(model, prompt, 20, 40) for prompt in inputs]
     model.save_pretrained(tmp_path / "model")
     script = tmp_path / "serve.py"
     script.write_text(TENSOR_PARALLEL)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), json.dumps(inputs), json.dumps(KARA | {"period": 1})]
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), json.dumps(inputs), json.dumps(kara)]
     done = subprocess.run(
         [*launch, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -688,8 +694,8 @@ def test_tensor_parallel_equals_one_process(model, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in (0, 1))
-    assert first["heads"] == second["heads"] == 1 and first["windows"] == second["windows"] > 0
-    assert first["tokens"] == [single(model, prompt, **KARA) for prompt in inputs]
+    assert first["heads"] == second["heads"] == 1 and first[compressed] == second[compressed] > 0
+    assert first["tokens"] == expected
 
 
 def test_the_example_answers_in_fewer_steps(tmp_path, capsys):
@@ -781,6 +787,8 @@ def test_the_server(generated, window, killed):
         (["--memory", "8 apples"], "memory='8 apples' is not possible"),
         (["--memory", "1 KiB"], "memory=1024 is not possible: memory must be at least 32768 bytes"),
         (["--retention", "2"], "retention=2.0 is not possible"),
+        (["--prompt-retention", "2"], "prompt_retention=2.0 is not possible"),
+        (["--max-prompt-tokens", "3"], "max_prompt_tokens=3 is not possible"),
         (["--score", "nothing"], "score='nothing' is not possible"),
         (["--dtype", "int8"], "dtype='int8' is not possible"),
     ],
@@ -795,22 +803,9 @@ def test_bytes(text, nbytes):
     assert parse_bytes(text) == nbytes
 
 
-class _Unpinned:
-    """Torch for a machine whose host memory cannot be pinned."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def empty(self, *args, pin_memory=False, **kwargs):
-        return torch.empty(*args, **kwargs)
-
-
 @pytest.mark.parametrize("score", ["bidirectional", slow("key-difference")])
-def test_offloaded_requests_come_back_compressed(model, score, audited, monkeypatch):
+def test_offloaded_requests_come_back_compressed(model, score, audited, unpinned):
     """With the engine's swap space a preempted request keeps what it had: its answer is as if nothing had happened."""
-    from transformers.generation.continuous_batching import offloading_manager
-
-    monkeypatch.setattr(offloading_manager, "torch", _Unpinned())
     kara, inputs = KARA | {"score": score}, prompts(5)
     with kara_continuous_batching(model, **kara, period=1) as serving:
         found = batch(model, inputs, tokens=60, config=pool(blocks=36, cpu_offload_space=0.01))

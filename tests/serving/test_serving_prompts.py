@@ -1,4 +1,4 @@
-"""Compressed prompts: the answers of KVCompressCache and of plain torch; nobody else's blocks change; bad ones fail alone."""
+"""Compressed prompts: KVCompressCache's answers, and plain torch's; others' blocks stay; bad ones fail alone."""
 
 import pytest
 import torch
@@ -7,11 +7,11 @@ import transformers
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from packaging.version import Version
-from support.marks import most_examples, slow
-from support.serving import CACHE, KARA, batch, ended, generation, make, pool, prompts, single
+from support.marks import most_examples
+from support.serving import CACHE, KARA, batch, budgeted, ended, generation, make, pool, prompts, single
 from transformers import DynamicCache, Gemma2Config
 
-from kara_hf import KVCompressCache, detach
+from kara_hf import detach
 from kara_hf.policy import KVCompressPolicy
 from kara_hf.serving import ServingConfig, kara_continuous_batching
 from kara_hf.serving.engine import Engine
@@ -30,15 +30,6 @@ def model():
     return make()
 
 
-def budgeted(model, prompt, most, tokens=TOKENS, **settings):
-    """The answer over `KVCompressCache` that keeps at most so many tokens of the prompt, in blocks of one."""
-    settings = {"block_size": 1, "accumulate": False, "continual": False} | settings
-    cache = KVCompressCache(model, max_cache_tokens=most, **settings)
-    out = model.generate(torch.tensor([prompt]), **{CACHE: cache}, generation_config=generation(tokens))
-    detach(model)
-    return out[0, len(prompt) :].tolist()
-
-
 # ------------------------------------------------------------------------------------------------ KVCompressCache's
 ENGINES = {
     "ample": {},
@@ -54,7 +45,9 @@ def test_equals_kv_compress_cache(model, setting, name, audited):
     inputs = [*prompts(2, **LONG), *prompts(1, shortest=9, longest=9)]
     most = [setting.get("max_prompt_tokens") or max(6, -(-2 * len(prompt) // 5)) for prompt in inputs]
     pairs = list(zip(inputs, most, strict=True))
-    expected = [budgeted(model, *pair) if pair[1] < len(pair[0]) else single(model, pair[0], TOKENS, **WHOLE) for pair in pairs]
+    expected = [
+        budgeted(model, *pair) if pair[1] < len(pair[0]) else single(model, pair[0], TOKENS, **WHOLE) for pair in pairs
+    ]
     with kara_continuous_batching(model, **WHOLE, **setting, period=64) as serving:
         found = batch(model, inputs, TOKENS, pool(**ENGINES[name]))
     assert found == expected
@@ -153,3 +146,189 @@ def test_blocks_go_back_before_the_first_token_is_computed(model, audited, monke
         batch(model, prompt, tokens=4, config=pool(allow_block_sharing=False))
     assert held == [15, 4, 5, 5]  # 60 tokens, then 15 and the first one, ...
     assert serving.metrics.freed_blocks == 11
+
+
+@pytest.mark.parametrize(("common", "compressed"), [(20, True), (48, False)])
+def test_shared_blocks_are_copied_or_kept(model, common, compressed, audited):
+    """Copied where that gives blocks back; where it does not, the request keeps its prompt whole."""
+    shared, *own = prompts(4, shortest=60, longest=60)
+    inputs = [shared[:common] + rest[common:] for rest in own]
+    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=20) as serving:
+        found = batch(model, inputs, TOKENS)
+    expected = [budgeted(model, each, 20) if compressed else single(model, each, TOKENS, **WHOLE) for each in inputs]
+    assert found == expected
+    assert (serving.metrics.prompts, serving.metrics.whole_prompts) == ((3, 0) if compressed else (0, 3))
+    ended(audited[-1])
+
+
+def test_a_compressed_prompt_is_found_by_the_next(model, audited):
+    """Its blocks stay in the engine's cache as they were, and the last queries of the next prompt vote again."""
+    first = prompts(1, shortest=60, longest=60)[0]
+    inputs = [first, first, first[:50] + [7, 8, 9], first[:30]]
+    steps = []
+    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=12, observation=9) as serving:
+        manager = model.init_continuous_batching(generation(TOKENS), pool(batch=10))
+        manager.start()
+        for prompt in inputs:
+            manager.add_request(prompt)
+            assert manager.get_result(timeout=20).generated_tokens == budgeted_beside(prompt)
+            steps.append(serving.metrics.steps - sum(steps))
+        manager.stop()
+    assert steps == [6 + 15, 2 + 15, 1 + 15, 1 + 15]  # of 10 tokens each
+    assert serving.metrics.prompts == 4
+    ended(audited[-1])
+
+
+def budgeted_beside(prompt):
+    """Of a model of its own, as that of the engine is in use."""
+    return budgeted(make(), prompt, 12, observation=9)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_children(model, sharing, audited):
+    """Those that share all of a prompt keep it; those with blocks of their own begin with their parent's votes."""
+    inputs = prompts(2, **LONG)
+    config = pool(batch=30, allow_block_sharing=sharing)
+    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=20) as serving:
+        found = batch(model, inputs, TOKENS, config, children=2)
+    expected = [single(model, each, TOKENS, **WHOLE) if sharing else budgeted(model, each, 20) for each in inputs]
+    assert found == [tokens for tokens in expected for _ in range(3)]
+    assert (serving.metrics.prompts, serving.metrics.whole_prompts) == ((0, 6) if sharing else (6, 0))
+    ended(audited[-1])
+
+
+# ------------------------------------------------------------------------------------------------ whatever may happen
+def test_swapped_requests_come_back_as_they_were(model, audited, unpinned):
+    inputs = prompts(5, **LONG)
+    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=20) as serving:
+        found = batch(model, inputs, 40, pool(blocks=36, batch=16, cpu_offload_space=0.01))
+    assert serving.metrics.preemptions > 0 and serving.metrics.prompts == 5
+    assert found == [budgeted(model, prompt, 20, 40) for prompt in inputs]
+    ended(audited[-1])
+
+
+def test_preempted_requests_are_compressed_again(model, audited):
+    inputs = prompts(5, **LONG)
+    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=20) as serving:
+        found = batch(model, inputs, 60, pool(blocks=36))
+    assert serving.metrics.preemptions > 0 and serving.metrics.prompts > 5
+    assert all(len(tokens) == 60 for tokens in found)
+    ended(audited[-1])
+
+
+def test_others_do_not_notice_a_cancellation(model, audited, monkeypatch):
+    inputs, compress = dict(zip("abc", prompts(3, **LONG), strict=True)), Engine._compress_prompts
+    expected = {key: budgeted(model, prompt, 20) for key, prompt in inputs.items() if key != "b"}
+    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=20):
+        manager, found = model.init_continuous_batching(generation(TOKENS), pool(batch=50)), {}
+
+        def cancel(engine):
+            if engine.queries.used:
+                manager.cancel_request("b")
+            compress(engine)
+
+        monkeypatch.setattr(Engine, "_compress_prompts", cancel)
+        for key, prompt in inputs.items():
+            manager.add_request(prompt, request_id=key)
+        manager.start()
+        while len(found) < 2:
+            result = manager.get_result(timeout=20)
+            found[result.request_id] = result.generated_tokens
+        manager.stop()
+    assert found == expected
+    ended(audited[-1])
+
+
+@pytest.mark.parametrize("error", ["a vote that raises", "NaN"])
+def test_a_prompt_that_cannot_be_compressed_fails_alone(model, error, audited, monkeypatch):
+    observe = KVCompressPolicy.observe
+    inputs = [prompts(1, length, length, length)[0] for length in (50, 60, 70)]
+
+    def failing(policy, queries, keys, **settings):
+        votes = observe(policy, queries, keys, **settings)
+        if keys.shape[1] == 60 and error != "NaN":
+            raise ZeroDivisionError(error)
+        return votes * float("nan") if keys.shape[1] == 60 else votes
+
+    expected = [budgeted(model, prompt, 20) for prompt in inputs]
+    monkeypatch.setattr(KVCompressPolicy, "observe", failing)
+    detach(model)
+    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=20) as serving:
+        out = model.generate_batch(inputs, generation_config=generation(TOKENS), continuous_batching_config=pool())
+    results = list(out.values())
+    assert ("votes on a prompt in layer 0 are NaN" if error == "NaN" else error) in results[1].error
+    assert [results[0].generated_tokens, results[2].generated_tokens] == [expected[0], expected[2]]
+    assert serving.metrics.failed == 1 and serving.metrics.prompts == 2
+    ended(audited[-1])
+
+
+@most_examples(15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    blocks=st.integers(16, 80),
+    page=st.sampled_from([4, 8]),
+    chunk=st.sampled_from([4, 16, 256]),
+    period=st.integers(1, 12),
+    setting=st.sampled_from([{"max_prompt_tokens": 7}, {"prompt_retention": 0.3}]),
+    observation=st.sampled_from([1, 5, 32]),
+    score=st.sampled_from(["bidirectional", "key-difference"]),
+    sharing=st.booleans(),
+    children=st.integers(0, 2),
+    seed=st.integers(0, 5),
+)
+def test_nothing_is_lost(
+    model, audited, blocks, page, chunk, period, setting, observation, score, sharing, children, seed
+):
+    """Whatever the pool and the policy: every request ends, with all its tokens, and every block is accounted for."""
+    shared, *inputs = prompts(6, seed=seed, shortest=2, longest=40)
+    inputs = [shared[: 3 * (place % 3)] + prompt for place, prompt in enumerate(inputs)]
+    config = pool(blocks=blocks, page=page, batch=chunk, allow_block_sharing=sharing)
+    kara = {"retention": 0.25, "window": 6, "recent": 2, "score": score, "period": period, "observation": observation}
+    audited.clear()
+    with kara_continuous_batching(model, **kara, **setting):
+        out = model.generate_batch(
+            inputs, generation_config=generation(20, children), continuous_batching_config=config
+        )
+    assert len(out) == len(inputs) * (1 + children)
+    for result in out.values():
+        if result.error is None:
+            assert len(result.generated_tokens) == 20
+        else:
+            assert blocks * page < 50 + 21 and "give the engine more memory" in result.error
+    ended(audited[-1])
+
+
+def test_a_prompt_in_parts_is_not_judged_early(model, audited):
+    """Other requests decode meanwhile, and windows behind other prompts are sealed."""
+    inputs = [*prompts(2, shortest=3, longest=6), *prompts(2, shortest=70, longest=70)]
+    kara = KARA | {"period": 1}
+    with kara_continuous_batching(model, **kara, max_prompt_tokens=30) as serving:
+        found = batch(model, inputs, 40, pool(batch=6))
+    assert serving.metrics.prompts == 2 and serving.metrics.windows >= 8
+    assert found[:2] == [single(model, prompt, 40, **KARA) for prompt in inputs[:2]]
+    ended(audited[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_retention": 0}, r"prompt_retention=0 is not possible: .* a number in \(0, 1\], or None"),
+        ({"prompt_retention": 1.5}, "prompt_retention=1.5 is not possible"),
+        ({"prompt_retention": "half"}, "prompt_retention='half' is not possible"),
+        ({"max_prompt_tokens": 5}, "max_prompt_tokens=5 is not possible: .* from 6 on, for sinks=4"),
+        ({"max_prompt_tokens": 20.0}, "max_prompt_tokens=20.0 is not possible"),
+        ({"max_prompt_tokens": 20, "prompt_retention": 0.5}, "not possible together: give the share"),
+        ({"max_prompt_tokens": 20, "observation": 0}, "observation=0 is not possible"),
+        ({"compress_prompt": True}, "compress_prompt=True is not possible: .*prompt_retention or max_prompt_tokens"),
+    ],
+)
+def test_what_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ServingConfig.of(**settings)
+
+
+def test_metrics_for_prometheus(model):
+    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=20) as serving:
+        batch(model, prompts(2, **LONG), 4)
+    lines = serving.metrics.to_prometheus().splitlines()
+    assert "kara_prompts 2" in lines and "# TYPE kara_whole_prompts counter" in lines

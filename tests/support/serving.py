@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from kara_hf import KaraCache, detach
+from kara_hf import KaraCache, KVCompressCache, detach
 from kara_hf.serving.engine import Engine
 
 SIZES = {
@@ -59,6 +59,15 @@ def single(model, prompt, tokens=40, **kara):
     cache = KaraCache(model, **{"block_size": 4} | kara)
     ids = torch.tensor([prompt])
     out = model.generate(ids, **{CACHE: cache}, generation_config=generation(tokens))
+    detach(model)
+    return out[0, len(prompt) :].tolist()
+
+
+def budgeted(model, prompt, most, tokens=16, **settings):
+    """The answer over `KVCompressCache` that keeps at most so many tokens of the prompt, in blocks of one."""
+    settings = {"block_size": 1, "accumulate": False, "continual": False} | settings
+    cache = KVCompressCache(model, max_cache_tokens=most, **settings)
+    out = model.generate(torch.tensor([prompt]), **{CACHE: cache}, generation_config=generation(tokens))
     detach(model)
     return out[0, len(prompt) :].tolist()
 
