@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,8 +45,9 @@ from kara_hf.integration.loading import LoadedModel
 from kara_hf.policy import register_score
 from kara_hf.policy.scores import SCORES, key_difference
 from kara_hf.serving import ServingConfig, kara_continuous_batching, query_recorder
-from kara_hf.serving.compressor import Compressor, ServedRequest
+from kara_hf.serving.compressor import Compressor
 from kara_hf.serving.engine import Engine
+from kara_hf.serving.plans import ServedRequest
 from kara_hf.serving.queries import QueryPool
 from kara_hf.serving.query_recorder import Logits
 from kara_hf.serving.seams import LEAST_TRANSFORMERS, REQUIRED_INTERNALS, check_internals, check_version
@@ -55,6 +57,7 @@ if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
     pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
+KEYS = KARA | {"score": "key-difference"}  # holds no queries
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +145,8 @@ def test_sinks_behind_short_prompts(model, score, sinks, audited):
 def test_traces_keep_sinks_again_and_again():
     """Kept tokens of a trace are numbered without gaps; its first ones are sinks every time."""
     config = ServingConfig.of(**KARA | {"score": "recency", "sinks": 5}, unit="trace")
-    compressor, request = Compressor(config, QueryPool()), ServedRequest("a", settled=2, stored=2 + 8 + 3)
+    compressor = Compressor(config, QueryPool(SimpleNamespace(page=4), 1))
+    request = ServedRequest("a", settled=2, stored=2 + 8 + 3)
     for _ in range(3):
         plan = compressor.plan(request)
         keys = torch.zeros(1, 2, plan.width, 8)
@@ -164,7 +168,7 @@ def test_equals_kara_cache_whatever_the_engine_does(model, name, audited):
 
 
 def test_stored_blocks_shrink(model, monkeypatch):
-    """40 tokens behind a prompt of 4: 4 windows of 8 keep 4 each, then 7 or fewer are open."""
+    """40 tokens behind a prompt of 4: 4 windows of 8 keep 4 each, then 7 or fewer are open, and 2 blocks of queries."""
     prompt = prompts(1, shortest=4, longest=4)
     held, count = [], Engine._count
 
@@ -173,7 +177,7 @@ def test_stored_blocks_shrink(model, monkeypatch):
         held.append(engine.metrics.used_blocks)
 
     monkeypatch.setattr(Engine, "_count", counted)
-    for retention, blocks in ((1.0, 11), (0.5, 7)):
+    for retention, blocks in ((1.0, 11), (0.5, 7 + 2)):
         with kara_continuous_batching(model, **KARA | {"retention": retention}, period=1) as serving:
             batch(model, prompt, config=pool(allow_block_sharing=False))
         assert held[-1] == blocks and serving.metrics.used_blocks == 0
@@ -255,7 +259,7 @@ def test_more_run_at_once_in_the_same_blocks(model):
     inputs = prompts(8, longest=6)
     steps = {}
     for retention in (1.0, 0.25):
-        with kara_continuous_batching(model, **KARA | {"retention": retention}, period=4) as serving:
+        with kara_continuous_batching(model, **KEYS | {"retention": retention}, period=4) as serving:
             batch(model, inputs, tokens=100, config=pool(blocks=50))
         steps[retention] = serving.metrics.steps
         assert serving.metrics.failed == 0
@@ -314,7 +318,7 @@ def test_a_trace_longer_than_the_pool(model, engines):
         assert "cannot go on" in result.error and "give the engine more memory" in result.error
         assert 0 < len(result.generated_tokens) < 90
     ended(engines[-1])
-    with kara_continuous_batching(model, **KARA | {"retention": 0.25}, period=1):
+    with kara_continuous_batching(model, **KEYS | {"retention": 0.25}, period=1):
         found = batch(model, inputs, tokens=90, config=pool(blocks=20))
     assert [len(tokens) for tokens in found] == [90, 90]
 
@@ -444,7 +448,7 @@ def test_soak(model, engines, count):
     kara = {"retention": 0.5, "window": 2, "recent": 1, "anchor_share": 1.0}
     with kara_continuous_batching(model, **kara, period=1) as serving:
         out = model.generate_batch(
-            inputs, generation_config=generation(6), continuous_batching_config=pool(blocks=400, batch=512)
+            inputs, generation_config=generation(6), continuous_batching_config=pool(blocks=800, batch=512)
         )
     assert len(out) == count and all(len(r.generated_tokens) == 6 and r.error is None for r in out.values())
     assert serving.metrics.windows >= count
@@ -762,11 +766,11 @@ def test_the_server(generated, window, killed):
         pieces = [chunk.choices[0].text for chunk in client.completions.create(**ask, stream=True) if chunk.choices]
         assert len(pieces) > generated // 2 and "".join(pieces) == answer.choices[0].text
         metrics = server.metrics()
-        assert metrics["kara_blocks"] == 4 * 2**20 // (16 * 4 * 2 * 2 * 32 * 4)
+        assert metrics["kara_blocks"] == 4 * 2**20 // (16 * 4 * 2 * 2 * 32 * 4) - 2
         settled = answer.usage.completion_tokens - 2 - 32  # before the step that made the last token
         assert metrics["kara_windows"] == 2 * (settled // window) > 0 and metrics["kara_steps"] > 1.8 * generated
         assert metrics["kara_waiting"] == metrics["kara_failed"] == 0
-        with pytest.raises(openai.BadRequestError, match=r"needs room for \d+ tokens and the pool holds 2048"):
+        with pytest.raises(openai.BadRequestError, match=r"needs room for \d+ tokens and the pool holds 2016"):
             client.completions.create(**ask | {"prompt": problem.prompt * 80})
         if not killed:
             return
@@ -785,7 +789,7 @@ def test_the_server(generated, window, killed):
     "arguments, message",
     [
         (["--memory", "8 apples"], "memory='8 apples' is not possible"),
-        (["--memory", "1 KiB"], "memory=1024 is not possible: memory must be at least 32768 bytes"),
+        (["--memory", "1 KiB"], "memory=1024 is not possible: memory must be at least 98304 bytes"),
         (["--retention", "2"], "retention=2.0 is not possible"),
         (["--prompt-retention", "2"], "prompt_retention=2.0 is not possible"),
         (["--max-prompt-tokens", "3"], "max_prompt_tokens=3 is not possible"),

@@ -16,6 +16,7 @@ from kara_hf.policy import KVCompressPolicy
 from kara_hf.serving import ServingConfig, kara_continuous_batching
 from kara_hf.serving.engine import Engine
 from kara_hf.serving.seams import LEAST_TRANSFORMERS
+from kara_hf.serving.server import count_blocks
 
 if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
     pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)
@@ -144,7 +145,7 @@ def test_blocks_go_back_before_the_first_token_is_computed(model, audited, monke
     prompt = prompts(1, shortest=60, longest=60)
     with kara_continuous_batching(model, **WHOLE, prompt_retention=0.25) as serving:
         batch(model, prompt, tokens=4, config=pool(allow_block_sharing=False))
-    assert held == [15, 4, 5, 5]  # 60 tokens, then 15 and the first one, ...
+    assert held == [15 + 8, 4, 5, 5]  # 60 tokens and 32 queries, then 15 tokens and the first one, ...
     assert serving.metrics.freed_blocks == 11
 
 
@@ -200,16 +201,16 @@ def test_children(model, sharing, audited):
 # ------------------------------------------------------------------------------------------------ whatever may happen
 def test_swapped_requests_come_back_as_they_were(model, audited, unpinned):
     inputs = prompts(5, **LONG)
-    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=20) as serving:
-        found = batch(model, inputs, 40, pool(blocks=36, batch=16, cpu_offload_space=0.01))
+    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=20, observation=4) as serving:
+        found = batch(model, inputs, 40, pool(blocks=40, batch=16, cpu_offload_space=0.01))
     assert serving.metrics.preemptions > 0 and serving.metrics.prompts == 5
-    assert found == [budgeted(model, prompt, 20, 40) for prompt in inputs]
+    assert found == [budgeted(model, prompt, 20, 40, observation=4) for prompt in inputs]
     ended(audited[-1])
 
 
 def test_preempted_requests_are_compressed_again(model, audited):
     inputs = prompts(5, **LONG)
-    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=20) as serving:
+    with kara_continuous_batching(model, **WHOLE, max_prompt_tokens=20, observation=4) as serving:
         found = batch(model, inputs, 60, pool(blocks=36))
     assert serving.metrics.preemptions > 0 and serving.metrics.prompts > 5
     assert all(len(tokens) == 60 for tokens in found)
@@ -306,6 +307,51 @@ def test_a_prompt_in_parts_is_not_judged_early(model, audited):
     assert serving.metrics.prompts == 2 and serving.metrics.windows >= 8
     assert found[:2] == [single(model, prompt, 40, **KARA) for prompt in inputs[:2]]
     ended(audited[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+def tensors(owner, seen):
+    """Storages of all tensors that can be reached from what `owner` holds, by address."""
+    if id(owner) in seen:
+        return
+    seen[id(owner)] = owner
+    if isinstance(owner, torch.Tensor):
+        yield owner.untyped_storage()
+        return
+    if isinstance(owner, dict):
+        parts = list(owner.values())
+    elif isinstance(owner, list | tuple | set):
+        parts = list(owner)
+    else:
+        parts = list(vars(owner).values()) if hasattr(owner, "__dict__") and not isinstance(owner, type) else []
+    for part in parts:
+        yield from tensors(part, seen)
+
+
+def test_an_engine_holds_no_more_than_its_memory(model, tmp_path, monkeypatch):
+    """Queries of prompts and of open windows, all of them here, lie in the pool too."""
+    model.save_pretrained(tmp_path)
+    memory, held, own = 200_000, [], Engine._count
+
+    def counted(engine, running):
+        own(engine, running)
+        cache, seen = engine.cache, {}
+        parts = [cache, engine.queries, engine.compressor, engine.requests.known]
+        held.append(sum({s.data_ptr(): s.nbytes() for part in parts for s in tensors(part, seen)}.values()))
+
+    monkeypatch.setattr(Engine, "_count", counted)
+    config = pool(blocks=count_blocks(str(tmp_path), memory, 4, "float32", False))
+    with kara_continuous_batching(model, **KARA, queries=None, max_prompt_tokens=20, period=4) as serving:
+        batch(model, prompts(4, **LONG), 30, config)
+    assert serving.metrics.prompts == 4 and serving.metrics.windows > 0 and serving.metrics.peak_query_bytes > 10_000
+    assert 0.97 * memory < max(held) <= memory
+
+
+def test_a_block_without_room_for_a_query_is_refused():
+    model = make(num_attention_heads=16, num_key_value_heads=1)
+    with kara_continuous_batching(model, max_prompt_tokens=20):
+        with pytest.raises(ValueError, match="page_size=4 is too small.*16 query heads.*make it 8 or more"):
+            batch(model, prompts(1), config=pool(page=4))
 
 
 # ----------------------------------------------------------------------------------------------------------- settings

@@ -21,7 +21,7 @@ def serve(
     ] = KaraConfig.retention,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory of the pool of keys and values, like 8GiB [default: what the engine finds free]."),
+        typer.Option(help="Memory of the pool of keys, values and queries, like 8GiB [default: what is free]."),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = KaraConfig.window,
     recent: Annotated[

@@ -1,76 +1,15 @@
 """Which requests of an engine have windows compressed, and which of their tokens stay."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from ..policy import KaraPolicy, Window
 from ..storage import Sampling
 from .config import ServingConfig
+from .plans import EvictionPlan, ServedRequest, blocks
 from .queries import Brought, QueryPool
 from .query_recorder import Logits
-
-
-@dataclass
-class ServedRequest:
-    """A request with tokens that can be evicted. Its stored tokens are numbered without gaps; positions count on.
-
-    Attributes:
-        key: of the request.
-        settled: stored tokens in front of the open ones: the prompt, or what stayed of it, and the survivors of sealed
-            windows.
-        stored: tokens in the pool.
-        prompt: tokens of a prompt that is still to be compressed; 0: it was, or stays whole.
-        kept: survivors of sealed windows.
-        evicted: tokens dropped: a stored token behind them is at position number + evicted.
-        windows: windows sealed so far.
-        slots: where those queries of open tokens that are held are, oldest first; empty for a score without queries.
-        voters: where the queries of the last tokens of a prompt that is still to be compressed are.
-    """
-
-    key: str
-    settled: int
-    stored: int
-    prompt: int = 0
-    kept: int = 0
-    evicted: int = 0
-    windows: int = 0
-    slots: list[int] = field(default_factory=list)
-    voters: list[int] = field(default_factory=list)
-
-    @property
-    def open(self) -> int:
-        return max(0, self.stored - self.settled)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen."""
-        return self.stored + self.evicted
-
-
-@dataclass(frozen=True)
-class EvictionPlan:
-    """What is done to one request: from the stored token `start` on, of the `width` tokens in each of `count` windows
-    `keep` stay in every head. Each is judged by so many `queries`, its own and of the tokens behind it. A `findable`
-    plan leaves the blocks that it empties to be found by their content, until their room is needed.
-    """
-
-    request: ServedRequest
-    start: int
-    count: int
-    width: int
-    keep: int
-    queries: int
-    findable: bool = False
-
-    @property
-    def dropped(self) -> int:
-        return self.count * (self.width - self.keep)
-
-    @property
-    def stored_after(self) -> int:
-        return self.request.stored - self.dropped
 
 
 class Compressor:
@@ -139,11 +78,9 @@ class Compressor:
         trace = self.config.unit == "trace"  # its window begins at the prompt again, and sinks are there still
         windows = [(plan.request, number) for plan in plans for number in range(plan.count)]
         if self.policy.needs_queries:
-            pool = self.queries.layers[layer]
             own, all_of_them = self.sampling.place(width), plans[0].queries
             places = [request.slots[n * own : n * own + all_of_them] for request, n in windows]
-            found = pool[torch.tensor(places, device=pool.device)].transpose(1, 2)
-            queries, later = found.tensor_split([own], dim=2)
+            queries, later = self.queries.read(layer, places).tensor_split([own], dim=2)
         window = Window(
             rows=keys.shape[1],
             keys=keys,
@@ -162,18 +99,31 @@ class Compressor:
         )
         return self.policy.select(window)
 
-    def slots(self, request: ServedRequest) -> list[int]:
-        """For the queries of all open tokens of a request, those that have come just now among them."""
-        needed = request.open if self.sampling.every else self.sampling.place(request.open - 1) + 2
-        request.slots += self.queries.take(max(0, needed - len(request.slots)))
-        return list(request.slots)
+    def held(self, tokens: int) -> int:
+        """Slots for the queries of so many open tokens."""
+        if not self.needs_queries:
+            return 0
+        return tokens if self.sampling.every else self.sampling.place(tokens - 1) + 2
+
+    def reserve(self, request: ServedRequest, ahead: int = 0) -> bool:
+        """Slots for the queries of all open tokens of a request and of `ahead` more; False: there is no room."""
+        taken = self.queries.take(max(0, self.held(request.open + ahead) - len(request.slots)))
+        request.slots += taken or []
+        return taken is not None
 
     def brought(self, request: ServedRequest, column: int, length: int) -> Brought | None:
-        """The queries to hold of a step whose columns from `column` on are the newest `length` tokens of a request."""
+        """The queries to hold of a step whose columns from `column` on are the newest `length` tokens of a request.
+
+        Without room for them, what is open stays whole.
+        """
         new = min(length, request.open) if self.needs_queries else 0
         if not new:
             return None
-        return Brought(column + length - new, request.open - new, new, self.slots(request), self.sampling)
+        if not self.reserve(request):
+            self.drop(request)
+            request.settle()
+            return None
+        return Brought(column + length - new, request.open - new, new, list(request.slots), self.sampling)
 
     def done(self, plan: EvictionPlan) -> None:
         """Books a cut that was carried out."""
@@ -192,8 +142,3 @@ class Compressor:
         """Forgets a request that is gone."""
         self.queries.give(request.slots)
         request.slots = []
-
-
-def blocks(tokens: int, page: int) -> int:
-    """Blocks of `page` tokens that hold `tokens`."""
-    return -(-tokens // page)

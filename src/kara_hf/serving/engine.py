@@ -19,12 +19,13 @@ from weakref import proxy, ref
 import torch
 
 from .admission import Limits, RequestRefused, check_sampling
-from .compressor import Compressor, EvictionPlan
+from .compressor import Compressor
 from .config import ServingConfig
 from .metrics import ServingMetrics
+from .plans import EvictionPlan
 from .pool import Pool
 from .prompts import PromptCompressor
-from .queries import Brought, Places, QueryPool
+from .queries import Brought, Places, QueryPool, query_group
 from .query_recorder import Logits
 from .requests import Requests, prompt_tokens
 from .seams import SLIDING, check_internals
@@ -50,13 +51,12 @@ class Engine:
 
     Raises:
         ImportError: the engine is not as we know it.
-        ValueError: the pool is too small for one window, or the model has no layer of full attention.
+        ValueError: the pool is too small for one window, or a block for one query, or the model has no layer of full
+            attention.
     """
 
     def __init__(self, processor: Any, config: ServingConfig, model: Any):
         self._processor, self.config = ref(processor), config
-        self.queries = QueryPool()
-        self.compressor, self.prompts = Compressor(config, self.queries), PromptCompressor(config, self.queries)
         self.pool = Pool(processor.cache)
         check_internals(
             {
@@ -70,12 +70,18 @@ class Engine:
                 "ledger": self.pool.allocator.ledger,
             }
         )
+        self.queries = QueryPool(self.pool, query_group(model))
+        self.compressor, self.prompts = Compressor(config, self.queries), PromptCompressor(config, self.queries)
         self.metrics = ServingMetrics(blocks=self.pool.num_blocks)
-        if self.compressor.policy.compresses and self.pool.capacity <= self.compressor.least:
+        if self.needs_queries:
+            self.queries.check()
+        least, page = self.compressor.least, self.pool.page
+        least += page * self.queries.blocks_of(self.compressor.held(least))
+        if self.compressor.policy.compresses and self.pool.capacity <= least:
             raise ValueError(
-                f"a pool of {self.pool.num_blocks} blocks of {self.pool.page} tokens is too small for a window of "
-                f"{config.kara.window} tokens and {config.kara.recent} recent ones; give the engine more memory "
-                "(num_blocks), or lower window"
+                f"a pool of {self.pool.num_blocks} blocks of {page} tokens is too small for a window of "
+                f"{config.kara.window} tokens, {config.kara.recent} recent ones and their queries; give the engine "
+                "more memory (num_blocks), or lower window"
             )
         self.limits = Limits.of(model, self.pool.capacity)
         self.requests = Requests(self.queries, self.compressor, self.prompts)
@@ -166,6 +172,7 @@ class Engine:
         periodic = self.config.trigger == "periodic" and self.metrics.steps % self.config.period == 0
         if periodic or self._starves() or (self.config.trigger == "pressure" and self._waits()):
             self._compress()
+            self._reserve()
         while True:
             batch: tuple[list[Any] | None, bool, int, int] = own(token_budget, cache_budget)
             if batch[0] is not None:
@@ -202,8 +209,10 @@ class Engine:
             if request is None:
                 continue
             request.stored = future.state.position_offset
+            prompt = request.prompt
             parts = (each.brought(request, start, length) for each in (self.compressor, self.prompts))
             brought += [part for part in parts if part is not None]
+            self.metrics.whole_prompts += prompt > request.prompt
         if any(shifts):
             ids = self.batch.position_ids
             ids[: len(shifts)] += torch.tensor(shifts, dtype=ids.dtype, device=ids.device)
@@ -285,8 +294,15 @@ class Engine:
         self.queries.put(layer, self._places[shape], query[0])
 
     # ------------------------------------------------------------------------------------------------- room in the pool
+    def _reserve(self) -> bool:
+        """Takes blocks for the queries of the next tokens, before these take theirs. False: there are too few."""
+        requests = self.requests.active(self.scheduler.active_requests) if self.compressor.needs_queries else []
+        return all([self.compressor.reserve(request, 1) for request in requests if request.open])
+
     def _starves(self) -> bool:
-        """Whether the requests at work would not all find blocks for their next tokens."""
+        """Whether the requests at work would not all find blocks for their next tokens and the queries of these."""
+        if not self._reserve():
+            return True
         free = self.pool.free_blocks() + self.pool.forgettable_blocks()
         return sum(map(self.pool.needed, self.scheduler.active_requests.values())) > free
 

@@ -17,11 +17,12 @@ class ServingMetrics:
         compressions: requests times how often each was compressed.
         windows: windows sealed.
         prompts: prompts compressed.
-        whole_prompts: prompts that were to be, and stayed whole because no block would have been given back.
+        whole_prompts: prompts that were to be, and stayed whole: no block would have been given back, or there was no
+            room for their queries.
         evicted_tokens: tokens dropped, in each layer and head.
         freed_blocks: blocks given back by compressing.
-        blocks, used_blocks: blocks of the pool's full attention layers, and those that requests or prefixes hold.
-        query_bytes: held for queries of open windows and of prompts, beside the pool.
+        blocks, used_blocks: blocks of the pool's full attention layers, and those in use, by prefixes and queries too.
+        query_bytes: of blocks with queries of open windows and of prompts, which are among the used ones.
         peak_query_bytes: the most of it.
     """
 

@@ -6,7 +6,7 @@ from weakref import ref
 
 import torch
 
-from .compressor import EvictionPlan, blocks
+from .plans import EvictionPlan, blocks
 from .seams import FULL
 
 
@@ -54,6 +54,18 @@ class Pool:
         return self.num_blocks * self.page
 
     @property
+    def stride(self) -> int:
+        """Rows of a block, in all its layers."""
+        stride: int = self.allocator.block_physical_stride
+        return stride
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        nbytes: int = self.allocator.bytes_per_block
+        return nbytes
+
+    @property
     def layers(self) -> list[int]:
         """Indices of the layers."""
         layers: list[int] = self.allocator.layer_indices
@@ -69,6 +81,22 @@ class Pool:
         """Blocks of prefixes that no request uses."""
         return len(self.allocator.ledger.cached_blocks)
 
+    def take(self, count: int) -> list[int] | None:
+        """`count` free blocks; None: too few. Prefixes that no request uses are forgotten if need be."""
+        pool, index = self.cache.pool, self.allocator.index
+        if count > self.free_blocks():
+            self.cache.evict_cached_blocks()
+        if count > self.free_blocks():
+            return None
+        while pool.count_free_blocks(index) < count:
+            pool.allocate_sector(index)
+        taken: list[int] = pool.get_free_blocks(index, count)
+        return taken
+
+    def give(self, blocks: list[int]) -> None:
+        """Blocks that nobody uses any more."""
+        self.cache.pool.free_blocks(self.allocator.index, blocks)
+
     def needed(self, state: Any) -> int:
         """Blocks that a request of the engine needs for its next tokens."""
         tokens = state.tokens_to_process if state.status.name == "DECODING" else state.remaining_prefill_tokens
@@ -80,6 +108,11 @@ class Pool:
         """Rows of the pool's views in which the tokens of a plan's windows are, and those behind them."""
         rows: list[int] = self.allocator.get_read_indices(plan.request.key, 0, plan.request.stored)
         return rows[plan.start :]
+
+    def raw(self, layer: int) -> torch.Tensor:
+        """Rows ``[H, D]``: from ``block * stride`` on a layer's page of a block's keys, then that of its values."""
+        rows: torch.Tensor = self.allocator._kv_token_views[layer][0]
+        return rows
 
     def heads(self, layer: int) -> int:
         """KV heads of a layer."""
@@ -107,7 +140,7 @@ class Pool:
         Of a plan that leaves its blocks findable, those that a later prompt may find are copied too, as far as there is
         room.
         """
-        request, full, pool = plan.request, self.allocator, self.cache.pool
+        request, full = plan.request, self.allocator
         ledger, table, first = full.ledger, full.block_table[request.key], plan.start // self.page
         written = range(first, blocks(plan.stored_after, self.page))
         shared = [place for place in written if ledger.shared_ref_counts.get(table[place], 1) > 1]
@@ -117,9 +150,7 @@ class Pool:
         if plan.findable:
             own = set(written) - set(shared)
             shared += [place for place in sorted(own) if table[place] in ledger.block_to_hash][: free - len(shared)]
-        while pool.count_free_blocks(full.index) < len(shared):
-            pool.allocate_sector(full.index)
-        copies = pool.get_free_blocks(full.index, len(shared))
+        copies = self.take(len(shared)) or []
         full.copy_blocks([table[place] for place in shared], copies)
         for place, copy_of in zip(shared, copies, strict=True):
             ledger.release(table[place])
@@ -162,7 +193,5 @@ class Pool:
         table = full.block_table[request.key]
         spare = table[blocks(request.stored, self.page) :]
         del table[len(table) - len(spare) :]
-        self.cache.pool.free_blocks(
-            full.index, [block for block in spare if full.ledger.release(block, not plan.findable)]
-        )
+        self.give([block for block in spare if full.ledger.release(block, not plan.findable)])
         return len(spare)

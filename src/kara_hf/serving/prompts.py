@@ -11,8 +11,8 @@ import torch
 
 from ..policy import KVCompressPolicy
 from ..storage import Sampling
-from .compressor import EvictionPlan, ServedRequest
 from .config import ServingConfig
+from .plans import EvictionPlan, ServedRequest
 from .queries import Brought, QueryPool
 from .query_recorder import Logits
 
@@ -68,8 +68,7 @@ class PromptCompressor:
         (heads, tokens, _), how = keys.shape, self.config.of_prompt(plan.width)
         assert how is not None
         policy = KVCompressPolicy(how)
-        pool = self.queries.layers[layer]
-        queries = pool[torch.tensor(plan.request.voters, device=pool.device)].transpose(0, 1)
+        queries = self.queries.read(layer, [plan.request.voters])[0]
         votes = policy.observe(queries, keys, **logits._asdict())
         if votes.isnan().any():
             raise ValueError(
@@ -87,13 +86,21 @@ class PromptCompressor:
         return (~eviction.dropped[0]).nonzero()[:, 1].view(heads, plan.keep)
 
     def brought(self, request: ServedRequest, column: int, length: int) -> Brought | None:
-        """The queries to hold of a step whose columns from `column` on are the newest `length` tokens of a request."""
+        """The queries to hold of a step whose columns from `column` on are the newest `length` tokens of a request.
+
+        Without room for them, its prompt stays whole.
+        """
         count, before = self.voters(request.prompt), request.stored - length
         start = max(before, request.prompt - count)
         new = min(request.stored, request.prompt) - start
         if new <= 0:
             return None
-        request.voters += self.queries.take(count - len(request.voters))
+        if not request.voters:
+            taken = self.queries.take(count)
+            if taken is None:
+                self.drop(request)
+                return None
+            request.voters = taken
         first = start - (request.prompt - count)
         return Brought(column + start - before, first, new, request.voters, Sampling(count, count))
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .compressor import Compressor, ServedRequest
+from .compressor import Compressor
+from .plans import ServedRequest
 from .prompts import PromptCompressor
 from .queries import QueryPool
 
@@ -55,8 +56,9 @@ class Requests:
         parent = self.find(state)
         if parent is not None:
             for key in keys:
-                child = replace(parent, key=key, slots=[], voters=self.queries.copy(parent.voters))
-                self.known[key] = (None, child)
+                voters = self.queries.copy(parent.voters)
+                prompt = 0 if voters is None else parent.prompt
+                self.known[key] = (None, replace(parent, key=key, prompt=prompt, slots=[], voters=voters or []))
 
     def sweep(self, scheduler: Any) -> None:
         """Forgets requests that were cancelled while their blocks were elsewhere, and knows forks from now on."""

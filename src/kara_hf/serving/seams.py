@@ -56,6 +56,7 @@ REQUIRED_INTERNALS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "search_prefix_match": ("request_id", "prompt_ids"),
         "prepare_fork_request": ("src_state", "dst_req_ids", "copy_src_and_dst"),
         "compute_free_capacity": (),
+        "evict_cached_blocks": (),
         "cache_allocators": None,
         "pool": None,
         "device": None,

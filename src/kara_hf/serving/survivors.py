@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from .compressor import EvictionPlan
+from .plans import EvictionPlan
 from .pool import Pool
 from .query_recorder import Logits
 
