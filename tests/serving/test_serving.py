@@ -13,9 +13,8 @@ import sys
 import threading
 import time
 import urllib.request
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,14 +24,10 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from support.marks import few, most_examples, slow
 from support.scores import VALUE_NORM
+from support.serving import CACHE, KARA, batch, budgeted, ended, generation, make, pool, prompts, single
 from transformers import (
     AttentionInterface,
-    AutoModelForCausalLM,
-    ContinuousBatchingConfig,
     Gemma2Config,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     Qwen3Config,
 )
@@ -50,8 +45,11 @@ from kara_hf.integration.loading import LoadedModel
 from kara_hf.policy import register_score
 from kara_hf.policy.scores import SCORES, key_difference
 from kara_hf.serving import ServingConfig, kara_continuous_batching, query_recorder
-from kara_hf.serving.compressor import Compressor, ServedRequest
+from kara_hf.serving.compressor import Compressor
 from kara_hf.serving.engine import Engine
+from kara_hf.serving.plans import ServedRequest
+from kara_hf.serving.queries import QueryPool
+from kara_hf.serving.query_recorder import Logits
 from kara_hf.serving.seams import LEAST_TRANSFORMERS, REQUIRED_INTERNALS, check_internals, check_version
 from kara_hf.tasks.reasoner import make_problem
 
@@ -59,120 +57,12 @@ if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
     pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-KARA = {"retention": 0.5, "window": 8, "recent": 3, "anchor_share": 0.5}
-
-
-def make(config_class=LlamaConfig, seed=0, **changes):
-    torch.manual_seed(seed)
-    config = config_class(**SIZES | {"num_hidden_layers": 2} | changes)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+KEYS = KARA | {"score": "key-difference"}  # holds no queries
 
 
 @pytest.fixture(scope="module")
 def model():
     return make()
-
-
-def prompts(count, seed=1, shortest=3, longest=30):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
-    return [torch.randint(1, 97, (length,), generator=generator).tolist() for length in lengths]
-
-
-def generation(tokens=40, children=0):
-    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    config.num_return_sequences = 1 + children  # of greedy ones all are equal, which no user wants and a test does
-    return config
-
-
-def pool(blocks=400, page=4, batch=256, **changes):
-    return ContinuousBatchingConfig(page_size=page, num_blocks=blocks, max_batch_tokens=batch, **changes)
-
-
-def batch(model, inputs, tokens=40, config=None, children=0):
-    detach(model)
-    out = model.generate_batch(
-        inputs, generation_config=generation(tokens, children), continuous_batching_config=config or pool()
-    )
-    return [result.generated_tokens for result in out.values()]
-
-
-def single(model, prompt, tokens=40, **kara):
-    cache = KaraCache(model, **{"block_size": 4} | kara)
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, **{CACHE: cache}, generation_config=generation(tokens))
-    detach(model)
-    return out[0, len(prompt) :].tolist()
-
-
-@pytest.fixture
-def engines(monkeypatch) -> list[Engine]:
-    """Every engine made from here on, with what it belongs to kept alive."""
-    made, begin = [], Engine.__init__
-
-    def keep(engine, processor, *args):
-        begin(engine, processor, *args)
-        engine.kept = processor
-        made.append(engine)
-
-    monkeypatch.setattr(Engine, "__init__", keep)
-    return made
-
-
-@pytest.fixture
-def audited(engines, monkeypatch) -> Iterator[list[Engine]]:
-    """The same; checks at every step of each that every block is somewhere, once, and so is every query."""
-    prepare, steps = Engine._prepare, []
-
-    def checked(engine, *args, **kwargs):
-        prepare(engine, *args, **kwargs)
-        steps.append(engine)
-        audit(engine)
-
-    monkeypatch.setattr(Engine, "_prepare", checked)
-    yield engines
-    assert steps, "no step was taken"
-
-
-def audit(engine: Engine) -> None:
-    full, ledger = engine.pool.allocator, engine.pool.allocator.ledger
-    holders = Counter(block for table in full.block_table.values() for block in table)
-    for block, count in holders.items():
-        assert ledger.shared_ref_counts.get(block, 1) == count
-        assert block not in ledger.cached_blocks
-    assert len(holders) + len(ledger.cached_blocks) + engine.pool.free_blocks() == full.num_blocks
-    assert {block: h for h, block in ledger.hash_to_block.items()} == ledger.block_to_hash
-    slots = [slot for _, request in engine._known.values() for slot in request.slots]
-    assert len(slots) == len(set(slots)) == engine.compressor.queries.used
-    for state, request in engine._known.values():
-        if state.request_id in engine.scheduler.active_requests:
-            assert request.stored == state.position_offset
-            assert len(full.block_table[request.key]) >= -(-request.stored // engine.pool.page)
-            if engine.compressor.policy.needs_queries:
-                sampling = engine.compressor.sampling
-                held = request.open if sampling.every else sampling.place(request.open - 1) + 2
-                assert len(request.slots) == held * (request.open > 0)
-
-
-def ended(engine: Engine) -> None:
-    """Nothing is held by any request."""
-    assert not engine.pool.allocator.block_table and not engine._known
-    assert engine.compressor.queries.nbytes == engine.compressor.queries.used == 0
-    engine.cache.evict_cached_blocks()
-    assert engine.pool.free_blocks() == engine.pool.num_blocks
 
 
 # ---------------------------------------------------------------------------------------------------- exact when off
@@ -255,11 +145,12 @@ def test_sinks_behind_short_prompts(model, score, sinks, audited):
 def test_traces_keep_sinks_again_and_again():
     """Kept tokens of a trace are numbered without gaps; its first ones are sinks every time."""
     config = ServingConfig.of(**KARA | {"score": "recency", "sinks": 5}, unit="trace")
-    compressor, request = Compressor(config), ServedRequest("a", settled=2, stored=2 + 8 + 3)
+    compressor = Compressor(config, QueryPool(SimpleNamespace(page=4), 1))
+    request = ServedRequest("a", settled=2, stored=2 + 8 + 3)
     for _ in range(3):
         plan = compressor.plan(request)
         keys = torch.zeros(1, 2, plan.width, 8)
-        places = compressor.select(0, [plan], keys, 1.0, None)
+        places = compressor.select(0, [plan], keys, Logits(1.0))
         assert (places == torch.tensor([0, 1, 2, plan.width - 1])).all()
         compressor.done(plan)
         assert request.open == 4 + 3
@@ -277,7 +168,7 @@ def test_equals_kara_cache_whatever_the_engine_does(model, name, audited):
 
 
 def test_stored_blocks_shrink(model, monkeypatch):
-    """40 tokens behind a prompt of 4: 4 windows of 8 keep 4 each, then 7 or fewer are open."""
+    """40 tokens behind a prompt of 4: 4 windows of 8 keep 4 each, then 7 or fewer are open, and 2 blocks of queries."""
     prompt = prompts(1, shortest=4, longest=4)
     held, count = [], Engine._count
 
@@ -286,7 +177,7 @@ def test_stored_blocks_shrink(model, monkeypatch):
         held.append(engine.metrics.used_blocks)
 
     monkeypatch.setattr(Engine, "_count", counted)
-    for retention, blocks in ((1.0, 11), (0.5, 7)):
+    for retention, blocks in ((1.0, 11), (0.5, 7 + 2)):
         with kara_continuous_batching(model, **KARA | {"retention": retention}, period=1) as serving:
             batch(model, prompt, config=pool(allow_block_sharing=False))
         assert held[-1] == blocks and serving.metrics.used_blocks == 0
@@ -368,7 +259,7 @@ def test_more_run_at_once_in_the_same_blocks(model):
     inputs = prompts(8, longest=6)
     steps = {}
     for retention in (1.0, 0.25):
-        with kara_continuous_batching(model, **KARA | {"retention": retention}, period=4) as serving:
+        with kara_continuous_batching(model, **KEYS | {"retention": retention}, period=4) as serving:
             batch(model, inputs, tokens=100, config=pool(blocks=50))
         steps[retention] = serving.metrics.steps
         assert serving.metrics.failed == 0
@@ -427,7 +318,7 @@ def test_a_trace_longer_than_the_pool(model, engines):
         assert "cannot go on" in result.error and "give the engine more memory" in result.error
         assert 0 < len(result.generated_tokens) < 90
     ended(engines[-1])
-    with kara_continuous_batching(model, **KARA | {"retention": 0.25}, period=1):
+    with kara_continuous_batching(model, **KEYS | {"retention": 0.25}, period=1):
         found = batch(model, inputs, tokens=90, config=pool(blocks=20))
     assert [len(tokens) for tokens in found] == [90, 90]
 
@@ -557,7 +448,7 @@ def test_soak(model, engines, count):
     kara = {"retention": 0.5, "window": 2, "recent": 1, "anchor_share": 1.0}
     with kara_continuous_batching(model, **kara, period=1) as serving:
         out = model.generate_batch(
-            inputs, generation_config=generation(6), continuous_batching_config=pool(blocks=400, batch=512)
+            inputs, generation_config=generation(6), continuous_batching_config=pool(blocks=800, batch=512)
         )
     assert len(out) == count and all(len(r.generated_tokens) == 6 and r.error is None for r in out.values())
     assert serving.metrics.windows >= count
@@ -779,19 +670,25 @@ with kara_continuous_batching(model, **kara) as serving:
         persistent_manager=True,
     )
     heads = serving.engine.pool.allocator.num_key_value_heads
-report = {"tokens": [r.generated_tokens for r in results.values()], "windows": serving.metrics.windows, "heads": heads}
+report = {"tokens": [r.generated_tokens for r in results.values()], "heads": heads}
+report |= {"windows": serving.metrics.windows, "prompts": serving.metrics.prompts}
 open(f"{out}-{os.environ['RANK']}.json", "w").write(json.dumps(report))
 """
 
 
 @pytest.mark.slow
-def test_tensor_parallel_equals_one_process(model, tmp_path):
-    inputs = prompts(4)
+@pytest.mark.parametrize("compressed", ["windows", "prompts"])
+def test_tensor_parallel_equals_one_process(model, tmp_path, compressed):
+    inputs, kara = prompts(4), KARA | {"period": 1}
+    expected = [single(model, prompt, **KARA) for prompt in inputs]
+    if compressed == "prompts":
+        inputs, kara = prompts(4, shortest=40, longest=70), {"retention": 1.0, "max_prompt_tokens": 20}
+        expected = [budgeted(model, prompt, 20, 40) for prompt in inputs]
     model.save_pretrained(tmp_path / "model")
     script = tmp_path / "serve.py"
     script.write_text(TENSOR_PARALLEL)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), json.dumps(inputs), json.dumps(KARA | {"period": 1})]
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), json.dumps(inputs), json.dumps(kara)]
     done = subprocess.run(
         [*launch, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -801,8 +698,8 @@ def test_tensor_parallel_equals_one_process(model, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in (0, 1))
-    assert first["heads"] == second["heads"] == 1 and first["windows"] == second["windows"] > 0
-    assert first["tokens"] == [single(model, prompt, **KARA) for prompt in inputs]
+    assert first["heads"] == second["heads"] == 1 and first[compressed] == second[compressed] > 0
+    assert first["tokens"] == expected
 
 
 def test_the_example_answers_in_fewer_steps(tmp_path, capsys):
@@ -869,11 +766,11 @@ def test_the_server(generated, window, killed):
         pieces = [chunk.choices[0].text for chunk in client.completions.create(**ask, stream=True) if chunk.choices]
         assert len(pieces) > generated // 2 and "".join(pieces) == answer.choices[0].text
         metrics = server.metrics()
-        assert metrics["kara_blocks"] == 4 * 2**20 // (16 * 4 * 2 * 2 * 32 * 4)
+        assert metrics["kara_blocks"] == 4 * 2**20 // (16 * 4 * 2 * 2 * 32 * 4) - 2
         settled = answer.usage.completion_tokens - 2 - 32  # before the step that made the last token
         assert metrics["kara_windows"] == 2 * (settled // window) > 0 and metrics["kara_steps"] > 1.8 * generated
         assert metrics["kara_waiting"] == metrics["kara_failed"] == 0
-        with pytest.raises(openai.BadRequestError, match=r"needs room for \d+ tokens and the pool holds 2048"):
+        with pytest.raises(openai.BadRequestError, match=r"needs room for \d+ tokens and the pool holds 2016"):
             client.completions.create(**ask | {"prompt": problem.prompt * 80})
         if not killed:
             return
@@ -892,8 +789,10 @@ def test_the_server(generated, window, killed):
     "arguments, message",
     [
         (["--memory", "8 apples"], "memory='8 apples' is not possible"),
-        (["--memory", "1 KiB"], "memory=1024 is not possible: memory must be at least 32768 bytes"),
+        (["--memory", "1 KiB"], "memory=1024 is not possible: memory must be at least 98304 bytes"),
         (["--retention", "2"], "retention=2.0 is not possible"),
+        (["--prompt-retention", "2"], "prompt_retention=2.0 is not possible"),
+        (["--max-prompt-tokens", "3"], "max_prompt_tokens=3 is not possible"),
         (["--score", "nothing"], "score='nothing' is not possible"),
         (["--dtype", "int8"], "dtype='int8' is not possible"),
     ],
@@ -908,22 +807,9 @@ def test_bytes(text, nbytes):
     assert parse_bytes(text) == nbytes
 
 
-class _Unpinned:
-    """Torch for a machine whose host memory cannot be pinned."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def empty(self, *args, pin_memory=False, **kwargs):
-        return torch.empty(*args, **kwargs)
-
-
 @pytest.mark.parametrize("score", ["bidirectional", slow("key-difference")])
-def test_offloaded_requests_come_back_compressed(model, score, audited, monkeypatch):
+def test_offloaded_requests_come_back_compressed(model, score, audited, unpinned):
     """With the engine's swap space a preempted request keeps what it had: its answer is as if nothing had happened."""
-    from transformers.generation.continuous_batching import offloading_manager
-
-    monkeypatch.setattr(offloading_manager, "torch", _Unpinned())
     kara, inputs = KARA | {"score": score}, prompts(5)
     with kara_continuous_batching(model, **kara, period=1) as serving:
         found = batch(model, inputs, tokens=60, config=pool(blocks=36, cpu_offload_space=0.01))

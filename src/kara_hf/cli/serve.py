@@ -21,7 +21,7 @@ def serve(
     ] = KaraConfig.retention,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory of the pool of keys and values, like 8GiB [default: what the engine finds free]."),
+        typer.Option(help="Memory of the pool of keys, values and queries, like 8GiB [default: what is free]."),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = KaraConfig.window,
     recent: Annotated[
@@ -35,6 +35,12 @@ def serve(
     anchor_share: Annotated[
         float, typer.Option(help="Share of kept tokens picked singly by scores with chunks; 1 is plain top-k.")
     ] = KaraConfig.anchor_share,
+    prompt_retention: Annotated[
+        float | None, typer.Option(help="Share of each prompt that is kept once it has been read [default: all].")
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of each prompt that are kept, instead of a share [default: all].")
+    ] = None,
     period: Annotated[int, typer.Option(help="Engine steps from one compression to the next.")] = 64,
     requests: Annotated[
         int | None, typer.Option(help="Requests compressed at once, those that gain most [default: all].")
@@ -68,6 +74,8 @@ def serve(
             score=score,
             queries=count_or_all("queries", queries),
             anchor_share=anchor_share,
+            prompt_retention=prompt_retention,
+            max_prompt_tokens=max_prompt_tokens,
             period=period,
             max_requests=requests,
             trigger="pressure" if under_pressure else "periodic",

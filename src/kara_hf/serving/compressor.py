@@ -1,84 +1,42 @@
-"""Which requests of an engine are compressed, and which of their tokens stay."""
+"""Which requests of an engine have windows compressed, and which of their tokens stay."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from ..policy import KaraPolicy, Window
 from ..storage import Sampling
 from .config import ServingConfig
-from .queries import QueryPool
-
-
-@dataclass
-class ServedRequest:
-    """A request with tokens behind its prompt. Its stored tokens are numbered without gaps; positions count on.
-
-    Attributes:
-        key: of the request.
-        settled: stored tokens in front of the open ones: the prompt and the survivors of sealed windows.
-        stored: tokens in the pool.
-        kept: survivors of sealed windows.
-        evicted: tokens dropped: a stored token behind them is at position number + evicted.
-        windows: windows sealed so far.
-        slots: where those queries of open tokens that are held are, oldest first; empty for a score without queries.
-    """
-
-    key: str
-    settled: int
-    stored: int
-    kept: int = 0
-    evicted: int = 0
-    windows: int = 0
-    slots: list[int] = field(default_factory=list)
-
-    @property
-    def open(self) -> int:
-        return self.stored - self.settled
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen."""
-        return self.stored + self.evicted
-
-
-@dataclass(frozen=True)
-class EvictionPlan:
-    """What is done to one request: of the first `width` tokens in each of `count` windows `keep` stay in every head.
-    Each is judged by `queries` of its own and of the tokens behind it.
-    """
-
-    request: ServedRequest
-    count: int
-    width: int
-    keep: int
-    queries: int
-
-    @property
-    def dropped(self) -> int:
-        return self.count * (self.width - self.keep)
-
-    @property
-    def stored_after(self) -> int:
-        return self.request.stored - self.dropped
+from .plans import EvictionPlan, ServedRequest, blocks
+from .queries import Brought, QueryPool
+from .query_recorder import Logits
 
 
 class Compressor:
-    """Decides which requests are compressed, and chooses survivors by the scores of `KaraPolicy`.
+    """Decides of which requests windows are compressed, and chooses survivors by the scores of `KaraPolicy`.
 
     Args:
         config: the settings.
+        queries: where those of open tokens are held, for scores that need them.
 
     Attributes:
-        queries: of open tokens, for scores that need them.
         sampling: of which open tokens.
+        counter: the metric that counts what it does.
     """
 
-    def __init__(self, config: ServingConfig):
-        self.config, self.policy = config, KaraPolicy(config.kara)
-        self.queries = QueryPool()
+    counter = "windows"
+
+    def __init__(self, config: ServingConfig, queries: QueryPool):
+        self.config, self.policy, self.queries = config, KaraPolicy(config.kara), queries
         self.sampling = Sampling(config.kara.queries_held, config.kara.window)
+
+    @property
+    def needs_queries(self) -> bool:
+        return self.policy.needs_queries
+
+    @property
+    def needs_values(self) -> bool:
+        return self.policy.score.values
 
     @property
     def least(self) -> int:
@@ -91,13 +49,14 @@ class Compressor:
         if not due:
             return None
         if self.config.unit == "trace":
-            return EvictionPlan(request, 1, request.open - due[0].recent, self.policy.kept_of(request.settled), 0)
+            width, keep = request.open - due[0].recent, self.policy.kept_of(request.settled)
+            return EvictionPlan(request, request.settled, 1, width, keep, 0)
         # A plan is of windows of which equally many tokens stay, judged by equally many queries.
         plans = [
             (seal.keep, self.sampling.place(width + seal.recent) if self.policy.needs_queries else 0) for seal in due
         ]
         keep, queries = plans[0]
-        return EvictionPlan(request, plans.count(plans[0]), width, keep, queries)
+        return EvictionPlan(request, request.settled, plans.count(plans[0]), width, keep, queries)
 
     def due(self, requests: Sequence[ServedRequest], page: int) -> list[EvictionPlan]:
         """The plans of the K requests that give most blocks of `page` tokens back, earlier ones first among equals."""
@@ -110,42 +69,25 @@ class Compressor:
         layer: int,
         plans: Sequence[EvictionPlan],
         keys: torch.Tensor,
-        scaling: float,
-        softcap: float | None,
+        logits: Logits,
         values: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Survivors in one layer.
-
-        Args:
-            layer: its index.
-            plans: that differ in request and number of windows alone.
-            keys: of all their windows, ``[b, H, width, D]``.
-            scaling, softcap: of the layer's logits.
-            values: of all their windows, ``[b, H, width, Dv]``, for a score that needs them.
-
-        Returns:
-            ``[b, H, keep]`` int64 places in the windows, ascending.
-
-        Raises:
-            ValueError: a score is NaN.
-        """
+        """What `Chooser.select` says. Raises ValueError: a score is NaN."""
         kara, width = self.config.kara, plans[0].width
         queries = later = None
         trace = self.config.unit == "trace"  # its window begins at the prompt again, and sinks are there still
         windows = [(plan.request, number) for plan in plans for number in range(plan.count)]
         if self.policy.needs_queries:
-            pool = self.queries.layers[layer]
             own, all_of_them = self.sampling.place(width), plans[0].queries
             places = [request.slots[n * own : n * own + all_of_them] for request, n in windows]
-            found = pool[torch.tensor(places, device=pool.device)].transpose(1, 2)
-            queries, later = found.tensor_split([own], dim=2)
+            queries, later = self.queries.read(layer, places).tensor_split([own], dim=2)
         window = Window(
             rows=keys.shape[1],
             keys=keys,
             queries=queries,
             later=later,
-            scaling=scaling,
-            softcap=softcap,
+            scaling=logits.scaling,
+            softcap=logits.softcap,
             layer=layer,
             sequences=list(range(len(windows))),
             starts=[request.settled + n * width + (0 if trace else request.evicted) for request, n in windows],
@@ -157,11 +99,31 @@ class Compressor:
         )
         return self.policy.select(window)
 
-    def slots(self, request: ServedRequest) -> list[int]:
-        """For the queries of all open tokens of a request, those that have come just now among them."""
-        needed = request.open if self.sampling.every else self.sampling.place(request.open - 1) + 2
-        request.slots += self.queries.take(max(0, needed - len(request.slots)))
-        return list(request.slots)
+    def held(self, tokens: int) -> int:
+        """Slots for the queries of so many open tokens."""
+        if not self.needs_queries:
+            return 0
+        return tokens if self.sampling.every else self.sampling.place(tokens - 1) + 2
+
+    def reserve(self, request: ServedRequest, ahead: int = 0) -> bool:
+        """Slots for the queries of all open tokens of a request and of `ahead` more; False: there is no room."""
+        taken = self.queries.take(max(0, self.held(request.open + ahead) - len(request.slots)))
+        request.slots += taken or []
+        return taken is not None
+
+    def brought(self, request: ServedRequest, column: int, length: int) -> Brought | None:
+        """The queries to hold of a step whose columns from `column` on are the newest `length` tokens of a request.
+
+        Without room for them, what is open stays whole.
+        """
+        new = min(length, request.open) if self.needs_queries else 0
+        if not new:
+            return None
+        if not self.reserve(request):
+            self.drop(request)
+            request.settle()
+            return None
+        return Brought(column + length - new, request.open - new, new, list(request.slots), self.sampling)
 
     def done(self, plan: EvictionPlan) -> None:
         """Books a cut that was carried out."""
@@ -180,8 +142,3 @@ class Compressor:
         """Forgets a request that is gone."""
         self.queries.give(request.slots)
         request.slots = []
-
-
-def blocks(tokens: int, page: int) -> int:
-    """Blocks of `page` tokens that hold `tokens`."""
-    return -(-tokens // page)

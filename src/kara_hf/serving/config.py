@@ -1,10 +1,11 @@
 """Settings of Kara while serving."""
 
+import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
-from ..config import KaraConfig, Settings, is_int, require
+from ..config import KaraConfig, KVCompressConfig, Settings, is_int, is_number, require
 from ..policy import KaraPolicy
 
 Trigger = Literal["periodic", "pressure"]
@@ -18,8 +19,7 @@ class ServingConfig(Settings):
     """When requests of an engine are compressed, and what is kept of them (KvLLM, arXiv 2607.01237).
 
     Attributes:
-        kara: what is kept of a window. Prompts are always kept whole, since requests may share their blocks; the
-            engine's pages stand for `block_size`.
+        kara: what is kept of a window; its sinks are those of prompts too. The engine's pages stand for `block_size`.
         period: engine steps from one compression to the next, from 1 on.
         max_requests: K, requests compressed at once, those that give most blocks back; None: all with a window due.
         trigger: "periodic" compresses every `period` steps; "pressure" only in such a step in which requests wait for
@@ -27,6 +27,10 @@ class ServingConfig(Settings):
         unit: "window" seals windows one by one, as Kara does; "trace" takes everything behind the prompt, survivors of
             earlier times too, down to ``retention * window`` tokens whenever `window` more than the recent tokens are
             there: the control, for scores that need no queries.
+        prompt_retention: share of a prompt's tokens that every KV head keeps once the prompt has been read, in (0, 1],
+            rounded up; None: all of them.
+        max_prompt_tokens: the most tokens of a prompt that every KV head keeps, instead of a share; None: all of them.
+        observation: last tokens of a prompt whose queries vote on what is kept of it.
 
     Raises:
         ValueError: a setting is out of range or does not go with another; the message names it and its value.
@@ -37,6 +41,9 @@ class ServingConfig(Settings):
     max_requests: int | None = None
     trigger: Trigger = "periodic"
     unit: Unit = "window"
+    prompt_retention: float | None = None
+    max_prompt_tokens: int | None = None
+    observation: int = 32
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
@@ -53,7 +60,8 @@ class ServingConfig(Settings):
                     raise TypeError(f"{old} is the old name of {new}; give {new} alone")
                 warnings.warn(f"{old} is called {new} now; the old name goes with the next version", FutureWarning, 3)
                 settings[new] = settings.pop(old)
-        own = {name: settings.pop(name) for name in ("period", *_OLD_NAMES.values()) if name in settings}
+        names = {field.name for field in fields(cls)} - {"kara"}
+        own = {name: settings.pop(name) for name in names & settings.keys()}
         return cls(kara=KaraConfig(**{"block_size": 1} | settings), **own)
 
     def __post_init__(self) -> None:
@@ -77,7 +85,31 @@ class ServingConfig(Settings):
             not self.kara.compress_prompt,
             "compress_prompt",
             True,
-            "False while serving, since requests share the blocks of their prompts",
+            "False while serving, where prompts are compressed by prompt_retention or max_prompt_tokens",
+        )
+        share, most, least = self.prompt_retention, self.max_prompt_tokens, self.kara.sinks + 2
+        require(
+            share is None or (is_number(share) and 0 < share <= 1),
+            "prompt_retention",
+            share,
+            "a number in (0, 1], or None",
+        )
+        require(
+            most is None or (is_int(most) and most >= least),
+            "max_prompt_tokens",
+            most,
+            f"a whole number from {least} on, for sinks={self.kara.sinks}, the last token and one to choose, or None",
+        )
+        if share is not None and most is not None:
+            raise ValueError(
+                f"prompt_retention={share} and max_prompt_tokens={most} are not possible together: give the share of a "
+                "prompt that is kept, or the most tokens of it"
+            )
+        require(
+            is_int(self.observation) and self.observation >= 1,
+            "observation",
+            self.observation,
+            "a whole number of tokens from 1 on",
         )
         require(
             self.unit == "window" or is_int(self.kara.recent),
@@ -91,4 +123,25 @@ class ServingConfig(Settings):
             "score",
             self.kara.score,
             'one that needs no queries with unit="trace", such as key-difference, recency or random',
+        )
+
+    @property
+    def compresses_prompts(self) -> bool:
+        """Whether of some prompt not all is kept."""
+        return self.max_prompt_tokens is not None or self.prompt_retention not in (None, 1)
+
+    def of_prompt(self, tokens: int) -> KVCompressConfig | None:
+        """How a prompt of so many tokens is compressed: to `max_cache_tokens` of them. None: it stays whole."""
+        keep = self.max_prompt_tokens
+        if self.prompt_retention is not None:
+            keep = max(self.kara.sinks + 2, math.ceil(self.prompt_retention * tokens - 1e-9))
+        if keep is None or keep >= tokens:
+            return None
+        return KVCompressConfig(
+            max_cache_tokens=keep,
+            observation=self.observation,
+            sinks=self.kara.sinks,
+            accumulate=False,
+            continual=False,
+            block_size=1,
         )

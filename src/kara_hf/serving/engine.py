@@ -19,13 +19,17 @@ from weakref import proxy, ref
 import torch
 
 from .admission import Limits, RequestRefused, check_sampling
-from .compressor import Compressor, EvictionPlan, ServedRequest
+from .compressor import Compressor
 from .config import ServingConfig
 from .metrics import ServingMetrics
+from .plans import EvictionPlan
 from .pool import Pool
-from .queries import Brought, Places
+from .prompts import PromptCompressor
+from .queries import Brought, Places, QueryPool, query_group
+from .query_recorder import Logits
+from .requests import Requests, prompt_tokens
 from .seams import SLIDING, check_internals
-from .survivors import Logits, choose_each
+from .survivors import choose_each
 
 
 class Engine:
@@ -38,18 +42,21 @@ class Engine:
 
     Attributes:
         pool: the blocks of layers of full attention.
-        compressor: that decides and chooses.
+        queries: that requests hold.
+        compressor: that decides and chooses of windows.
+        prompts: the same of prompts.
+        requests: that are known.
         limits: what a request must keep within.
         metrics: what was done so far.
 
     Raises:
         ImportError: the engine is not as we know it.
-        ValueError: the pool is too small for one window, or the model has no layer of full attention.
+        ValueError: the pool is too small for one window, or a block for one query, or the model has no layer of full
+            attention.
     """
 
     def __init__(self, processor: Any, config: ServingConfig, model: Any):
         self._processor, self.config = ref(processor), config
-        self.compressor = Compressor(config)
         self.pool = Pool(processor.cache)
         check_internals(
             {
@@ -63,28 +70,41 @@ class Engine:
                 "ledger": self.pool.allocator.ledger,
             }
         )
+        self.queries = QueryPool(self.pool, query_group(model))
+        self.compressor, self.prompts = Compressor(config, self.queries), PromptCompressor(config, self.queries)
         self.metrics = ServingMetrics(blocks=self.pool.num_blocks)
-        if self.compressor.policy.compresses and self.pool.capacity <= self.compressor.least:
+        if self.needs_queries:
+            self.queries.check()
+        least, page = self.compressor.least, self.pool.page
+        least += page * self.queries.blocks_of(self.compressor.held(least))
+        if self.compressor.policy.compresses and self.pool.capacity <= least:
             raise ValueError(
-                f"a pool of {self.pool.num_blocks} blocks of {self.pool.page} tokens is too small for a window of "
-                f"{config.kara.window} tokens and {config.kara.recent} recent ones; give the engine more memory "
-                "(num_blocks), or lower window"
+                f"a pool of {self.pool.num_blocks} blocks of {page} tokens is too small for a window of "
+                f"{config.kara.window} tokens, {config.kara.recent} recent ones and their queries; give the engine "
+                "more memory (num_blocks), or lower window"
             )
         self.limits = Limits.of(model, self.pool.capacity)
-        self._known: dict[str, tuple[Any, ServedRequest]] = {}  # by id: the engine's state, and what we know of it
+        self.requests = Requests(self.queries, self.compressor, self.prompts)
         self._turn = 0  # evicted tokens of the request that the engine deals with just now
         self._brought: list[Brought] = []  # of the batch: whose queries are held
         self._places: dict[tuple[int, int], Places] = {}  # where they are, by query heads and those of a KV head
-        self._logits: Logits = {}
+        self._logits: dict[int, Logits] = {}
         processor._generation_step = self._step
         self.scheduler.schedule_batch = self._schedule
         self.scheduler.add_waiting_request = self._arrive
         self.batch.prepare_batch_tensors = self._prepare
         self.cache.mark_complete_blocks = self._mark_complete
         self.cache.free_blocks = self._free
+        self.cache.search_prefix_match = self._match
+        self.cache.prepare_fork_request = self._fork
         processor.offloading_manager.offload_requests = self._offload
         if SLIDING in self.cache.cache_allocators:
             self._correct_sliding(self.cache.cache_allocators[SLIDING])
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether it wants to be told of queries."""
+        return self.compressor.needs_queries or self.prompts.needs_queries
 
     @property
     def processor(self) -> Any:
@@ -145,12 +165,14 @@ class Engine:
     def _schedule(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
         """Compresses what is due and lets the engine choose its next batch. Where nothing would run, makes room."""
         own, scheduler, pool = _own(self.scheduler, "schedule_batch"), self.scheduler, self.pool
-        self._sweep()
+        self.requests.sweep(scheduler)
         if not scheduler.active_requests:
             scheduler.block_new_requests = False  # nobody is left whose end the engine could wait for
+        self._compress_prompts()
         periodic = self.config.trigger == "periodic" and self.metrics.steps % self.config.period == 0
         if periodic or self._starves() or (self.config.trigger == "pressure" and self._waits()):
             self._compress()
+            self._reserve()
         while True:
             batch: tuple[list[Any] | None, bool, int, int] = own(token_budget, cache_budget)
             if batch[0] is not None:
@@ -176,7 +198,7 @@ class Engine:
 
     def _prepare(self, requests_in_batch: list[Any], *args: Any, **kwargs: Any) -> None:
         """Stored lengths go in, true positions come out; finds slots for the queries that this step will bring."""
-        known = [self._request(future.state) for future in requests_in_batch]
+        known = [self.requests.at(future.state) for future in requests_in_batch]
         turns = [0 if request is None else request.evicted for request in known]
         _own(self.batch, "prepare_batch_tensors")(_Turns(requests_in_batch, turns, self), *args, **kwargs)
         shifts: list[int] = []
@@ -187,11 +209,10 @@ class Engine:
             if request is None:
                 continue
             request.stored = future.state.position_offset
-            if self.compressor.policy.needs_queries:
-                new = min(length, request.open)
-                if new:
-                    slots = self.compressor.slots(request)
-                    brought.append(Brought(start + length - new, request.open - new, new, slots))
+            prompt = request.prompt
+            parts = (each.brought(request, start, length) for each in (self.compressor, self.prompts))
+            brought += [part for part in parts if part is not None]
+            self.metrics.whole_prompts += prompt > request.prompt
         if any(shifts):
             ids = self.batch.position_ids
             ids[: len(shifts)] += torch.tensor(shifts, dtype=ids.dtype, device=ids.device)
@@ -215,16 +236,29 @@ class Engine:
 
     def _mark_complete(self, state: Any, complete_blocks: dict[str, int]) -> None:
         """Blocks of a compressed request hold no prefix of its tokens, so that nobody may find them by one."""
-        request = self._find(state)
+        request = self.requests.find(state)
         if request is None or not request.evicted:
             _own(self.cache, "mark_complete_blocks")(state, complete_blocks)
 
     def _free(self, request_id: str, no_cache: bool = False) -> None:
         _own(self.cache, "free_blocks")(request_id, no_cache)
-        state, _ = self._known.get(request_id, (None, None))
-        if state is not None and not no_cache and not state.is_cpu_offloaded:  # it did not go to come back
-            self._forget(request_id)
+        if not no_cache:
+            self.requests.freed(request_id)
+        self.metrics.query_bytes = self.queries.nbytes
         self.metrics.used_blocks = self.pool.num_blocks - self.pool.free_blocks()
+
+    def _match(self, request_id: str, prompt_ids: list[int]) -> int:
+        """The tokens of a prompt that vote are computed, even if somebody has their blocks."""
+        prompt = prompt_tokens(self.scheduler.waiting_requests[request_id])
+        voters = self.prompts.voters(prompt)
+        known = prompt_ids[: prompt - voters + 1] if voters else prompt_ids  # the last one is never matched
+        matched: int = _own(self.cache, "search_prefix_match")(request_id, known)
+        return matched
+
+    def _fork(self, src_state: Any, dst_req_ids: list[str], copy_src_and_dst: dict[str, Any]) -> list[str]:
+        forked: list[str] = _own(self.cache, "prepare_fork_request")(src_state, dst_req_ids, copy_src_and_dst)
+        self.requests.fork(src_state, forked)
+        return forked
 
     def _offload(self) -> bool:
         before = len(self.scheduler.active_requests)
@@ -244,65 +278,31 @@ class Engine:
     def _at_true_position(
         self, own: Callable[..., Any], allocator: Any, request_id: str, past_length: int, query_length: int
     ) -> Any:
-        return own(allocator, request_id, past_length + self._evicted(request_id), query_length)
+        return own(allocator, request_id, past_length + self.requests.evicted(request_id), query_length)
 
     # --------------------------------------------------------------------------------------------- what the model calls
     @torch.compiler.disable
-    def record(self, layer: int, query: torch.Tensor, scaling: float | None, softcap: float | None) -> None:
-        """Holds the queries of open tokens of a layer, of ``[1, Hq, T, D]`` as attention sees them."""
-        self._logits[layer] = (scaling or query.shape[-1] ** -0.5, softcap)
+    def record(self, layer: int, query: torch.Tensor, logits: Logits) -> None:
+        """Holds those queries of a layer that are needed later, of ``[1, Hq, T, D]`` as attention sees them."""
+        self._logits[layer] = logits
         if not self._brought:
             return
         heads = query.shape[1]
         shape = heads, heads // self.pool.heads(layer)
         if shape not in self._places:
-            sampling, device = self.compressor.sampling, self.cache.device
-            self._places[shape] = Places.of(self._brought, sampling, *shape, device)
-        self.compressor.queries.put(layer, self._places[shape], query[0])
-
-    # -------------------------------------------------------------------------------------------------- what is known
-    def _find(self, state: Any) -> ServedRequest | None:
-        known, request = self._known.get(state.request_id, (None, None))
-        return request if known is state else None
-
-    def _evicted(self, request_id: str) -> int:
-        _, request = self._known.get(request_id, (None, None))
-        return 0 if request is None else request.evicted
-
-    def _request(self, state: Any) -> ServedRequest | None:
-        """What is known of a request; from its first step on in which tokens come that can be evicted."""
-        request = self._find(state)
-        prompt = state._true_initial_tokens or len(state.initial_tokens)
-        if request is None and state.position_offset + len(state.tokens_to_process) > prompt:
-            # Tokens that came as a shared prefix have no queries here: they stay.
-            request = ServedRequest(state.request_id, max(prompt, state.position_offset), state.position_offset)
-            self._known[state.request_id] = (state, request)
-        return request
-
-    def _sweep(self) -> None:
-        """Forgets requests that were cancelled while their blocks were elsewhere."""
-        scheduler = self.scheduler
-        for key, (state, _) in list(self._known.items()):
-            if scheduler.active_requests.get(key, scheduler.waiting_requests.get(key)) is not state:
-                self._forget(key)
-
-    def _forget(self, key: str) -> None:
-        _, request = self._known.pop(key)
-        self.compressor.drop(request)
-        self.metrics.query_bytes = self.compressor.queries.nbytes
-
-    def _count(self, running: int) -> None:
-        metrics, queries = self.metrics, self.compressor.queries
-        metrics.steps += 1
-        metrics.running, metrics.running_sum = running, metrics.running_sum + running
-        metrics.waiting = len(self.scheduler.waiting_requests)
-        metrics.used_blocks = self.pool.num_blocks - self.pool.free_blocks()
-        metrics.query_bytes = queries.nbytes
-        metrics.peak_query_bytes = max(metrics.peak_query_bytes, queries.nbytes)
+            self._places[shape] = Places.of(self._brought, *shape, self.cache.device)
+        self.queries.put(layer, self._places[shape], query[0])
 
     # ------------------------------------------------------------------------------------------------- room in the pool
+    def _reserve(self) -> bool:
+        """Takes blocks for the queries of the next tokens, before these take theirs. False: there are too few."""
+        requests = self.requests.active(self.scheduler.active_requests) if self.compressor.needs_queries else []
+        return all([self.compressor.reserve(request, 1) for request in requests if request.open])
+
     def _starves(self) -> bool:
-        """Whether the requests at work would not all find blocks for their next tokens."""
+        """Whether the requests at work would not all find blocks for their next tokens and the queries of these."""
+        if not self._reserve():
+            return True
         free = self.pool.free_blocks() + self.pool.forgettable_blocks()
         return sum(map(self.pool.needed, self.scheduler.active_requests.values())) > free
 
@@ -349,39 +349,65 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------ compression
     def _compress(self) -> int:
-        """Compresses the requests whose turn it is and gives their blocks back. Returns how many there were.
+        """Compresses windows of the requests whose turn it is. Returns how many requests there were."""
+        requests = self.requests.active(self.scheduler.active_requests)
+        return self._carry_out(self.compressor, self.compressor.due(requests, self.pool.page))
+
+    def _compress_prompts(self) -> None:
+        """Compresses the prompts that have come to their end, before the first token behind them is computed.
+
+        One that would give no block back stays whole. One without room for copies of blocks that others hold waits.
+        """
+        plans = []
+        for plan in self.prompts.due(self.requests.active(self.scheduler.active_requests)):
+            if self.pool.gains(plan):
+                plans.append(plan)
+            else:
+                self.prompts.drop(plan.request)
+                self.metrics.whole_prompts += 1
+        self._carry_out(self.prompts, plans)
+
+    def _carry_out(self, compressor: Compressor | PromptCompressor, plans: list[EvictionPlan]) -> int:
+        """Compresses as planned where there is room for it, and gives blocks back. Returns how many requests those are.
 
         All survivors are chosen before any token is moved. A request whose survivors cannot be chosen fails alone.
         """
-        active = self.scheduler.active_requests
-        requests = [request for key, (_, request) in self._known.items() if key in active]
-        plans = [plan for plan in self.compressor.due(requests, self.pool.page) if self.pool.unshare(plan)]
+        plans = [plan for plan in plans if self.pool.unshare(plan)]
         if not plans:
             return 0
-        chosen, errors = choose_each(self.pool, self.compressor, self._logits, plans)
+        chosen, errors = choose_each(self.pool, compressor, self._logits, plans)
         good = torch.tensor([plan.request.key not in errors for plan in plans], dtype=torch.int64)
         good = self.processor.distributed_helper.tp_all_reduce_min(good, on_cpu=True)  # one rank's error is all ranks'
         for plan, fine in zip(plans, good.tolist(), strict=True):
             if not fine:
                 cause = errors.get(plan.request.key, "another rank could not compress this request")
-                self._fail(self._known[plan.request.key][0], RuntimeError(cause))
+                self._fail(self.requests.known[plan.request.key][0], RuntimeError(cause))
         plans = [plan for plan, fine in zip(plans, good.tolist(), strict=True) if fine]
         if plans:
             self.pool.move(plans, chosen)
         for plan in plans:
-            self._book(plan)
+            self._book(compressor, plan)
         return len(plans)
 
-    def _book(self, plan: EvictionPlan) -> None:
-        """The engine's side of a plan that was carried out: the request's length, and its blocks."""
+    def _book(self, compressor: Compressor | PromptCompressor, plan: EvictionPlan) -> None:
+        """A plan that was carried out: the request's length in the engine, and its blocks."""
         request, metrics = plan.request, self.metrics
-        self.compressor.done(plan)
-        self._known[request.key][0].position_offset = request.stored
+        compressor.done(plan)
+        self.requests.known[request.key][0].position_offset = request.stored
         metrics.compressions += 1
-        metrics.windows += plan.count
+        setattr(metrics, compressor.counter, getattr(metrics, compressor.counter) + plan.count)
         metrics.evicted_tokens += plan.dropped
-        metrics.freed_blocks += self.pool.shrink(request)
-        metrics.query_bytes = self.compressor.queries.nbytes
+        metrics.freed_blocks += self.pool.shrink(plan)
+        metrics.query_bytes = self.queries.nbytes
+
+    def _count(self, running: int) -> None:
+        metrics, queries = self.metrics, self.queries
+        metrics.steps += 1
+        metrics.running, metrics.running_sum = running, metrics.running_sum + running
+        metrics.waiting = len(self.scheduler.waiting_requests)
+        metrics.used_blocks = self.pool.num_blocks - self.pool.free_blocks()
+        metrics.query_bytes = queries.nbytes
+        metrics.peak_query_bytes = max(metrics.peak_query_bytes, queries.nbytes)
 
 
 class _Turns(list[Any]):

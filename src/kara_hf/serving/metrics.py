@@ -16,10 +16,13 @@ class ServingMetrics:
         failed: requests that ended with an error of ours.
         compressions: requests times how often each was compressed.
         windows: windows sealed.
+        prompts: prompts compressed.
+        whole_prompts: prompts that were to be, and stayed whole: no block would have been given back, or there was no
+            room for their queries.
         evicted_tokens: tokens dropped, in each layer and head.
         freed_blocks: blocks given back by compressing.
-        blocks, used_blocks: blocks of the pool's full attention layers, and those that requests or prefixes hold.
-        query_bytes: held for queries of open windows, beside the pool.
+        blocks, used_blocks: blocks of the pool's full attention layers, and those in use, by prefixes and queries too.
+        query_bytes: of blocks with queries of open windows and of prompts, which are among the used ones.
         peak_query_bytes: the most of it.
     """
 
@@ -32,6 +35,8 @@ class ServingMetrics:
     failed: int = 0
     compressions: int = 0
     windows: int = 0
+    prompts: int = 0
+    whole_prompts: int = 0
     evicted_tokens: int = 0
     freed_blocks: int = 0
     blocks: int = 0

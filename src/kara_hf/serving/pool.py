@@ -6,7 +6,7 @@ from weakref import ref
 
 import torch
 
-from .compressor import EvictionPlan, ServedRequest, blocks
+from .plans import EvictionPlan, blocks
 from .seams import FULL
 
 
@@ -54,6 +54,18 @@ class Pool:
         return self.num_blocks * self.page
 
     @property
+    def stride(self) -> int:
+        """Rows of a block, in all its layers."""
+        stride: int = self.allocator.block_physical_stride
+        return stride
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        nbytes: int = self.allocator.bytes_per_block
+        return nbytes
+
+    @property
     def layers(self) -> list[int]:
         """Indices of the layers."""
         layers: list[int] = self.allocator.layer_indices
@@ -69,6 +81,22 @@ class Pool:
         """Blocks of prefixes that no request uses."""
         return len(self.allocator.ledger.cached_blocks)
 
+    def take(self, count: int) -> list[int] | None:
+        """`count` free blocks; None: too few. Prefixes that no request uses are forgotten if need be."""
+        pool, index = self.cache.pool, self.allocator.index
+        if count > self.free_blocks():
+            self.cache.evict_cached_blocks()
+        if count > self.free_blocks():
+            return None
+        while pool.count_free_blocks(index) < count:
+            pool.allocate_sector(index)
+        taken: list[int] = pool.get_free_blocks(index, count)
+        return taken
+
+    def give(self, blocks: list[int]) -> None:
+        """Blocks that nobody uses any more."""
+        self.cache.pool.free_blocks(self.allocator.index, blocks)
+
     def needed(self, state: Any) -> int:
         """Blocks that a request of the engine needs for its next tokens."""
         tokens = state.tokens_to_process if state.status.name == "DECODING" else state.remaining_prefill_tokens
@@ -76,10 +104,15 @@ class Pool:
         needed: int = self.allocator.needs_new_blocks(state.request_id, state.current_len(), length)
         return needed
 
-    def open_rows(self, request: ServedRequest) -> list[int]:
-        """Rows of the pool's views in which the open tokens of a request are."""
-        rows: list[int] = self.allocator.get_read_indices(request.key, 0, request.stored)
-        return rows[request.settled :]
+    def rows(self, plan: EvictionPlan) -> list[int]:
+        """Rows of the pool's views in which the tokens of a plan's windows are, and those behind them."""
+        rows: list[int] = self.allocator.get_read_indices(plan.request.key, 0, plan.request.stored)
+        return rows[plan.start :]
+
+    def raw(self, layer: int) -> torch.Tensor:
+        """Rows ``[H, D]``: from ``block * stride`` on a layer's page of a block's keys, then that of its values."""
+        rows: torch.Tensor = self.allocator._kv_token_views[layer][0]
+        return rows
 
     def heads(self, layer: int) -> int:
         """KV heads of a layer."""
@@ -96,17 +129,28 @@ class Pool:
         values: torch.Tensor = self.allocator._kv_token_views[layer][1][rows]
         return values
 
+    def gains(self, plan: EvictionPlan) -> bool:
+        """Whether a plan gives more blocks back than it takes for copies of those that others hold too."""
+        table, counts = self.allocator.block_table[plan.request.key], self.allocator.ledger.shared_ref_counts
+        return sum(block not in counts for block in table) > blocks(plan.stored_after, self.page)
+
     def unshare(self, plan: EvictionPlan) -> bool:
-        """Makes the blocks that a plan writes to the request's own, by copying those it shares. False without room."""
-        request, full, pool = plan.request, self.allocator, self.cache.pool
-        ledger, table, first = full.ledger, full.block_table[request.key], request.settled // self.page
+        """Makes the blocks that a plan writes to the request's own, by copying those it shares. False without room.
+
+        Of a plan that leaves its blocks findable, those that a later prompt may find are copied too, as far as there is
+        room.
+        """
+        request, full = plan.request, self.allocator
+        ledger, table, first = full.ledger, full.block_table[request.key], plan.start // self.page
         written = range(first, blocks(plan.stored_after, self.page))
         shared = [place for place in written if ledger.shared_ref_counts.get(table[place], 1) > 1]
-        if len(shared) > self.free_blocks():
+        free = self.free_blocks()
+        if len(shared) > free:
             return False
-        while pool.count_free_blocks(full.index) < len(shared):
-            pool.allocate_sector(full.index)
-        copies = pool.get_free_blocks(full.index, len(shared))
+        if plan.findable:
+            own = set(written) - set(shared)
+            shared += [place for place in sorted(own) if table[place] in ledger.block_to_hash][: free - len(shared)]
+        copies = self.take(len(shared)) or []
         full.copy_blocks([table[place] for place in shared], copies)
         for place, copy_of in zip(shared, copies, strict=True):
             ledger.release(table[place])
@@ -125,7 +169,7 @@ class Pool:
             chosen: by key of the request and layer: the survivors as places in its windows, ``[count, H, keep]`` int64.
         """
         device = self.cache.device
-        rows = [self.open_rows(plan.request) for plan in plans]
+        rows = [self.rows(plan) for plan in plans]
         starts = [sum(len(part) for part in rows[:number]) for number in range(len(rows))]
         sources = torch.tensor([row for part in rows for row in part], device=device)
         kept_rows = [part[: len(part) - plan.dropped] for plan, part in zip(plans, rows, strict=True)]
@@ -143,11 +187,11 @@ class Pool:
                 tokens = view.index_select(0, sources)
                 view.index_copy_(0, targets, tokens.gather(0, index.expand(-1, -1, tokens.shape[2])))
 
-    def shrink(self, request: ServedRequest) -> int:
-        """Gives the blocks behind a request's stored tokens back. Returns how many."""
-        full = self.allocator
+    def shrink(self, plan: EvictionPlan) -> int:
+        """Gives the blocks behind a request's stored tokens back once its plan is booked. Returns how many."""
+        full, request = self.allocator, plan.request
         table = full.block_table[request.key]
         spare = table[blocks(request.stored, self.page) :]
         del table[len(table) - len(spare) :]
-        self.cache.pool.free_blocks(full.index, [block for block in spare if full.ledger.release(block, True)])
+        self.give([block for block in spare if full.ledger.release(block, not plan.findable)])
         return len(spare)

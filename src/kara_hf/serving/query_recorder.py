@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
@@ -13,8 +13,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..integration.attach import decoder_config
 from .seams import PAGED, check_internals
 
-# Called with the layer, its queries ``[1, Hq, T, D]``, and the scaling and soft cap of its logits, each or None.
-Record = Callable[[int, torch.Tensor, float | None, float | None], None]
+
+class Logits(NamedTuple):
+    """How a layer makes logits: what scales them, what caps them softly, and its sinks' own ``[Hq]``."""
+
+    scaling: float
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
+
+
+Record = Callable[[int, torch.Tensor, Logits], None]  # called with the layer and its queries ``[1, Hq, T, D]``
 
 _listeners: WeakKeyDictionary[torch.nn.Module, WeakMethod[Record]] = WeakKeyDictionary()
 
@@ -116,7 +124,8 @@ def _tell(module: torch.nn.Module, query: torch.Tensor, kwargs: dict[str, Any]) 
     record = None if heard is None else heard()
     if record is not None:
         layer: Any = module.layer_idx
-        record(layer, query, kwargs.get("scaling"), kwargs.get("softcap"))
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        record(layer, query, Logits(scaling, kwargs.get("softcap"), kwargs.get("s_aux")))
 
 
 def _beside(module: torch.nn.Module, name: str) -> Any:

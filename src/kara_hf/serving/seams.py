@@ -53,7 +53,10 @@ REQUIRED_INTERNALS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "cache": {
         "mark_complete_blocks": ("state", "complete_blocks"),
         "free_blocks": ("request_id", "no_cache"),
+        "search_prefix_match": ("request_id", "prompt_ids"),
+        "prepare_fork_request": ("src_state", "dst_req_ids", "copy_src_and_dst"),
         "compute_free_capacity": (),
+        "evict_cached_blocks": (),
         "cache_allocators": None,
         "pool": None,
         "device": None,

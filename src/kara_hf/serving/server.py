@@ -71,7 +71,10 @@ def _extended(app: Any, models: Any, serving: Any) -> Any:
 
 
 def count_blocks(name: str, nbytes: int, page: int, dtype: str, trust_remote_code: bool) -> int:
-    """Whole-model blocks of `page` tokens that `nbytes` hold for the model of that name. Raises ValueError below 1."""
+    """Whole-model blocks of `page` tokens that `nbytes` hold for the model of that name, beside two for padding.
+
+    Raises ValueError below 1.
+    """
     import torch
     from transformers import AutoConfig
 
@@ -80,5 +83,6 @@ def count_blocks(name: str, nbytes: int, page: int, dtype: str, trust_remote_cod
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     block = config.num_hidden_layers * 2 * heads * size * kind.itemsize * page
-    require(nbytes >= block, "memory", nbytes, f"at least {block} bytes, one block of {page} tokens of this model")
-    return nbytes // block
+    expected = f"at least {3 * block} bytes, three blocks of {page} tokens of this model, two of them for padding"
+    require(nbytes >= 3 * block, "memory", nbytes, expected)
+    return nbytes // block - 2

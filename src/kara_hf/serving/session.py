@@ -79,7 +79,7 @@ class Serving:
         if processor is not existed:
             try:
                 engine = Engine(processor, self.config, manager.model)
-                if engine.compressor.policy.needs_queries:
+                if engine.needs_queries:
                     self._recorder.listen(manager.model, engine.pool.layers, engine.record)
             except Exception:
                 if manager._original_attn_impl is not None:
