@@ -69,7 +69,8 @@ class PromptCompressor:
         assert how is not None
         policy = KVCompressPolicy(how)
         queries = self.queries.read(layer, [plan.request.voters])[0]
-        votes = policy.observe(queries, keys, **logits._asdict())
+        scaling, softcap, sink_logits = logits
+        votes = policy.observe(queries, keys, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
         if votes.isnan().any():
             raise ValueError(
                 f"the votes on a prompt in layer {layer} are NaN: the model's queries or keys are not finite; load it "
