@@ -26,8 +26,7 @@ class KaraCache(CompressedCache):
             without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
         score: "blend" (ours) of the two next; "bidirectional" (the paper), which holds queries of `window` + `recent`
             tokens, or of `queries` of them; "key-difference" (KeyDiff, arXiv 2504.15364), which holds nothing; or a
-            control: "causal", "random", "random-chunks" and "recency"; see
-            `kara_hf.policy.register_score`.
+            control: "causal", "random", "random-chunks" and "recency"; see `register_score`.
         queries: how many queries of a window every query head holds for a score that needs them, spread
             evenly; None: all, as published. `report().query_bytes` says what they weigh. Ours.
         anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.

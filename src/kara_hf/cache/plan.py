@@ -56,12 +56,13 @@ def plan(
     require(tokens >= 1, "tokens", tokens, "1 or more")
     require(1 <= prompt <= tokens, "prompt", prompt, f"from 1 to tokens={tokens}")
     layers = layer_sizes(config)
+    newest = settings.recent if isinstance(settings, KaraConfig) else settings.protected
+    rounding = Rounding.of(settings, newest, None, steady=False)
     if isinstance(settings, KaraConfig):
-        (states, queried), beside = _of_windows(settings, tokens, prompt), POSITION
+        (states, queried), beside = _of_windows(settings, rounding, tokens, prompt), POSITION
     else:
         rows = sum(layer.heads for layer in layers)
-        states, queried, beside = _of_budget(settings, tokens, prompt, rows), 0, POSITION + METRIC
-    rounding = Rounding.of(settings, 0, None, steady=False)
+        states, queried, beside = _of_budget(settings, rounding, tokens, prompt, rows), 0, POSITION + METRIC
 
     def summed(held: int, rounded: int) -> Planned:
         nominal = resident = of_queries = full = 0
@@ -86,12 +87,13 @@ def plan(
     return Planned(**{name: max(getattr(each, name) for each in found) for name in names})
 
 
-def _of_windows(settings: KaraConfig, tokens: int, prompt: int) -> tuple[list[tuple[int, int]], int]:
+def _of_windows(
+    settings: KaraConfig, rounding: Rounding | None, tokens: int, prompt: int
+) -> tuple[list[tuple[int, int]], int]:
     """Tokens of a head, and how many of them are rounded, whenever either is about to change; and the most open tokens
     whose queries are held.
     """
     policy, most_open, rounded = KaraPolicy(settings), 0, 0
-    rounding = Rounding.of(settings, settings.recent, None, steady=False)
     sequence, states = Sequence().extended(prompt, pinned=not settings.compress_prompt), []
     if not policy.compresses:
         free = 0 if rounding is None else rounding.free(sequence.extended(tokens - prompt, pinned=False), None)
@@ -99,7 +101,7 @@ def _of_windows(settings: KaraConfig, tokens: int, prompt: int) -> tuple[list[tu
     while True:
         due = policy.due(sequence)
         if rounding is not None:
-            inside = max(0, rounded - max(0, sequence.settled - rounding.first)) // settings.window
+            inside = rounding.rounded_open(sequence, rounded) // settings.window
             rounded -= sum(settings.window - seal.keep for seal in due[:inside])
         sequence = sequence.sealed(policy)
         until = min(tokens - sequence.tokens, policy.open_limit(sequence) - sequence.open)
@@ -119,12 +121,13 @@ def _of_windows(settings: KaraConfig, tokens: int, prompt: int) -> tuple[list[tu
     return states, most_open + 1 if policy.needs_queries else 0
 
 
-def _of_budget(settings: KVCompressConfig, tokens: int, prompt: int, rows: int) -> list[tuple[int, int]]:
+def _of_budget(
+    settings: KVCompressConfig, rounding: Rounding | None, tokens: int, prompt: int, rows: int
+) -> list[tuple[int, int]]:
     """Tokens of a head, the mean over all `rows`, and how many of them are rounded before the next pass; also before
     the first.
     """
     policy, held = KVCompressPolicy(settings), tokens
-    rounding = Rounding.of(settings, settings.protected, None, steady=False)
     if policy.compresses:
         held = min(tokens, int(policy.budget_blocks(tokens, rows)) * settings.block_size // rows)
     if rounding is None:

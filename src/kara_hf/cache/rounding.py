@@ -118,6 +118,10 @@ class Rounding:
         """Open tokens, in whole windows, that are none of the newest."""
         return max(0, sequence.open - self.near - unsure) // window * window
 
+    def rounded_open(self, sequence: Sequence, rounded: int) -> int:
+        """How many open tokens are rounded of a sequence of which `rounded` are, where windows are sealed."""
+        return max(0, rounded - max(0, sequence.settled - self.first))
+
     def due(self, free: int, rounded: int) -> int:
         """Of `free` tokens that may be rounded, of which `rounded` are, how many are rounded now."""
         more = free - rounded

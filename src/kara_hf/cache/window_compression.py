@@ -241,8 +241,7 @@ class WindowCompression(Compression):
 
     def _rounded_open(self, sequence: Sequence, rounded: int) -> int:
         """How many open tokens are rounded of a sequence of which `rounded` are, where anything is compressed."""
-        first = 0 if self.rounding is None else self.rounding.first
-        return max(0, rounded - max(0, sequence.settled - first))
+        return 0 if self.rounding is None else self.rounding.rounded_open(sequence, rounded)
 
     def _rounded(self, layer: CompressedLayer | None = None) -> np.ndarray:
         """How many tokens of each sequence are rounded, ``[B]``; the same in all layers and heads."""

@@ -7,6 +7,7 @@ import typer
 
 from ..bundled import BUNDLED_MODEL
 from ..config import require
+from .display import readable_bytes
 from .options import Device, Dtype, Model, TrustRemoteCode, check_dtype, readable_errors
 
 if TYPE_CHECKING:
@@ -111,6 +112,6 @@ def _told(cache: Any) -> str:
     """What a cache holds, on one line."""
     report = cache.report()
     return (
-        f"{type(cache).__name__} of {cache.columns:,} tokens, {report.resident_bytes / 1e6:,.1f} MB of "
-        f"{report.full_bytes / 1e6:,.1f} MB"
+        f"{type(cache).__name__} of {cache.columns:,} tokens, {readable_bytes(report.resident_bytes)} of "
+        f"{readable_bytes(report.full_bytes)}"
     )

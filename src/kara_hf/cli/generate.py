@@ -210,8 +210,8 @@ def generate(
 
             if prompt is None or cache or given:
                 raise ValueError(
-                    f"--from {from_} needs a PROMPT to ask, and has a cache with settings of its own: leave "
-                    f"{', '.join(['cache', *given])} out"
+                    f"--from {from_} needs a PROMPT to ask, and brings a cache with settings: leave out what says "
+                    f"others ({', '.join(['cache', *given])})"
                 )
             place = model or str(BUNDLED_MODEL)
             loaded = LoadedModel(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -57,7 +57,7 @@ class KaraPolicy:
 
     def __init__(self, config: KaraConfig):
         self.config = config
-        known = config.score in SCORES
+        known = isinstance(config.score, str) and config.score in SCORES
         require(known, "score", config.score, f"one of {', '.join(sorted(SCORES))}, or registered before")
         self.score = SCORES[config.score]
 

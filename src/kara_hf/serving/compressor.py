@@ -10,9 +10,10 @@ from .config import ServingConfig
 from .plans import EvictionPlan, ServedRequest, blocks
 from .queries import Brought, QueryPool
 from .query_recorder import Logits
+from .survivors import Chooser
 
 
-class Compressor:
+class Compressor(Chooser):
     """Decides of which requests windows are compressed, and chooses survivors by the scores of `KaraPolicy`.
 
     Args:
@@ -72,7 +73,6 @@ class Compressor:
         logits: Logits,
         values: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What `Chooser.select` says. Raises ValueError: a score is NaN."""
         kara, width = self.config.kara, plans[0].width
         queries = later = None
         trace = self.config.unit == "trace"  # its window begins at the prompt again, and sinks are there still

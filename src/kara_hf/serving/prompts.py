@@ -15,9 +15,10 @@ from .config import ServingConfig
 from .plans import EvictionPlan, ServedRequest
 from .queries import Brought, QueryPool
 from .query_recorder import Logits
+from .survivors import Chooser
 
 
-class PromptCompressor:
+class PromptCompressor(Chooser):
     """Decides which prompts are compressed, and chooses survivors by the votes of `KVCompressPolicy`.
 
     Args:
@@ -60,7 +61,6 @@ class PromptCompressor:
         logits: Logits,
         values: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What `Chooser.select` says. Raises ValueError: a vote is NaN."""
         return torch.stack([self._survivors(layer, plan, part, logits) for plan, part in zip(plans, keys, strict=True)])
 
     def _survivors(self, layer: int, plan: EvictionPlan, keys: torch.Tensor, logits: Logits) -> torch.Tensor:
