@@ -4,28 +4,16 @@ Torch and Transformers are imported only by a command that runs, so that help is
 """
 
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ..bundled import BUNDLED_MODEL
 from ..config import require
-from ..needs import Check, check_needs
-from ..pod.config import AdaptConfig
-from .options import (
-    DTYPES,
-    Data,
-    Device,
-    Model,
-    SampleLength,
-    TextColumn,
-    TrustRemoteCode,
-    check_dtype,
-    readable_errors,
-)
+from ..needs import check_needs
+from .adapt import adapt
+from .options import BUNDLED_DATA, DTYPES, Data, Device, Model, SampleLength, TrustRemoteCode, given, readable_errors
 from .samples import counting, open_samples
 
 if TYPE_CHECKING:
@@ -33,12 +21,11 @@ if TYPE_CHECKING:
 
 THRESHOLD = 0.5
 # What the bundled model is measured on, whose sequences are short, and others unless it is given.
-BUNDLED: dict[str, Any] = {"data": "problems:trace=0.5,fact=0.2,recall=0.3", "length": 1024, "recent": 112}
+BUNDLED: dict[str, Any] = {"data": BUNDLED_DATA, "length": 1024, "recent": 112}
 REAL: dict[str, Any] = {"data": None, "length": 8192, "recent": 4080}
-# The bundled model knows no text in which one problem follows another, and prompts cannot be predicted.
-BUNDLED_LEARNS: dict[str, Any] = {"length": 1024, "learn_after": ">", "learn_first": True}
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command()(adapt)
 
 
 @app.callback()
@@ -159,153 +146,6 @@ def explore(
             draw(similarity, sharing, plot)
         show_sharing(console, similarity, sharing)
         console.print(f"Written to {folder}{f' and {plot}' if plot else ''}", markup=False)
-
-
-@app.command()
-def adapt(
-    sharing: Annotated[
-        str, typer.Option(metavar="DIR", help="Folder or hub id of a sharing map, which `pod explore` writes.")
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
-    model: Model = None,
-    data: Data = None,
-    length: SampleLength = None,
-    split: Annotated[str, typer.Option(help="Split of a dataset of the hub, or of problems.")] = AdaptConfig.split,
-    text_column: TextColumn = AdaptConfig.text_column,
-    learn_after: Annotated[
-        str | None,
-        typer.Option(metavar="TOKEN", help="Learn only what follows this token, up to EOS [bundled model: >]."),
-    ] = None,
-    learn_first: Annotated[
-        bool, typer.Option("--learn-first", help="Only behind the first such token of a sample [bundled model: so].")
-    ] = False,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights, without LoRA.")] = False,
-    rank: Annotated[int, typer.Option(help="LoRA: rank.")] = AdaptConfig.rank,
-    alpha: Annotated[int, typer.Option(help="LoRA: outputs are multiplied by alpha / rank.")] = AdaptConfig.alpha,
-    dropout: Annotated[float, typer.Option(help="LoRA: dropout of inputs.")] = AdaptConfig.dropout,
-    targets: Annotated[
-        str | None,
-        typer.Option(help="LoRA: names of linear layers, by commas, or all-linear [default: q, k, v and o_proj]."),
-    ] = None,
-    distill: Annotated[
-        float, typer.Option(help="Share of the loss that is KL divergence from the unshared base model.")
-    ] = AdaptConfig.distill,
-    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = AdaptConfig.steps,
-    batch: Annotated[int, typer.Option(help="Samples at once, on each process.")] = AdaptConfig.batch,
-    accumulate: Annotated[int, typer.Option(help="Batches in a step.")] = AdaptConfig.accumulate,
-    lr: Annotated[
-        float | None, typer.Option(help="Highest learning rate [default: 1e-4; with --full 1e-5].")
-    ] = AdaptConfig.lr,
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = AdaptConfig.warmup,
-    floor: Annotated[float, typer.Option(help="Share of it that is left at the last step.")] = AdaptConfig.floor,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = AdaptConfig.weight_decay,
-    clip: Annotated[float, typer.Option(help="Longest gradient; 0: any.")] = AdaptConfig.clip or 0,
-    precision: Annotated[
-        str | None, typer.Option(help="Autocast: no, bf16 or fp16 [default: as accelerate is configured, or no].")
-    ] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Compute layers again for gradients: less memory, more time.")
-    ] = False,
-    held_out: Annotated[
-        int, typer.Option(help="Samples that measure the loss before and after.")
-    ] = AdaptConfig.held_out,
-    held_out_split: Annotated[
-        str | None, typer.Option(help="Split that they are of [default: the first samples of --split].")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, dropout and order.")] = AdaptConfig.seed,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = AdaptConfig.save_every,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint of a killed run with the same options.")
-    ] = False,
-    log: Annotated[str, typer.Option(help="Tracker that gets the losses too: none, tensorboard or trackio.")] = "none",
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Model repository to upload the result to.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help=f"Of the weights: {', '.join(DTYPES)} [default: auto; with --full float32].")
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Train a model to share keys as a map says, by LoRA or in all weights.
-
-    Writes an adapter for PEFT (--full: a model), the map, the settings, a model card, and metrics.jsonl. On several
-    devices: accelerate launch -m kara_hf pod adapt ...
-    """
-    with readable_errors():
-        check_dtype(dtype)
-        require(model is None or data is not None, "data", None, f"given with --model: --model {model} --data TEXT")
-        names = tuple(name.strip() for name in (targets or "").split(","))
-        chosen = {"length": length, "learn_after": learn_after, "learn_first": learn_first or None}
-        config = AdaptConfig(
-            **(BUNDLED_LEARNS if model is None else {}) | given(**chosen),
-            split=split,
-            text_column=text_column,
-            rank=0 if full else rank,
-            alpha=alpha,
-            dropout=dropout,
-            targets=names if targets and targets != "all-linear" else targets,  # type: ignore[arg-type]
-            distill=distill,
-            steps=steps,
-            batch=batch,
-            accumulate=accumulate,
-            lr=lr,
-            warmup=warmup,
-            floor=floor,
-            weight_decay=weight_decay,
-            clip=clip or None,
-            precision=precision,  # type: ignore[arg-type]
-            checkpointing=checkpointing,
-            seed=seed,
-            save_every=save_every,
-            held_out=held_out,
-        )
-        data = data or BUNDLED["data"]
-
-        from ..integration.loading import LoadedModel
-        from ..pod.adapt import adapt as adapt_model
-        from ..pod.refusals import needs_of_adaptation
-        from ..pod.samples import opener
-        from ..policy.sharing import PoDSharing
-
-        readable = Check(lambda: PoDSharing.from_pretrained(sharing))
-        check_needs({"adaptation": [*needs_of_adaptation(config, data, out, log, push_to_hub), readable]})
-        shared = PoDSharing.from_pretrained(sharing)
-        # accelerate moves it to the device of the process
-        loaded = LoadedModel(
-            model or str(BUNDLED_MODEL),
-            device="cpu",
-            dtype=dtype or ("auto" if config.rank else "float32"),
-            trust_remote_code=trust_remote_code,
-        )
-        others = None
-        if held_out_split is not None:
-            start = opener(data, loaded.tokenizer, replace(config, split=held_out_split))
-            others = list(islice(start(0), held_out))
-        result = adapt_model(
-            loaded.model,
-            shared,
-            data,
-            config,
-            out,
-            tokenizer=loaded.tokenizer,
-            held_out=others,
-            resume=resume,
-            log=log,  # type: ignore[arg-type]
-            push_to_hub=push_to_hub,
-        )
-        from accelerate import PartialState
-
-        if not PartialState().is_main_process:
-            return
-        console = Console(highlight=False)
-        for state, loss in result.held_out.items():
-            console.print(f"Loss of a held-out token, {state}: {loss:.4f}", markup=False)
-        console.print(f"Written to {out}", markup=False)
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """The options that are not None."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def measure(
