@@ -13,6 +13,7 @@ from rich.console import Console
 from ..config import require
 from ..needs import check_needs
 from .adapt import adapt
+from .effect import BUNDLED_RECENT, RECENT, Recent, effect
 from .options import BUNDLED_DATA, DTYPES, Data, Device, Model, SampleLength, TrustRemoteCode, given, readable_errors
 from .samples import counting, open_samples
 
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 THRESHOLD = 0.5
 # What the bundled model is measured on, whose sequences are short, and others unless it is given.
-BUNDLED: dict[str, Any] = {"data": BUNDLED_DATA, "length": 1024, "recent": 112}
-REAL: dict[str, Any] = {"data": None, "length": 8192, "recent": 4080}
+BUNDLED: dict[str, Any] = {"data": BUNDLED_DATA, "length": 1024, "recent": BUNDLED_RECENT}
+REAL: dict[str, Any] = {"data": None, "length": 8192, "recent": RECENT}
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command()(effect)
 app.command()(adapt)
 
 
@@ -59,9 +61,7 @@ def explore(
         str, typer.Option(help="Similarity to a group is that to its lead, to its newest layer (prev), or to all.")
     ] = "lead",
     sinks: Annotated[int | None, typer.Option(help="First tokens, always near [default: 16].")] = None,
-    recent: Annotated[
-        int | None, typer.Option(help="Newest tokens, near as well [default: 4080; bundled model: 112].")
-    ] = None,
+    recent: Recent = None,
     distant_query: Annotated[
         str, typer.Option(help="Query that looks at distant tokens: the lead's or its own (own).")
     ] = "lead",

@@ -6,10 +6,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..pod.effect import SharingPath
 from ..pod.similarity import LayerSimilarity, groups_of
 from ..policy.sharing import PoDSharing
 
 # The saving is shown for sequences that are so many times as long as what is near.
+PARTS = 5  # of the saving that was asked for, each a row
 MULTIPLES = (2, 4, 8, 16)
 COMPARED = {"lead": "the lead of a group", "prev": "the layer below", "all": "every layer of a group"}
 
@@ -40,6 +42,32 @@ def show_sharing(console: Console, similarity: LayerSimilarity, sharing: PoDShar
     console.print(saving_table(sharing))
 
 
+def show_path(console: Console, path: SharingPath, saving: float, tokens: int) -> None:
+    """Prints what was measured, what sharing costs at several savings, and the groups of each KV head."""
+    sharing, origin = path.group_for(saving, tokens), path.nothing.origin
+    console.print()
+    console.print(Text(f"{origin['model_name']} | {len(path.tokens)} samples of {max(path.tokens):,} tokens", "bold"))
+    costs = Table(highlight=False, caption="KL(unshared || shared) of a token with distant ones, in nats.")
+    for name in (f"saved at {tokens:,} tokens", "KL", "follow"):
+        costs.add_column(name, justify="right", no_wrap=True)
+    for part in range(1, PARTS + 1):
+        found = path.group_for(saving * part / PARTS, tokens)
+        pairs = f"{found.followers_share:.0%} of the pairs"
+        costs.add_row(f"{found.saving(tokens):.1%}", f"{found.origin['divergence']:.4f}", pairs)
+    console.print(costs)
+    groups = Table(highlight=False, caption="The first layer of each group leads.", caption_justify="left")
+    groups.add_column("KV head", justify="right", no_wrap=True)
+    groups.add_column("groups of layers", overflow="fold")
+    for head in range(sharing.heads):
+        groups.add_row(str(head), names_of(groups_of(sharing, head)))
+    console.print(groups)
+
+
+def names_of(groups: list[list[int]]) -> str:
+    """Such as ``0 1-3 4``."""
+    return " ".join(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)
+
+
 def group_table(similarity: LayerSimilarity, sharing: PoDSharing) -> Table:
     """One row for each KV head: its groups, how many layers follow, and how alike they are to their lead."""
     table = Table(highlight=False, caption="The first layer of each group leads.", caption_justify="left")
@@ -50,10 +78,9 @@ def group_table(similarity: LayerSimilarity, sharing: PoDSharing) -> Table:
     table.add_column("least", justify="right")
     for head in range(sharing.heads):
         groups = groups_of(sharing, head)
-        names = [str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups]
         alike = [float(similarity.similarity[head, group[0], layer]) for group in groups for layer in group[1:]]
         mean, least = (f"{sum(alike) / len(alike):.3f}", f"{min(alike):.3f}") if alike else ("-", "-")
-        table.add_row(str(head), " ".join(names), f"{len(alike)} of {sharing.layers}", mean, least)
+        table.add_row(str(head), names_of(groups), f"{len(alike)} of {sharing.layers}", mean, least)
     return table
 
 

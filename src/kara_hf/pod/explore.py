@@ -115,13 +115,18 @@ def check_heads(layers: list[Attention], heads: int, name: str) -> None:
 
 def check_sample(ids: torch.Tensor, number: int, queries: int, near: Proximal | None) -> None:
     """Raises ValueError if `ids` are no token ids, or so few that some query has nothing to be compared by."""
-    if ids.ndim != 1 or ids.is_floating_point():
-        raise ValueError(f"sample {number} must be token ids [N] int64, got {list(ids.shape)} {ids.dtype}")
     if near is None:
         needed, why = queries + 1, f"queries={queries} and one more"
     else:
         needed = queries + near.first + near.recent
         why = f"queries={queries}, sinks={near.first} and recent={near.recent}, so that each query has distant tokens"
+    check_ids(ids, number, needed, why)
+
+
+def check_ids(ids: torch.Tensor, number: int, needed: int, why: str) -> None:
+    """Raises ValueError if `ids` are no token ids, or fewer than are `needed`."""
+    if ids.ndim != 1 or ids.is_floating_point():
+        raise ValueError(f"sample {number} must be token ids [N] int64, got {list(ids.shape)} {ids.dtype}")
     if len(ids) < needed:
         raise ValueError(f"sample {number} has {len(ids):,} tokens and needs {needed:,}: {why}")
 

@@ -1,7 +1,6 @@
 """`LayerSimilarity`: how alike the layers of a model attend, and the groups to share keys that follow from it."""
 
 import json
-import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -11,8 +10,8 @@ from typing import Any, Literal, Self
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..config import is_int, is_number, require
-from ..policy.sharing import PoDSharing
+from ..config import is_number, require
+from ..policy.sharing import PoDSharing, cannot_save, check_saving
 
 Compare = Literal["lead", "all", "prev"]
 
@@ -136,9 +135,7 @@ class LayerSimilarity:
         Raises:
             ValueError: a setting is out of range, or no threshold saves so much; the message says how much is possible.
         """
-        fits = is_number(saving) and 0 < saving < 0.5
-        require(fits, "saving", saving, "a number between 0 and 0.5, since values are never shared")
-        require(is_int(tokens) and tokens >= 1, "tokens", tokens, "a whole number from 1 on")
+        check_saving(saving, tokens)
         # With compare="lead" a higher threshold can share more, so every threshold that makes a difference is tried.
         thresholds = self.similarity.double().nan_to_num(1.0).clamp(0, 1).unique()
         blocks = enumerate(self._blocks(thresholds, compare))
@@ -151,14 +148,7 @@ class LayerSimilarity:
 
         place = bisect_left(counts, saving, key=lambda count: sharing(count).saving(tokens))
         if place == len(counts):
-            most = sharing(counts[-1])
-            leads, pairs = self.layers * self.heads - counts[-1], self.layers * self.heads
-            raise ValueError(
-                f"saving={saving} is not possible at {tokens:,} tokens, where at most "
-                f"{math.floor(1e4 * most.saving(tokens)) / 1e4} can be saved: values are never shared, the "
-                f"{most.proximal:,} proximal tokens (sinks + recent) keep their keys, and {leads} of the {pairs} pairs "
-                "of layer and KV head have to lead; lower saving or recent, or ask for more tokens"
-            )
+            raise cannot_save(saving, tokens, sharing(counts[-1]))
         found = sharing(counts[place])
         return replace(found, origin={**found.origin, "saving": saving, "at_tokens": tokens})
 

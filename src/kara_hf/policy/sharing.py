@@ -1,6 +1,7 @@
 """`PoDSharing`: which layer's keys stand in for which other layer's, for tokens that are far away (PoD, 2412.02252)."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,3 +195,21 @@ class PoDSharing(Settings):
                 f"this sharing has format {found!r}, and this version of kara_hf reads {FORMAT}; update it"
             )
         return cls(**data)
+
+
+def check_saving(saving: float, tokens: int) -> None:
+    """Raises ValueError if one of them is out of range."""
+    fits = is_number(saving) and 0 < saving < 0.5
+    require(fits, "saving", saving, "a number between 0 and 0.5, since values are never shared")
+    require(is_int(tokens) and tokens >= 1, "tokens", tokens, "a whole number from 1 on")
+
+
+def cannot_save(saving: float, tokens: int, most: PoDSharing) -> ValueError:
+    """An error that says how much can be saved, by the sharing that saves `most`."""
+    leads = round(most.layers * most.heads * (1 - most.followers_share))
+    return ValueError(
+        f"saving={saving} is not possible at {tokens:,} tokens, where at most "
+        f"{math.floor(1e4 * most.saving(tokens)) / 1e4} can be saved: values are never shared, the {most.proximal:,} "
+        f"proximal tokens (sinks + recent) keep their keys, and {leads} of the {most.layers * most.heads} pairs of "
+        "layer and KV head have to lead; lower saving or recent, or ask for more tokens"
+    )
