@@ -8,6 +8,7 @@ MODULES = (
     "speed.bits",
     "speed.pod",
     "speed.serving",
+    "speed.saved",
     "speed.demo",
     "kvpress.speed",
     "kvpress.tasks",

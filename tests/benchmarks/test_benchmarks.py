@@ -66,8 +66,9 @@ def test_kv_compress(tmp_path, names):
     assert all(0 < each["kept_metric"] <= 1 for each in rows["kv_compress.levels"])
 
 
-def test_generation_and_pod(tmp_path):
-    rows, _ = smoke(tmp_path, "generation", "pod")
+def test_generation_pod_and_saved_caches(tmp_path):
+    rows, _ = smoke(tmp_path, "generation", "pod", "saved")
+    assert len({each["how"] for each in rows["saved"]}) == 3 and all(each["file_bytes"] for each in rows["saved"])
     whole, cut = rows["generation"]
     assert whole["kept"] == whole["seen"] == cut["seen"] and whole["windows_sealed"] == 0 < cut["windows_sealed"]
     assert cut["resident_bytes"] < whole["resident_bytes"] and cut["kept"] < whole["kept"]
