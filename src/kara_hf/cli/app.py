@@ -1,5 +1,5 @@
 """The `kara-hf` command: generate with one cache or several, compared, or from one that was saved; evaluate methods,
-measure how far they move a model, and report; plan; serve; show; and `pod`.
+measure how far they move a model, and report; plan; serve; show; `pod`; and what is installed.
 
 Torch and Transformers are imported only by a command that runs, so that help is shown at once.
 """
@@ -12,6 +12,7 @@ from .. import __version__
 from .compress import compress
 from .demo import demo
 from .divergence import divergence
+from .doctor import doctor
 from .evaluate import evaluate, report
 from .generate import generate
 from .plan import plan
@@ -34,6 +35,7 @@ app.command()(report)
 app.command()(plan)
 app.command()(serve)
 app.command()(demo)
+app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:
