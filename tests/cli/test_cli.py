@@ -391,7 +391,7 @@ def test_help_explains_every_option():
         for field in fields(config):
             option = f"--{field.name.replace('_', '-')} "
             default = getattr(config, field.name)
-            if option in text and default is not None and not isinstance(default, bool):
+            if option in text and default not in (None, ()) and not isinstance(default, bool):
                 assert f"[default: {default}" in text.split(option)[1].split(" --")[0]
 
 

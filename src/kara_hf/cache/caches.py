@@ -1,9 +1,10 @@
 """The caches by name: Kara, KV-Compress and PoD, each a `CompressedCache` under its own policy."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import KaraConfig, KVCompressConfig
+from ..config import KaraConfig, KVCompressConfig, as_pins
 from ..policy import KaraPolicy, KVCompressPolicy
 from ..policy.sharing import PoDSharing
 from .compressed import CompressedCache
@@ -24,6 +25,8 @@ class KaraCache(CompressedCache):
             is kept whole, which grows with the sequence (ours).
         sinks: first tokens of a sequence that are kept wherever the window that holds them seals, whatever the score:
             without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
+        pin: stretches ``(start, end)`` of true positions that are never evicted, in every sequence, as the sinks are;
+            `cache.pin` adds to them.
         score: "blend" (ours) of the two next; "bidirectional" (the paper), which holds queries of `window` + `recent`
             tokens, or of `queries` of them; "key-difference" (KeyDiff, arXiv 2504.15364), which holds nothing; or a
             control: "causal", "random", "random-chunks" and "recency"; see `register_score`.
@@ -54,6 +57,7 @@ class KaraCache(CompressedCache):
         window: int = KaraConfig.window,
         recent: int | float = KaraConfig.recent,
         sinks: int = KaraConfig.sinks,
+        pin: Iterable[tuple[int, int]] = (),
         score: str | Path = KaraConfig.score,
         queries: int | None = KaraConfig.queries,
         anchor_share: float = KaraConfig.anchor_share,
@@ -72,6 +76,7 @@ class KaraCache(CompressedCache):
             window=window,
             recent=recent,
             sinks=sinks,
+            pin=as_pins(pin),
             score=str(score) if isinstance(score, Path) else score,
             queries=queries,
             anchor_share=anchor_share,
@@ -104,6 +109,8 @@ class KVCompressCache(CompressedCache):
         protected: newest tokens that are never evicted, or a share, in (0, 1), of what a row may hold on average behind
             its sinks (ours).
         sinks: first tokens that are never evicted.
+        pin: stretches ``(start, end)`` of true positions that are never evicted, in every sequence. The budget counts
+            them first; `cache.pin` adds to them.
         pool: width of the max-pool over neighbouring tokens, odd.
         metric: "l2" sums squared attention probabilities, "l1" probabilities; controls: "random", "recency".
         votes: "sum" adds votes up, as published; "mean" divides by how many queries could vote on a token (ours).
@@ -136,6 +143,7 @@ class KVCompressCache(CompressedCache):
         observation: int | None = KVCompressConfig.observation,
         protected: int | float = KVCompressConfig.protected,
         sinks: int = KVCompressConfig.sinks,
+        pin: Iterable[tuple[int, int]] = (),
         pool: int = KVCompressConfig.pool,
         metric: Literal["l2", "l1", "random", "recency"] = KVCompressConfig.metric,
         votes: Literal["sum", "mean"] = KVCompressConfig.votes,
@@ -158,6 +166,7 @@ class KVCompressCache(CompressedCache):
             observation=observation,
             protected=protected,
             sinks=sinks,
+            pin=as_pins(pin),
             pool=pool,
             metric=metric,
             votes=votes,

@@ -82,6 +82,12 @@ class ServingConfig(Settings):
                 "None while serving: the pool of Transformers' engine holds keys and values of one dtype",
             )
         require(
+            not self.kara.pin,
+            "pin",
+            self.kara.pin,
+            "left out while serving, where only the first tokens of a request can be kept for certain: raise sinks",
+        )
+        require(
             not self.kara.compress_prompt,
             "compress_prompt",
             True,
