@@ -60,6 +60,12 @@ def merged(stretches: Iterable[tuple[int, int]]) -> Pins:
     return tuple(found)
 
 
+def check_chunk(tokens: int | None) -> None:
+    """Raises ValueError if a prompt cannot be read in chunks of so many tokens."""
+    fits = tokens is None or (is_int(tokens) and tokens >= 2)
+    require(fits, "prefill_chunk", tokens, "a whole number of tokens from 2 on, or None")
+
+
 KEY_BITS, VALUE_BITS = (8, 4), (8, 4, 2)
 
 
@@ -122,6 +128,7 @@ class KaraConfig(Settings):
         anchor_share: share of the kept tokens that are picked singly, by score, before Token2Chunk fills gaps between
             them, in (0, 1]; 1 is plain top-k.
         compress_prompt: whether the prompt is walked in windows too; otherwise it is kept whole.
+        prefill_chunk: a prompt or turn of more tokens is read in chunks of at most so many, from 2 on; None: at once.
         bits: how many bits of every number of keys and values are stored once a token has settled, 8 or 4; None: tokens
             stay in the model's dtype. Sinks, open and recent tokens always do. Ours.
         key_bits, value_bits: the same of keys and of values alone, where these differ from `bits`; values may have 2.
@@ -141,6 +148,7 @@ class KaraConfig(Settings):
     queries: int | None = 4
     anchor_share: float = 0.5
     compress_prompt: bool = False
+    prefill_chunk: int | None = None
     bits: int | None = None
     key_bits: int | None = None
     value_bits: int | None = None
@@ -183,6 +191,7 @@ class KaraConfig(Settings):
             "a number in (0, 1]",
         )
         require(isinstance(self.compress_prompt, bool), "compress_prompt", self.compress_prompt, "True or False")
+        check_chunk(self.prefill_chunk)
         rounding_bits(self.bits, self.key_bits, self.value_bits)
         require(is_int(self.seed), "seed", self.seed, "a whole number")
 
@@ -245,6 +254,9 @@ class KVCompressConfig(Settings):
         floor: further tokens that every head keeps at least, on top of `sinks` and `protected`.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise it follows prompts only.
+        prefill_chunk: a prompt or turn of more tokens is read in chunks of at most so many, from 2 on, and before each
+            further one what was read is cut to the budget, by the votes of the last `observation` queries of every
+            chunk so far; None: it is read at once, and cut when decoding begins.
         levels: different block counts that a pass may leave its compressed rows with; None: as many as there are rows,
             as published. 1 gives every row of a sequence the same count: the same metric with uniform heads.
         bits: how many bits of every number of keys and values are stored once a token has settled, 8 or 4; None: tokens
@@ -270,6 +282,7 @@ class KVCompressConfig(Settings):
     floor: int = 0
     accumulate: bool = True
     continual: bool = True
+    prefill_chunk: int | None = None
     levels: int | None = 1
     bits: int | None = None
     key_bits: int | None = None
@@ -294,6 +307,7 @@ class KVCompressConfig(Settings):
         )
         for name in ("observation", "levels"):
             count(name, 1, optional=True)
+        check_chunk(self.prefill_chunk)
         require(is_int(self.pool) and self.pool >= 1 and self.pool % 2 == 1, "pool", self.pool, "an odd whole number")
         metrics = ("l2", "l1", "random", "recency")
         require(self.metric in metrics, "metric", self.metric, "'l2', 'l1', 'random' or 'recency'")

@@ -42,6 +42,7 @@ BAD_SETTINGS = [
     ("protected", 1.0, "a whole number from 1 on, or a share in (0, 1) of what a row may hold behind its sinks"),
     ("sinks", -1, "a whole number from 0 on"),
     ("pin", 3, "a list of (start, end), true positions"),
+    ("prefill_chunk", 1, "a whole number of tokens from 2 on, or None"),
     ("pool", 0, "an odd whole number"),
     ("pool", 4, "an odd whole number"),
     ("pool", -3, "an odd whole number"),

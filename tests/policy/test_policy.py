@@ -52,6 +52,7 @@ BAD_SETTINGS = [
     ("recent", False, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
     ("sinks", -1, "a whole number of tokens from 0 on"),
     ("pin", 3, "a list of (start, end), true positions"),
+    ("prefill_chunk", 1, "a whole number of tokens from 2 on, or None"),
     ("sinks", 0.5, "a whole number of tokens from 0 on"),
     ("score", "bidirectonal", "one of bidirectional, blend, causal, "),
     ("score", None, "one of bidirectional, blend, causal, "),

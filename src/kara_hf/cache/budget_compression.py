@@ -1,10 +1,11 @@
 """Evicting blocks (KV-Compress): a prompt is cut to its budget when decoding begins, and kept within it from then on.
 
 The end of a prompt shows when a single token follows. Until then everything is kept whole, so that a prompt that comes
-in chunks is judged by the same queries as one that comes at once. What is evicted is chosen over all layers and heads
-of a sequence, in passes between steps. There is one every `block_size` tokens, in which every row takes exactly one
-block more; a clock that all sequences share, and no row's own state, says when, so that a sequence is treated alike
-whatever batch it is in and whatever was forked.
+in chunks is judged by the same queries as one that comes at once; or, with `prefill_chunk`, what has come is cut before
+each further chunk, so that no more than the budget and one chunk is ever held. What is evicted is chosen over all
+layers and heads of a sequence, in passes between steps. There is one every `block_size` tokens, in which every row
+takes exactly one block more; a clock that all sequences share, and no row's own state, says when, so that a sequence is
+treated alike whatever batch it is in and whatever was forked.
 """
 
 import sys
@@ -68,6 +69,8 @@ class BudgetCompression(Compression):
         self.voting = self.decoding and not drafts and self.decoded_vote
         if self.decoding and self.steps_to_compression() < step.new:
             self.compress(step.new)
+        elif not step.first and self.config.prefill_chunk is not None:
+            self._pass(step.new, 0)
         elif not step.first:
             self._make_room(step.new)
         step.after = [s.extended(int(n), whole=False) for s, n in zip(state.sequences, step.counts, strict=True)]

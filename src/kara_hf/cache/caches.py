@@ -35,6 +35,8 @@ class KaraCache(CompressedCache):
         anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.
         compress_prompt: walk the prompt in windows too. Otherwise the prompt and every later turn (a step of several
             tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.
+        prefill_chunk: most tokens of a prompt or turn that are read at once. With `compress_prompt` no more than what
+            was kept and one chunk is ever held.
         bits: bits of every number of keys and values of tokens that have settled, 8 or 4; None: as the model made them
             (ours; see docs/bits.md).
         key_bits, value_bits: of keys and values alone, where they differ; values may have 2.
@@ -62,6 +64,7 @@ class KaraCache(CompressedCache):
         queries: int | None = KaraConfig.queries,
         anchor_share: float = KaraConfig.anchor_share,
         compress_prompt: bool = KaraConfig.compress_prompt,
+        prefill_chunk: int | None = None,
         bits: int | None = None,
         key_bits: int | None = None,
         value_bits: int | None = None,
@@ -81,6 +84,7 @@ class KaraCache(CompressedCache):
             queries=queries,
             anchor_share=anchor_share,
             compress_prompt=compress_prompt,
+            prefill_chunk=prefill_chunk,
             bits=bits,
             key_bits=key_bits,
             value_bits=value_bits,
@@ -117,14 +121,16 @@ class KVCompressCache(CompressedCache):
         floor: further tokens that every head keeps at least.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise the cache grows behind the prompt.
+        prefill_chunk: reads a prompt or turn in chunks of at most so many tokens, and cuts what was read to the budget
+            before each: no more than the budget and one chunk is ever held. None: it is cut once, behind its end.
         levels: different lengths, in blocks, that rows may be cut to; 1 for uniform heads, None for any, as published.
         bits: bits of every number of keys and values of tokens that have settled, 8 or 4; None: as the model made them
             (ours; see docs/bits.md).
         key_bits, value_bits: of keys and values alone, where they differ; values may have 2.
         block_size: slots per block.
         max_bytes: cap on resident bytes: more is evicted if it takes that, as long as there is something to evict.
-            A prompt that comes at once is held whole outside the cap until decoding begins. Turns and prompts in chunks
-            are not: before one that does not fit, what is there is cut.
+            A prompt that comes at once, or the first chunk of one, is held outside the cap until more comes. Turns and
+            further chunks are not: before one that does not fit, what is there is cut.
         sharing: PoD on top: keys of distant tokens stored once for a group of layers; see `PoDCache`.
         cuda_graph: replays the decode step as a CUDA graph between compressions; see `CompressedCache`.
         seed: of the random metric.
@@ -150,6 +156,7 @@ class KVCompressCache(CompressedCache):
         floor: int = KVCompressConfig.floor,
         accumulate: bool = KVCompressConfig.accumulate,
         continual: bool = KVCompressConfig.continual,
+        prefill_chunk: int | None = None,
         levels: int | None = KVCompressConfig.levels,
         bits: int | None = None,
         key_bits: int | None = None,
@@ -173,6 +180,7 @@ class KVCompressCache(CompressedCache):
             floor=floor,
             accumulate=accumulate,
             continual=continual,
+            prefill_chunk=prefill_chunk,
             levels=levels,
             bits=bits,
             key_bits=key_bits,

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from ..integration.attach import StepCache, check_not_compiled, refuse_tracing, route, unwrap
 from ..integration.attention import CarriedKey
+from ..integration.generation import read_prompt
 from ..policy import KaraPolicy, KVCompressPolicy
 from ..policy.sharing import PoDSharing
 from ..storage import MemoryMeter, Prompt, Stored
@@ -124,8 +125,15 @@ class CompressedCache(SavableCache, Cache, StepCache):
 
     @property
     def takes_readings(self) -> bool:
-        """As `kara_hf.integration.attach.StepCache`; not where layers that share keys compute a prompt with them."""
-        return self.sharing is None or self.sharing.prefill != "pod"
+        """As `kara_hf.integration.attach.StepCache`; not where layers that share keys compute a prompt with them, nor
+        where it comes in chunks.
+        """
+        return self.prefill_chunk is None and (self.sharing is None or self.sharing.prefill != "pod")
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """As `kara_hf.integration.attach.StepCache`, and of `read`."""
+        return self.policy.config.prefill_chunk
 
     def layer(self, index: int) -> CompressedLayer:
         """The compressed layer that is layer `index` of the model. Raises IndexError if that is of another kind."""
@@ -195,6 +203,19 @@ class CompressedCache(SavableCache, Cache, StepCache):
         if self.steps.step is not None and layer_idx <= self.steps.step.last_layer:
             self.steps.settle()  # asked before a forward, when nobody has said that the last one is done
         return self.state.columns
+
+    @torch.no_grad()
+    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Has the model read a prompt or turn without generating, in chunks where `prefill_chunk` says so.
+
+        Args:
+            input_ids: ``[B, S]`` int64, the new tokens.
+            attention_mask: ``[B, seen + S]`` int64; None: nothing is padding.
+
+        Returns:
+            Logits behind the last token, ``[B, V]``.
+        """
+        return read_prompt(self.binding.model, self, input_ids, attention_mask)
 
     # --------------------------------------------------------------------------------------------- replaying into it
     @contextmanager

@@ -11,7 +11,17 @@ from rich.console import Console
 from ..bundled import BUNDLED_MODEL
 from ..config import KaraConfig, KVCompressConfig, parse_pins, require
 from .display import show_runs
-from .options import Device, Dtype, Model, TrustRemoteCode, check_dtype, count_or_all, count_or_share, readable_errors
+from .options import (
+    Device,
+    Dtype,
+    Model,
+    PrefillChunk,
+    TrustRemoteCode,
+    check_dtype,
+    count_or_all,
+    count_or_share,
+    readable_errors,
+)
 
 # What runs without a model and a prompt: the problem, and how strongly its trace is compressed.
 BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated": 900, "seed": 3}
@@ -86,6 +96,7 @@ def generate(
     compress_prompt: Annotated[
         bool, typer.Option("--compress-prompt", help="kara: compress the prompt too. (kv-compress always does.)")
     ] = False,
+    prefill_chunk: PrefillChunk = None,
     seed: Annotated[int | None, typer.Option(help="kara, kv-compress: seed of what is random [default: 0].")] = None,
     max_cache_tokens: Annotated[
         int | None,
@@ -192,6 +203,7 @@ def generate(
             "votes": votes,
             "anchor_share": anchor_share,
             "compress_prompt": compress_prompt or None,
+            "prefill_chunk": prefill_chunk,
             "seed": seed,
             "max_cache_tokens": max_cache_tokens,
             "protected": count_or_share(protected),
