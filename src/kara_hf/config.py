@@ -60,6 +60,12 @@ def merged(stretches: Iterable[tuple[int, int]]) -> Pins:
     return tuple(found)
 
 
+def count_pinned(pins: Pins, sinks: int, tokens: int | None = None) -> int:
+    """Pinned tokens behind the `sinks`: of the first `tokens`, or all of them."""
+    ends = (end if tokens is None else min(end, tokens) for _, end in pins)
+    return sum(max(0, end - max(start, sinks)) for (start, _), end in zip(pins, ends, strict=True))
+
+
 def check_chunk(tokens: int | None) -> None:
     """Raises ValueError if a prompt cannot be read in chunks of so many tokens."""
     fits = tokens is None or (is_int(tokens) and tokens >= 2)
@@ -351,8 +357,7 @@ class KVCompressConfig(Settings):
 
     def pinned(self, pins: Pins, tokens: int | None = None) -> int:
         """Pinned tokens behind the sinks: of the first `tokens`, or all of them."""
-        ends = (end if tokens is None else min(end, tokens) for _, end in pins)
-        return sum(max(0, end - max(start, self.sinks)) for (start, _), end in zip(pins, ends, strict=True))
+        return count_pinned(pins, self.sinks, tokens)
 
     @property
     def least_blocks(self) -> int:

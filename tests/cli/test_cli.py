@@ -127,6 +127,15 @@ def test_settings_reach_the_cache():
     assert kept == seen // 16 * 4 + seen % 16
 
 
+def test_a_prompt_in_chunks_holds_less():
+    arguments = ("--cache", "kv-compress", "--max-cache-tokens", 24, "--block-size", 4, "--max-new-tokens", 4)
+    arguments += ("--protected", 8, "--observation", 4)
+    whole, chunks = generate(*arguments), generate(*arguments, "--prefill-chunk", 16)
+    assert "read in chunks of 16" in " ".join(chunks.split()) and "read in" not in whole
+    peaks = [float(row(output, "peak KV")[0].split()[0]) for output in (whole, chunks)]
+    assert peaks[1] < 0.8 * peaks[0]
+
+
 def direct_run(**settings):
     """What a KVCompressCache holds after the problem that the command solves."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -141,9 +141,10 @@ def bits_told(config: Any) -> str:
     return "" if bits is None else f", {bits[0]} bits" if bits[0] == bits[1] else f", {bits[0]} / {bits[1]} bits"
 
 
-def pins_told(config: Any) -> str:
-    """What is said of pins behind other settings; nothing, where none are given."""
-    return "".join(f", pinned {start}:{end}" for start, end in config.pin)
+def prompt_told(config: Any) -> str:
+    """What is said of pins and chunks behind other settings; nothing, where none are given."""
+    chunks = "" if config.prefill_chunk is None else f", read in chunks of {config.prefill_chunk}"
+    return "".join(f", pinned {start}:{end}" for start, end in config.pin) + chunks
 
 
 class Kara(Compressed):
@@ -153,7 +154,7 @@ class Kara(Compressed):
         config = self.config
         return (
             f"window {config.window}, retention {config.retention}, recent {config.recent}, {config.score}, "
-            f"anchor share {config.anchor_share:g}, sinks {config.sinks}{pins_told(config)}{bits_told(config)}"
+            f"anchor share {config.anchor_share:g}, sinks {config.sinks}{prompt_told(config)}{bits_told(config)}"
         )
 
     def warm_up(self) -> WarmUp:
@@ -179,7 +180,7 @@ class KVCompress(Compressed):
         when = "" if config.continual else ", prompt only"
         return (
             f"{budget}, observation {voters}, protected {config.protected}, sinks {config.sinks}, {config.metric}{when}"
-            f"{pins_told(config)}{bits_told(config)}"
+            f"{prompt_told(config)}{bits_told(config)}"
         )
 
     def warm_up(self) -> WarmUp:

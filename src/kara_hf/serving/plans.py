@@ -20,7 +20,7 @@ class ServedRequest:
         windows: windows sealed so far.
         slots: where those queries of open tokens that are held are, oldest first; empty for a score without queries.
         voters: where the queries of the last tokens of a prompt that is still to be compressed are.
-        pins: what is pinned beside sinks: nothing here.
+        pins: true positions that are pinned.
     """
 
     key: str
