@@ -32,6 +32,7 @@ STATM = Path("/proc/self/statm")  # of Linux: pages of a process, resident ones 
 MOST = 1.15  # aim: of the budget's bytes, beside one chunk
 AT_ONCE, CHUNKS = "at once", "in chunks"
 KV, KARA = "KVCompressCache", "KaraCache"
+WAYS = tuple(f"{kind}, {CHUNKS}" for kind in (FULL, KV, KARA)) + (f"{KV}, {AT_ONCE}",)
 
 
 def memory_aims(rows: Sequence[Row]) -> list[Aim]:
@@ -52,12 +53,12 @@ def memory_aims(rows: Sequence[Row]) -> list[Aim]:
         ("seconds", "{seconds:.0f}"),
         ("most less a chunk, of the budget", "{beside_chunk:.3f}"),
     ],
-    sizes={"model": "", "prompt": 16384, "budget": 1024, "chunk": 512},
+    sizes={"model": "", "prompt": 16384, "budget": 1024, "chunk": 512, "ways": WAYS},
     smoke={"prompt": 200, "budget": 64, "chunk": 32},
     aims=memory_aims,
 )
-def memory_jobs(run: Run, model: str, prompt: int, budget: int, chunk: int) -> Iterator[Job]:
-    for name in (FULL, f"{KV}, {AT_ONCE}", f"{KV}, {CHUNKS}", f"{KARA}, {CHUNKS}"):
+def memory_jobs(run: Run, model: str, prompt: int, budget: int, chunk: int, ways: Sequence[str]) -> Iterator[Job]:
+    for name in ways:
         labels = {"method": name, "prompt": prompt, "model": model or "random"}
         yield Job(labels, partial(in_a_process, name, model, run.smoke, prompt, budget, chunk))
 
@@ -91,6 +92,8 @@ def measured(name: str, model_name: str, smoke: bool, prompt: int, budget: int, 
     cache = makers[kind]()
     gc.collect()
     start = time.perf_counter()
+    if kind == FULL:
+        settings["prefill_chunk_size"] = size
     with MostResident() as resident:
         model.generate(ids, **for_generate(cache), **settings)
     token = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim * 4
