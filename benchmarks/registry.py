@@ -6,6 +6,7 @@ MODULES = (
     "speed.generation",
     "speed.kv_compress",
     "speed.bits",
+    "speed.prompt",
     "speed.pod",
     "speed.serving",
     "speed.saved",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .cache.report import CacheReport
     from .config import KaraConfig, KVCompressConfig
     from .integration.attach import attach, detach
+    from .integration.chat import system_pin
     from .policy import KaraPolicy, KVCompressPolicy, register_score
     from .policy.sharing import PoDSharing
     from .storage import PoolExhausted
@@ -38,6 +39,7 @@ _HOMES = {
     "attach": "integration.attach",
     "detach": "integration.attach",
     "register_score": "policy",
+    "system_pin": "integration.chat",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "attach",
     "detach",
     "register_score",
+    "system_pin",
 ]
 
 

@@ -1,8 +1,11 @@
 """Settings of the methods: plain data that is checked when it is made and survives a round trip through JSON."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
+
+Pins = tuple[tuple[int, int], ...]  # stretches of true positions from a first to a last, which is not in; ascending
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -22,6 +25,51 @@ def is_number(value: object) -> bool:
 def is_count_or_share(value: object, least: int) -> bool:
     """Whether it is a whole number from `least` on, or a float in (0, 1)."""
     return 0 < value < 1 if isinstance(value, float) else is_int(value) and value >= least  # type: ignore[operator]
+
+
+def as_pins(pins: Iterable[tuple[int, int]]) -> Pins:
+    """Stretches ``(start, end)`` in order, of which no two touch. Raises ValueError, naming the one that is none."""
+    remedy = (
+        "a list of (start, end), true positions with 0 <= start < end, of which end is the first that is not pinned"
+    )
+    if isinstance(pins, str):
+        remedy += "; kara_hf.system_pin(tokenizer, messages) finds those of a system message"
+    require(isinstance(pins, list | tuple), "pin", pins, remedy)
+    for each in pins:
+        pair = isinstance(each, list | tuple) and len(each) == 2 and all(map(is_int, each))
+        require(pair and 0 <= each[0] < each[1], "pin", each, remedy)
+    return merged(pins)
+
+
+def parse_pins(text: str) -> Pins:
+    """Stretches of a text like "0:20, 300:340". Raises ValueError."""
+    parts = [part.split(":") for part in text.split(",") if part.strip()]
+    numbers = [[int(end) if end.strip().isdecimal() else end for end in part] for part in parts]
+    require(all(len(part) == 2 for part in numbers), "pin", text, "START:END, several of them separated by commas")
+    return as_pins(numbers)  # type: ignore[arg-type]
+
+
+def merged(stretches: Iterable[tuple[int, int]]) -> Pins:
+    """Stretches in order, with those that touch as one and without empty ones."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted((int(start), int(stop)) for start, stop in stretches if start < stop):
+        if found and start <= found[-1][1]:
+            start, last = found.pop()
+            stop = max(stop, last)
+        found.append((start, stop))
+    return tuple(found)
+
+
+def count_pinned(pins: Pins, sinks: int, tokens: int | None = None) -> int:
+    """Pinned tokens behind the `sinks`: of the first `tokens`, or all of them."""
+    ends = (end if tokens is None else min(end, tokens) for _, end in pins)
+    return sum(max(0, end - max(start, sinks)) for (start, _), end in zip(pins, ends, strict=True))
+
+
+def check_chunk(tokens: int | None) -> None:
+    """Raises ValueError if a prompt cannot be read in chunks of so many tokens."""
+    fits = tokens is None or (is_int(tokens) and tokens >= 2)
+    require(fits, "prefill_chunk", tokens, "a whole number of tokens from 2 on, or None")
 
 
 KEY_BITS, VALUE_BITS = (8, 4), (8, 4, 2)
@@ -76,6 +124,7 @@ class KaraConfig(Settings):
         sinks: first tokens of a sequence that are kept whatever their score: language models lay the attention that
             they need nowhere on these, and fall apart without (arXiv 2309.17453). They are among the tokens that their
             window keeps; where they are more than that, the window keeps them and no others.
+        pin: stretches ``(start, end)`` of true positions that are kept as sinks are, in every sequence.
         score: what ranks a window's tokens: the name of a score; `KaraPolicy` refuses one that is not
             registered.
         queries: how many queries of a window every query head holds for a score that needs them, spread evenly over
@@ -85,6 +134,7 @@ class KaraConfig(Settings):
         anchor_share: share of the kept tokens that are picked singly, by score, before Token2Chunk fills gaps between
             them, in (0, 1]; 1 is plain top-k.
         compress_prompt: whether the prompt is walked in windows too; otherwise it is kept whole.
+        prefill_chunk: a prompt or turn of more tokens is read in chunks of at most so many, from 2 on; None: at once.
         bits: how many bits of every number of keys and values are stored once a token has settled, 8 or 4; None: tokens
             stay in the model's dtype. Sinks, open and recent tokens always do. Ours.
         key_bits, value_bits: the same of keys and of values alone, where these differ from `bits`; values may have 2.
@@ -99,10 +149,12 @@ class KaraConfig(Settings):
     window: int = 128
     recent: int | float = 0.5
     sinks: int = 4
+    pin: Pins = ()
     score: str = "blend"
     queries: int | None = 4
     anchor_share: float = 0.5
     compress_prompt: bool = False
+    prefill_chunk: int | None = None
     bits: int | None = None
     key_bits: int | None = None
     value_bits: int | None = None
@@ -110,6 +162,7 @@ class KaraConfig(Settings):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pin", as_pins(self.pin))
         require(
             is_number(self.retention) and 0 < self.retention <= 1, "retention", self.retention, "a number in (0, 1]"
         )
@@ -144,12 +197,13 @@ class KaraConfig(Settings):
             "a number in (0, 1]",
         )
         require(isinstance(self.compress_prompt, bool), "compress_prompt", self.compress_prompt, "True or False")
+        check_chunk(self.prefill_chunk)
         rounding_bits(self.bits, self.key_bits, self.value_bits)
         require(is_int(self.seed), "seed", self.seed, "a whole number")
 
     @property
     def kept_per_window(self) -> int:
-        """k, the tokens a KV head keeps of each window with no more sinks: max(1, round(r * W)) of a retention r.
+        """k, the tokens a KV head keeps of each window with no more pins: max(1, round(r * W)) of a retention r.
 
         With a share s of recent tokens, windows keep r (1 - s) / (1 - r s) instead of r: of N tokens r N are held then,
         s r N of them recent ones and the others those of N - s r N tokens in windows.
@@ -173,9 +227,8 @@ class KaraConfig(Settings):
         """m = max(1, round(anchor_share * kept)), the tokens picked singly of so many that are chosen."""
         return max(1, round(self.anchor_share * kept))
 
-    def sinks_from(self, position: int) -> int:
-        """Sinks in the window that starts at a true position."""
-        return max(0, min(self.window, self.sinks - position))
+    def check_budget(self, pins: Pins) -> None:
+        """As of `KVCompressConfig`: a window keeps all that is pinned in it, however much that is."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +247,9 @@ class KVCompressConfig(Settings):
         retention: share that is kept of the tokens beyond `least_blocks`, in (0, 1].
         observation: w, last prompt queries that vote on what is kept; None: all of them, and no pooling.
         protected: newest cached tokens that are never evicted, from 1 on; or a share, in (0, 1), of what a row may hold
-            on average behind its sinks, which grows with the sequence where the budget does (`retention`).
+            on average behind its sinks and pins, which grows with the sequence where the budget does (`retention`).
         sinks: first tokens of a sequence that are never evicted.
+        pin: stretches ``(start, end)`` of true positions that are never evicted, in every sequence.
         pool: width of the max-pool along keys, odd; 1 is no pooling.
         metric: what ranks tokens. "l2" sums squared attention probabilities, "l1" the probabilities. "recency" keeps
             the newest tokens, "random" those of large numbers, which `seed`, row and true position alone give, so that
@@ -206,6 +260,9 @@ class KVCompressConfig(Settings):
         floor: further tokens that every head keeps at least, on top of `sinks` and `protected`.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise it follows prompts only.
+        prefill_chunk: a prompt or turn of more tokens is read in chunks of at most so many, from 2 on, and before each
+            further one what was read is cut to the budget, by the votes of the last `observation` queries of every
+            chunk so far; None: it is read at once, and cut when decoding begins.
         levels: different block counts that a pass may leave its compressed rows with; None: as many as there are rows,
             as published. 1 gives every row of a sequence the same count: the same metric with uniform heads.
         bits: how many bits of every number of keys and values are stored once a token has settled, 8 or 4; None: tokens
@@ -224,12 +281,14 @@ class KVCompressConfig(Settings):
     observation: int | None = 32
     protected: int | float = 0.5
     sinks: int = 4
+    pin: Pins = ()
     pool: int = 7
     metric: Literal["l2", "l1", "random", "recency"] = "l2"
     votes: Literal["sum", "mean"] = "mean"
     floor: int = 0
     accumulate: bool = True
     continual: bool = True
+    prefill_chunk: int | None = None
     levels: int | None = 1
     bits: int | None = None
     key_bits: int | None = None
@@ -243,6 +302,7 @@ class KVCompressConfig(Settings):
             fits = (optional and value is None) or (is_int(value) and value >= least)
             require(fits, name, value, f"a whole number from {least} on" + (" or None" if optional else ""))
 
+        object.__setattr__(self, "pin", as_pins(self.pin))
         for name, least in (("block_size", 1), ("sinks", 0), ("floor", 0)):
             count(name, least)
         require(
@@ -253,6 +313,7 @@ class KVCompressConfig(Settings):
         )
         for name in ("observation", "levels"):
             count(name, 1, optional=True)
+        check_chunk(self.prefill_chunk)
         require(is_int(self.pool) and self.pool >= 1 and self.pool % 2 == 1, "pool", self.pool, "an odd whole number")
         metrics = ("l2", "l1", "random", "recency")
         require(self.metric in metrics, "metric", self.metric, "'l2', 'l1', 'random' or 'recency'")
@@ -271,31 +332,49 @@ class KVCompressConfig(Settings):
             require(
                 is_int(self.max_cache_tokens), "max_cache_tokens", self.max_cache_tokens, "a whole number of tokens"
             )
-            least = self.block_size * (self.least_blocks + 1)
-            require(
-                self.max_cache_tokens >= least,
-                "max_cache_tokens",
-                self.max_cache_tokens,
-                f"a whole number from {least} on: every row keeps {self.least_blocks} blocks of {self.block_size} for "
-                f"sinks={self.sinks}, protected={self.protected} and floor={self.floor}, and needs one more for new "
-                "tokens; raise it, or lower one of these",
-            )
+            self.check_budget(self.pin)
         elif self.retention is not None:
             require(
                 is_number(self.retention) and 0 < self.retention <= 1, "retention", self.retention, "a number in (0, 1]"
             )
 
+    def check_budget(self, pins: Pins) -> None:
+        """Raises ValueError, with the numbers, if `max_cache_tokens` cannot hold `pins` beside what has to stay."""
+        if self.max_cache_tokens is None:
+            return
+        pinned = self.pinned(pins)
+        blocks = self.least_blocks_with(pinned)
+        least = self.block_size * (blocks + 1)
+        of_pins = f", {pinned} pinned tokens" if pinned else ""
+        require(
+            self.max_cache_tokens >= least,
+            "max_cache_tokens",
+            self.max_cache_tokens,
+            f"a whole number from {least} on: every row keeps {blocks} blocks of {self.block_size} for "
+            f"sinks={self.sinks}{of_pins}, protected={self.protected} and floor={self.floor}, and needs one more for "
+            "new tokens; raise it, or lower one of these",
+        )
+
+    def pinned(self, pins: Pins, tokens: int | None = None) -> int:
+        """Pinned tokens behind the sinks: of the first `tokens`, or all of them."""
+        return count_pinned(pins, self.sinks, tokens)
+
     @property
     def least_blocks(self) -> int:
-        """Blocks that no row is ever cut below: sinks + protected + floor tokens, rounded up to whole blocks.
+        """Blocks that no row is ever cut below once all of `pin` was seen."""
+        return self.least_blocks_with(self.pinned(self.pin))
+
+    def least_blocks_with(self, pinned: int) -> int:
+        """Blocks that no row is ever cut below where so many tokens are `pinned` behind the sinks: these and sinks,
+        protected and floor tokens, rounded up to whole blocks.
 
         A share of what grows counts as one token here.
         """
         protected: int | float = self.protected
         if isinstance(protected, float):
-            protected = max(1, round(protected * max(0, (self.max_cache_tokens or 0) - self.sinks)))
-        return self.blocks_of(protected)
+            protected = max(1, round(protected * max(0, (self.max_cache_tokens or 0) - self.sinks - pinned)))
+        return self.blocks_of(protected, pinned)
 
-    def blocks_of(self, protected: int) -> int:
-        """Blocks that hold so many protected tokens with `sinks` and `floor`."""
-        return -(-(self.sinks + protected + self.floor) // self.block_size)
+    def blocks_of(self, protected: int, pinned: int = 0) -> int:
+        """Blocks that hold so many protected and pinned tokens with `sinks` and `floor`."""
+        return -(-(self.sinks + pinned + protected + self.floor) // self.block_size)

@@ -127,6 +127,15 @@ def test_settings_reach_the_cache():
     assert kept == seen // 16 * 4 + seen % 16
 
 
+def test_a_prompt_in_chunks_holds_less():
+    arguments = ("--cache", "kv-compress", "--max-cache-tokens", 24, "--block-size", 4, "--max-new-tokens", 4)
+    arguments += ("--protected", 8, "--observation", 4)
+    whole, chunks = generate(*arguments), generate(*arguments, "--prefill-chunk", 16)
+    assert "read in chunks of 16" in " ".join(chunks.split()) and "read in" not in whole
+    peaks = [float(row(output, "peak KV")[0].split()[0]) for output in (whole, chunks)]
+    assert peaks[1] < 0.8 * peaks[0]
+
+
 def direct_run(**settings):
     """What a KVCompressCache holds after the problem that the command solves."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -391,7 +400,7 @@ def test_help_explains_every_option():
         for field in fields(config):
             option = f"--{field.name.replace('_', '-')} "
             default = getattr(config, field.name)
-            if option in text and default is not None and not isinstance(default, bool):
+            if option in text and default not in (None, ()) and not isinstance(default, bool):
                 assert f"[default: {default}" in text.split(option)[1].split(" --")[0]
 
 

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from kara_hf import CompressedCache, KaraCache, KVCompressCache
 from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.cli import app as cli
-from kara_hf.integration.generation import for_forward, generate, greedy
+from kara_hf.integration.generation import generate, greedy
 from kara_hf.integration.loading import LoadedModel
 from kara_hf.tasks.reasoner import make_problem
 
@@ -33,9 +33,13 @@ def problem(tmp_path):
     ("options", "make"),
     [
         (["--max-cache-tokens", 96], lambda model: KVCompressCache(model, max_cache_tokens=96)),
+        (
+            ["--max-cache-tokens", 96, "--prefill-chunk", 40],
+            lambda model: KVCompressCache(model, max_cache_tokens=96, prefill_chunk=40),
+        ),
         (["--cache", "kara", "--retention", 0.5], lambda model: KaraCache(model, retention=0.5, compress_prompt=True)),
     ],
-    ids=["kv-compress", "kara"],
+    ids=["kv-compress", "chunks", "kara"],
 )
 def test_what_is_asked_from_a_file_is_answered_as_from_memory(options, make, loaded, problem, tmp_path):
     file, question = problem
@@ -44,8 +48,7 @@ def test_what_is_asked_from_a_file_is_answered_as_from_memory(options, make, loa
     assert made.exit_code == 0, made.output
     cache = make(loaded.model)
     text, asked = loaded.encode_text(file.read_text(), chat=True), loaded.encode_question(question, chat=True)
-    with torch.inference_mode():
-        loaded.model(text, **for_forward(loaded.model, cache))
+    cache.read(text)
     cache.compress()
     assert f"{type(cache).__name__} of {text.shape[1]} tokens" in made.stdout and f"written to {out}" in made.stdout
     saved = CompressedCache.load(out, loaded.model).report()

@@ -42,12 +42,12 @@ def test_colours_can_be_told_apart_and_texts_read(visit, scheme):
     page = visit(color_scheme=scheme)
     got = page.evaluate(LOOKS)
     tinted = {name: np.array(each["ground"]) for name, each in got.items() if name not in ("evicted", "fresh", "whole")}
-    assert set(tinted) == {"prompt", "sealed", "open", "recent", "shared"}
+    assert set(tinted) == {"pinned", "prompt", "sealed", "open", "recent", "shared"}
     for kind, cones in CONES.items():
         for (a, one), (b, other) in itertools.combinations(tinted.items(), 2):
             apart = np.linalg.norm(lab(one, cones)[0] - lab(other, cones)[0])
             assert apart > 9 or got[a]["style"] != got[b]["style"], (kind, a, b, apart)
-    assert len({each["style"] for each in got.values()}) >= 6  # a second cue, for those who see no colours at all
+    assert len({each["style"] for each in got.values()}) >= 7  # a second cue, for those who see no colours at all
     for name, each in got.items():
         if name != "evicted":
             light, dark = sorted((lab(np.array(each[part]), np.eye(3))[1] for part in ("ground", "text")), reverse=True)

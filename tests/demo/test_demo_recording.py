@@ -67,6 +67,8 @@ CASES = {
     "pod": {"choice": "PoD", "model": DEEP, "length": 72},
     "kara and pod": {"choice": "Kara + PoD", "model": DEEP, "length": 72},
     "kv-compress and pod": {"choice": "KV-Compress + PoD", "model": DEEP, "length": 72},
+    "kara, pinned": {"settings": {"pin": "8:20, 60:75", "compress_prompt": True}},
+    "kv-compress, pinned": {"choice": "KV-Compress", "settings": {"pin": "8:20, 60:75", "retention": 0.3}},
     "full": {"choice": FULL},
 }
 

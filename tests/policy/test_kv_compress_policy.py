@@ -41,6 +41,8 @@ BAD_SETTINGS = [
     ("protected", None, "a whole number from 1 on, or a share in (0, 1) of what a row may hold behind its sinks"),
     ("protected", 1.0, "a whole number from 1 on, or a share in (0, 1) of what a row may hold behind its sinks"),
     ("sinks", -1, "a whole number from 0 on"),
+    ("pin", 3, "a list of (start, end), true positions"),
+    ("prefill_chunk", 1, "a whole number of tokens from 2 on, or None"),
     ("pool", 0, "an odd whole number"),
     ("pool", 4, "an odd whole number"),
     ("pool", -3, "an odd whole number"),
@@ -98,7 +100,7 @@ def test_the_cap_has_room_for_what_is_never_evicted_and_a_new_block(sinks, prote
     [
         {"retention": 1},
         {"max_cache_tokens": 128, "observation": None, "levels": 2},
-        {"metric": "l1", "floor": 8},
+        {"metric": "l1", "pin": [(4, 9), (0, 2)]},
         {"metric": "random", "seed": -7},
     ],
     ids=lambda chosen: ",".join(chosen),
@@ -106,7 +108,7 @@ def test_the_cap_has_room_for_what_is_never_evicted_and_a_new_block(sinks, prote
 def test_settings_survive_json(chosen):
     config = make_config(**chosen)
     assert KVCompressConfig.from_json(config.to_json()) == config
-    assert json.loads(config.to_json()) == asdict(config)
+    assert json.loads(config.to_json()) == asdict(config) | {"pin": [list(each) for each in config.pin]}
 
 
 def test_json_with_unknown_or_bad_settings_is_refused():

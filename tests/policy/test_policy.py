@@ -51,6 +51,8 @@ BAD_SETTINGS = [
     ("recent", math.nan, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
     ("recent", False, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
     ("sinks", -1, "a whole number of tokens from 0 on"),
+    ("pin", 3, "a list of (start, end), true positions"),
+    ("prefill_chunk", 1, "a whole number of tokens from 2 on, or None"),
     ("sinks", 0.5, "a whole number of tokens from 0 on"),
     ("score", "bidirectonal", "one of bidirectional, blend, causal, "),
     ("score", None, "one of bidirectional, blend, causal, "),
@@ -81,13 +83,13 @@ def test_every_setting_is_checked():
 
 @pytest.mark.parametrize(
     "chosen",
-    [{}, {"retention": 1}, {"window": 2, "block_size": 1, "recent": 0}, {"seed": -3, "anchor_share": 1.0}],
+    [{}, {"retention": 1}, {"window": 2, "block_size": 1, "recent": 0}, {"seed": -3, "pin": [(4, 9), (0, 2)]}],
     ids=lambda chosen: ",".join(chosen) or "defaults",
 )
 def test_settings_survive_json(chosen):
     config = KaraConfig(**chosen)
     assert KaraConfig.from_json(config.to_json()) == config
-    assert json.loads(config.to_json()) == asdict(config)
+    assert json.loads(config.to_json()) == asdict(config) | {"pin": [list(each) for each in config.pin]}
 
 
 def test_json_with_unknown_or_bad_settings_is_refused():
@@ -435,6 +437,7 @@ class Counted:
     tokens: int
     open: int
     kept: int = 0
+    pins: tuple[tuple[int, int], ...] = ()
 
 
 @pytest.mark.parametrize(("window", "recent"), [(16, 0), (16, 5), (32, 32), (16, 40)], ids=lambda number: str(number))

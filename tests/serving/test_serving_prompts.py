@@ -378,3 +378,41 @@ def test_metrics_for_prometheus(model):
         batch(model, prompts(2, **LONG), 4)
     lines = serving.metrics.to_prometheus().splitlines()
     assert "kara_prompts 2" in lines and "# TYPE kara_whole_prompts counter" in lines
+
+
+# ---------------------------------------------------------------------------------------------------------------- pins
+PINS = [(6, 9), (50, 54)]  # the second within some prompts, and behind others
+
+
+@pytest.mark.parametrize("setting", [{"max_prompt_tokens": 24}, {"prompt_retention": 0.4}])
+def test_pinned_tokens_of_prompts_stay(model, setting, audited):
+    inputs = [*prompts(2, **LONG), *prompts(1, seed=3, shortest=40, longest=44)]
+    behind = [3 + max(0, min(54, len(prompt)) - 50) for prompt in inputs]
+    most = [
+        setting.get("max_prompt_tokens") or max(6 + pinned, -(-2 * len(prompt) // 5))
+        for prompt, pinned in zip(inputs, behind, strict=True)
+    ]
+    expected = [budgeted(model, *pair, pin=PINS) for pair in zip(inputs, most, strict=True)]
+    assert expected != [budgeted(model, *pair) for pair in zip(inputs, most, strict=True)]
+    with kara_continuous_batching(model, **WHOLE, **setting, pin=PINS) as serving:
+        assert batch(model, inputs, TOKENS) == expected
+    assert serving.metrics.prompts == 3
+    ended(audited[-1])
+
+
+def test_pinned_tokens_of_windows_stay(model, audited):
+    inputs, pin = prompts(3, shortest=5, longest=12), [(20, 27), (33, 36)]
+    expected = [single(model, prompt, **KARA, pin=pin) for prompt in inputs]
+    with kara_continuous_batching(model, **KARA, pin=pin, period=1) as serving:
+        assert batch(model, inputs) == expected
+    assert serving.metrics.windows > 3
+    ended(audited[-1])
+
+
+def test_pins_that_cannot_be_kept_are_refused():
+    with pytest.raises(ValueError, match="from 13 on, for sinks=4, 7 pinned tokens, the last"):
+        ServingConfig.of(pin=[(2, 11)], max_prompt_tokens=12)
+    with pytest.raises(ValueError, match="pin=.* left out with unit"):
+        ServingConfig.of(pin=[(2, 11)], unit="trace", recent=4, score="random")
+    with pytest.raises(ValueError, match="prefill_chunk=64 is not possible.*max_batch_tokens"):
+        ServingConfig.of(prefill_chunk=64)

@@ -1,14 +1,14 @@
 """Evicting blocks (KV-Compress): a prompt is cut to its budget when decoding begins, and kept within it from then on.
 
 The end of a prompt shows when a single token follows. Until then everything is kept whole, so that a prompt that comes
-in chunks is judged by the same queries as one that comes at once. What is evicted is chosen over all layers and heads
-of a sequence, in passes between steps. There is one every `block_size` tokens, in which every row takes exactly one
-block more; a clock that all sequences share, and no row's own state, says when, so that a sequence is treated alike
-whatever batch it is in and whatever was forked.
+in chunks is judged by the same queries as one that comes at once; or, with `prefill_chunk`, what has come is cut before
+each further chunk, so that no more than the budget and one chunk is ever held. What is evicted is chosen over all
+layers and heads of a sequence, in passes between steps. There is one every `block_size` tokens, in which every row
+takes exactly one block more; a clock that all sequences share, and no row's own state, says when, so that a sequence is
+treated alike whatever batch it is in and whatever was forked.
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..config import Pins
 from ..policy import Eviction, KVCompressPolicy, moves
 from ..storage import PoolExhausted, Prompt, RoundedStore, Saved, Stored, paged_store
+from .budget_cap import BudgetCap, rows_of
 from .compression import Compression
 from .layer import CompressedLayer
 from .pending_queries import PendingQueries
@@ -38,6 +40,7 @@ class BudgetCompression(Compression):
         self.decoding = False
         self.voting = False
         self.rounding = Rounding.of(self.config, self.config.protected, state.sharing, state.steady)
+        self.cap = BudgetCap(state, self.rounding, self.block_size)
 
     def layer_state(self) -> PendingQueries:
         return PendingQueries(self.state.meter)
@@ -48,6 +51,10 @@ class BudgetCompression(Compression):
         return self.state.compressed_layers[0].state.undecided > 0
 
     @property
+    def _pins(self) -> list[Pins]:
+        return [sequence.pins for sequence in self.state.sequences]
+
+    @property
     def decoded_vote(self) -> bool:
         """Whether the queries of decoded tokens vote."""
         return self.config.accumulate and self.policy.votes
@@ -55,15 +62,18 @@ class BudgetCompression(Compression):
     # ------------------------------------------------------------------------------------------------------ in a step
     def begin(self, step: Step) -> None:
         state = self.state
-        drafts = step.drafts and 1 < step.new <= 1 + min(self.policy.newest(s.tokens) for s in state.sequences)
+        newest = (self.policy.newest(s.tokens, s.pins) for s in state.sequences)
+        drafts = step.drafts and 1 < step.new <= 1 + min(newest)
         self.decoding = not step.first and (step.new == 1 or drafts or step.replayed)
         # Drafts do not vote: those that are refused could not take their votes back.
         self.voting = self.decoding and not drafts and self.decoded_vote
         if self.decoding and self.steps_to_compression() < step.new:
             self.compress(step.new)
+        elif not step.first and self.config.prefill_chunk is not None:
+            self._pass(step.new, 0)
         elif not step.first:
             self._make_room(step.new)
-        step.after = [s.extended(int(n), pinned=False) for s, n in zip(state.sequences, step.counts, strict=True)]
+        step.after = [s.extended(int(n), whole=False) for s, n in zip(state.sequences, step.counts, strict=True)]
         every = not self.decoding and self.policy.votes and self.config.observation is None
         if self.voting or every:
             step.after = [s.voted(int(n)) for s, n in zip(step.after, step.counts, strict=True)]
@@ -177,11 +187,11 @@ class BudgetCompression(Compression):
         blocks, rows = -(-lengths // self.block_size), lengths.shape[1]
         quota = np.zeros(len(tokens), np.int64)
         if self.undecided or self.config.continual:
-            quota = self.policy.quota(tokens, rows, blocks.sum(1), rows * -(-counted // self.block_size))
+            quota = self.policy.quota(tokens, rows, blocks.sum(1), rows * -(-counted // self.block_size), self._pins)
         eviction = self._rank(lengths, tokens, quota) if quota.any() else None
-        excess = self._blocks_past_cap(lengths if eviction is None else eviction.lengths.cpu().numpy(), ahead)
+        excess = self.cap.blocks_past(lengths if eviction is None else eviction.lengths.cpu().numpy(), ahead)
         if excess > 0:  # what the cap asks for comes from all sequences, in proportion to what they can spare
-            least = self.policy.least_blocks(tokens)[:, None]
+            least = self.policy.least_blocks(tokens, self._pins)[:, None]
             spare = np.maximum(0, np.maximum(0, blocks - least).sum(1) - quota)
             more = np.minimum(spare, -(-excess * spare // max(1, spare.sum())))
             if more.any():
@@ -200,7 +210,7 @@ class BudgetCompression(Compression):
         lead, voters = self._leads(), [sequence.voters for sequence in self.state.sequences]
         if lead is None:
             counts = torch.from_numpy(lengths).to(device)
-            return self.policy.evict(metric, positions, counts, tokens, quota, voters=voters)
+            return self.policy.evict(metric, positions, counts, tokens, quota, voters=voters, pins=self._pins)
         rows, back, weights = (
             torch.from_numpy(part) for part in np.unique(lead, return_inverse=True, return_counts=True)
         )
@@ -213,6 +223,7 @@ class BudgetCompression(Compression):
             quota,
             weights,
             voters,
+            self._pins,
         )
         return Eviction(*(part.index_select(1, back) for part in (chosen.freed, chosen.lengths, chosen.dropped)))
 
@@ -228,51 +239,13 @@ class BudgetCompression(Compression):
         sharing = self.state.sharing
         if sharing is None:
             return None
-        first = {layer.index: rows.start for layer, rows in self._rows()}
+        first = {layer.index: rows.start for layer, rows in rows_of(self.state)}
         leads = [
             first[sharing.lead[layer.index][head]] + head
             for layer in self.state.compressed_layers
             for head in range(sharing.heads)
         ]
         return np.array(leads)
-
-    def _blocks_past_cap(self, lengths: np.ndarray, ahead: int) -> int:
-        """By how many blocks the cap is passed if rows have `lengths` ``[B, R]`` and room for `ahead` tokens more."""
-        meter = self.state.meter
-        if meter.max_bytes is None:
-            return 0
-        need, block = meter.held - meter.lent, sys.maxsize
-        for layer, rows in self._rows():
-            need += self._bytes_of(layer, lengths[:, rows], ahead) - layer.stored().paged_bytes
-            # What a block of a row is worth at least: where its keys are another layer's, its values.
-            key, value = layer.stored().slot_bytes
-            if self.rounding is not None:  # what goes is rounded, as nearly all that may go
-                key, value = self.rounding.widths(layer.stored().sizes)
-            block = min(block, self.block_size * (value + 8 + (0 if layer.followers else key)))
-        return -(-(need - meter.max_bytes) // block)
-
-    def _bytes_of(self, layer: CompressedLayer, lengths: np.ndarray, ahead: int) -> int:
-        """Bytes of a layer in blocks whose rows have `lengths` ``[B, H]`` and room for `ahead` tokens more."""
-        store = layer.stored()
-        key, value = store.slot_bytes
-        rounded = self._records(layer, lengths)
-        blocks = -(-(lengths - rounded + ahead) // self.block_size)
-        of_keys = blocks if layer.deciding is None else blocks[:, list(layer.deciding)]
-        tables = (blocks.size + of_keys.size) * int(blocks.max()) * 4 + blocks.size * 4
-        held = self.block_size * (int(of_keys.sum()) * key + int(blocks.sum()) * (value + 4 + 4))  # position and metric
-        if layer.followers:
-            tokens = np.array([sequence.tokens for sequence in self.state.sequences])
-            tables += blocks.size * int(blocks.max()) * 4 + blocks.shape[1] * 8
-            held += (
-                len(layer.followers)
-                * len(blocks)
-                * key
-                * layer.proximal_places(int(tokens.max()) + ahead, self.block_size)
-            )
-        if self.rounding is not None:
-            records = -(-rounded // self.block_size)
-            held += self.rounding.record_bytes(layer, records, self.block_size)
-        return held + tables
 
     def _carry_out(self, ahead: int, eviction: Eviction | None = None, settles: bool = False) -> None:
         """Evicts what was chosen, and puts a prompt into blocks without it, with room for `ahead` tokens in every row.
@@ -282,7 +255,7 @@ class BudgetCompression(Compression):
         """
         plan: list[tuple[CompressedLayer, Prompt, Stored, tuple[Any, ...]]] = []
         try:
-            for layer, rows in self._rows():
+            for layer, rows in rows_of(self.state):
                 prompt = layer.stored()
                 if isinstance(prompt, Prompt):
                     dropped = None if eviction is None else eviction.dropped[:, rows].to(prompt.device)
@@ -312,20 +285,12 @@ class BudgetCompression(Compression):
             replace(s, open=0, segments=(Segment("sealed", 0, s.tokens, 0),)) if count else s
             for s, count in zip(self.state.sequences, freed.sum(1), strict=True)
         ]
-        for layer, rows in self._rows():
+        for layer, rows in rows_of(self.state):
             store = layer.stored()
             if not isinstance(store, Prompt) and freed[:, rows].any():
                 for part, gone in store.parts(eviction.dropped[:, rows].to(store.device)):
                     after = torch.from_numpy(part.lengths).to(part.device) - gone.sum(2)
                     part.evict(*moves(gone, after), after.cpu().numpy())
-
-    def _rows(self) -> Iterator[tuple[CompressedLayer, slice]]:
-        """The layers, and which rows of a sequence each of them has."""
-        first = 0
-        for layer in self.state.compressed_layers:
-            heads = layer.stored().lengths.shape[1]
-            yield layer, slice(first, first + heads)
-            first += heads
 
     # ------------------------------------------------------------------------------------------------------- rounding
     def _round(self) -> None:
@@ -355,15 +320,6 @@ class BudgetCompression(Compression):
         chosen = kept & (positions >= self.rounding.first) & (positions < stop)
         begun = (torch.as_tensor(rounded, device=kept.device) > 0) | (chosen.sum(2) >= OPENING)
         return chosen & begun[..., None]
-
-    def _records(self, layer: CompressedLayer, lengths: np.ndarray) -> np.ndarray:
-        """How many tokens of rows with `lengths` ``[B, H]`` are records after a pass, ``[B, H]``."""
-        if self.rounding is None:
-            return np.zeros_like(lengths)
-        found = np.maximum(0, lengths - self.rounding.first - self.rounding.near)
-        store = layer.store
-        begun = store.records.lengths > 0 if isinstance(store, RoundedStore) else np.zeros(lengths.shape, bool)
-        return np.where(begun | (found >= OPENING), found, 0)
 
     def empty_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> Stored:
         sizes = keys.shape[-1], values.shape[-1]
@@ -402,14 +358,14 @@ class BudgetCompression(Compression):
         return 0 if self.undecided else min(self.steps_to_compression(), self.state.room)
 
     def decoded(self, sequence: Sequence) -> Sequence:
-        longer = sequence.extended(1, pinned=False)
+        longer = sequence.extended(1, whole=False)
         return longer.voted(1) if self.decoded_vote else longer
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:
         return ()
 
     def limits(self, sequence: Sequence) -> list[tuple[int, Kind]]:
-        recent = max(0, sequence.tokens - self.policy.newest(sequence.tokens))
+        recent = max(0, sequence.tokens - self.policy.newest(sequence.tokens, sequence.pins))
         sealed = sequence.segments[-1].stop if sequence.segments else 0
         return [(min(sealed, recent), "sealed"), (recent, "open"), (sequence.tokens, "recent")]
 

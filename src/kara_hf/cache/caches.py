@@ -1,9 +1,10 @@
 """The caches by name: Kara, KV-Compress and PoD, each a `CompressedCache` under its own policy."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import KaraConfig, KVCompressConfig
+from ..config import KaraConfig, KVCompressConfig, as_pins
 from ..policy import KaraPolicy, KVCompressPolicy
 from ..policy.sharing import PoDSharing
 from .compressed import CompressedCache
@@ -24,6 +25,8 @@ class KaraCache(CompressedCache):
             is kept whole, which grows with the sequence (ours).
         sinks: first tokens of a sequence that are kept wherever the window that holds them seals, whatever the score:
             without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
+        pin: stretches ``(start, end)`` of true positions that are never evicted, in every sequence, as the sinks are;
+            `cache.pin` adds to them.
         score: "blend" (ours) of the two next; "bidirectional" (the paper), which holds queries of `window` + `recent`
             tokens, or of `queries` of them; "key-difference" (KeyDiff, arXiv 2504.15364), which holds nothing; or a
             control: "causal", "random", "random-chunks" and "recency"; see `register_score`.
@@ -32,6 +35,8 @@ class KaraCache(CompressedCache):
         anchor_share: share of the kept tokens that are picked singly before gaps between them are filled; 1 is top-k.
         compress_prompt: walk the prompt in windows too. Otherwise the prompt and every later turn (a step of several
             tokens that are not drafts of assisted decoding) is kept whole, with what is open before it.
+        prefill_chunk: most tokens of a prompt or turn that are read at once. With `compress_prompt` no more than what
+            was kept and one chunk is ever held.
         bits: bits of every number of keys and values of tokens that have settled, 8 or 4; None: as the model made them
             (ours; see docs/bits.md).
         key_bits, value_bits: of keys and values alone, where they differ; values may have 2.
@@ -54,10 +59,12 @@ class KaraCache(CompressedCache):
         window: int = KaraConfig.window,
         recent: int | float = KaraConfig.recent,
         sinks: int = KaraConfig.sinks,
+        pin: Iterable[tuple[int, int]] = (),
         score: str | Path = KaraConfig.score,
         queries: int | None = KaraConfig.queries,
         anchor_share: float = KaraConfig.anchor_share,
         compress_prompt: bool = KaraConfig.compress_prompt,
+        prefill_chunk: int | None = None,
         bits: int | None = None,
         key_bits: int | None = None,
         value_bits: int | None = None,
@@ -72,10 +79,12 @@ class KaraCache(CompressedCache):
             window=window,
             recent=recent,
             sinks=sinks,
+            pin=as_pins(pin),
             score=str(score) if isinstance(score, Path) else score,
             queries=queries,
             anchor_share=anchor_share,
             compress_prompt=compress_prompt,
+            prefill_chunk=prefill_chunk,
             bits=bits,
             key_bits=key_bits,
             value_bits=value_bits,
@@ -104,20 +113,24 @@ class KVCompressCache(CompressedCache):
         protected: newest tokens that are never evicted, or a share, in (0, 1), of what a row may hold on average behind
             its sinks (ours).
         sinks: first tokens that are never evicted.
+        pin: stretches ``(start, end)`` of true positions that are never evicted, in every sequence. The budget counts
+            them first; `cache.pin` adds to them.
         pool: width of the max-pool over neighbouring tokens, odd.
         metric: "l2" sums squared attention probabilities, "l1" probabilities; controls: "random", "recency".
         votes: "sum" adds votes up, as published; "mean" divides by how many queries could vote on a token (ours).
         floor: further tokens that every head keeps at least.
         accumulate: whether queries vote while decoding too.
         continual: whether eviction goes on while decoding; otherwise the cache grows behind the prompt.
+        prefill_chunk: reads a prompt or turn in chunks of at most so many tokens, and cuts what was read to the budget
+            before each: no more than the budget and one chunk is ever held. None: it is cut once, behind its end.
         levels: different lengths, in blocks, that rows may be cut to; 1 for uniform heads, None for any, as published.
         bits: bits of every number of keys and values of tokens that have settled, 8 or 4; None: as the model made them
             (ours; see docs/bits.md).
         key_bits, value_bits: of keys and values alone, where they differ; values may have 2.
         block_size: slots per block.
         max_bytes: cap on resident bytes: more is evicted if it takes that, as long as there is something to evict.
-            A prompt that comes at once is held whole outside the cap until decoding begins. Turns and prompts in chunks
-            are not: before one that does not fit, what is there is cut.
+            A prompt that comes at once, or the first chunk of one, is held outside the cap until more comes. Turns and
+            further chunks are not: before one that does not fit, what is there is cut.
         sharing: PoD on top: keys of distant tokens stored once for a group of layers; see `PoDCache`.
         cuda_graph: replays the decode step as a CUDA graph between compressions; see `CompressedCache`.
         seed: of the random metric.
@@ -136,12 +149,14 @@ class KVCompressCache(CompressedCache):
         observation: int | None = KVCompressConfig.observation,
         protected: int | float = KVCompressConfig.protected,
         sinks: int = KVCompressConfig.sinks,
+        pin: Iterable[tuple[int, int]] = (),
         pool: int = KVCompressConfig.pool,
         metric: Literal["l2", "l1", "random", "recency"] = KVCompressConfig.metric,
         votes: Literal["sum", "mean"] = KVCompressConfig.votes,
         floor: int = KVCompressConfig.floor,
         accumulate: bool = KVCompressConfig.accumulate,
         continual: bool = KVCompressConfig.continual,
+        prefill_chunk: int | None = None,
         levels: int | None = KVCompressConfig.levels,
         bits: int | None = None,
         key_bits: int | None = None,
@@ -158,12 +173,14 @@ class KVCompressCache(CompressedCache):
             observation=observation,
             protected=protected,
             sinks=sinks,
+            pin=as_pins(pin),
             pool=pool,
             metric=metric,
             votes=votes,
             floor=floor,
             accumulate=accumulate,
             continual=continual,
+            prefill_chunk=prefill_chunk,
             levels=levels,
             bits=bits,
             key_bits=key_bits,

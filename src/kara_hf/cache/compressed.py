@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from ..integration.attach import StepCache, check_not_compiled, refuse_tracing, route, unwrap
 from ..integration.attention import CarriedKey
+from ..integration.generation import read_prompt
 from ..policy import KaraPolicy, KVCompressPolicy
 from ..policy.sharing import PoDSharing
 from ..storage import MemoryMeter, Prompt, Stored
@@ -22,9 +23,10 @@ from .budget_compression import BudgetCompression
 from .compression import Compression, register_compression
 from .cuda_graph import DecodeGraph, check_graph
 from .layer import COPIED_WITH_ITS_CACHE, CompressedLayer, HybridLayer
+from .pinning import pin
 from .report import CacheReport, make_report
 from .saving import SavableCache
-from .sequence import Kind, Sequence
+from .sequence import Kind, Sequence, with_pins
 from .shared_layer import SharedLayer
 from .state import CacheState
 from .steps import Steps, Turn
@@ -73,7 +75,7 @@ class CompressedCache(SavableCache, Cache, StepCache):
             binding.check_sharing(sharing)
         check_max_bytes(max_bytes, inner, policy.config.block_size)
         self.policy = policy
-        self.state = CacheState(binding, MemoryMeter(max_bytes), sharing, cuda_graph)
+        self.state = CacheState(binding, MemoryMeter(max_bytes), sharing, cuda_graph, pins=policy.config.pin)
         self.steps = Steps(self.state, policy)
         super().__init__(layers=self._make_layers())
         self.state.layers = self.layers
@@ -123,8 +125,15 @@ class CompressedCache(SavableCache, Cache, StepCache):
 
     @property
     def takes_readings(self) -> bool:
-        """As `kara_hf.integration.attach.StepCache`; not where layers that share keys compute a prompt with them."""
-        return self.sharing is None or self.sharing.prefill != "pod"
+        """As `kara_hf.integration.attach.StepCache`; not where layers that share keys compute a prompt with them, nor
+        where it comes in chunks.
+        """
+        return self.prefill_chunk is None and (self.sharing is None or self.sharing.prefill != "pod")
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """As `kara_hf.integration.attach.StepCache`, and of `read`."""
+        return self.policy.config.prefill_chunk
 
     def layer(self, index: int) -> CompressedLayer:
         """The compressed layer that is layer `index` of the model. Raises IndexError if that is of another kind."""
@@ -174,13 +183,14 @@ class CompressedCache(SavableCache, Cache, StepCache):
     def chunks(self, layer_idx: int, sequence: int = 0, head: int = 0) -> list[tuple[int, int, Kind]]:
         """The kept positions as runs ``(start, end, kind)``, `end` exclusive, in order.
 
-        Kinds: "prompt" (pinned), "sealed" (a chunk that survived its window), "open" (waiting to be sealed) and
-        "recent" (the newest tokens, always whole). Raises as `kept_positions`.
+        Kinds: "pinned" (by `pin`), "prompt" (kept whole), "sealed" (a chunk that survived its window), "open" (waiting
+        to be sealed) and "recent" (the newest tokens, always whole). Raises as `kept_positions`.
         """
         positions = self.kept_positions(layer_idx, sequence, head).numpy()
         runs: list[tuple[int, int, Kind]] = []
         begin = 0
-        for stop, kind in self.compression.limits(self.sequences[sequence]):
+        known = self.sequences[sequence]
+        for stop, kind in with_pins(self.compression.limits(known), known.pins):
             end = int(np.searchsorted(positions, stop))
             part = positions[begin:end]
             for run in np.split(part, np.flatnonzero(np.diff(part) != 1) + 1) if len(part) else ():
@@ -193,6 +203,19 @@ class CompressedCache(SavableCache, Cache, StepCache):
         if self.steps.step is not None and layer_idx <= self.steps.step.last_layer:
             self.steps.settle()  # asked before a forward, when nobody has said that the last one is done
         return self.state.columns
+
+    @torch.no_grad()
+    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Has the model read a prompt or turn without generating, in chunks where `prefill_chunk` says so.
+
+        Args:
+            input_ids: ``[B, S]`` int64, the new tokens.
+            attention_mask: ``[B, seen + S]`` int64; None: nothing is padding.
+
+        Returns:
+            Logits behind the last token, ``[B, V]``.
+        """
+        return read_prompt(self.binding.model, self, input_ids, attention_mask)
 
     # --------------------------------------------------------------------------------------------- replaying into it
     @contextmanager
@@ -215,6 +238,23 @@ class CompressedCache(SavableCache, Cache, StepCache):
         return self.compression.replayable_steps() if self.columns else 1
 
     # -------------------------------------------------------------------------------------------------- rearranging it
+    def pin(self, start: int, end: int, sequence: int | None = None) -> None:
+        """Keeps the tokens at the true positions from `start` to `end`, `end` exclusive, for good.
+
+        They need not have been seen yet. Forks, turns and files take it along. Made before there is a sequence, it
+        holds for all of the next batch, up to `reset`.
+
+        Args:
+            sequence: which one of the batch; None: all of them.
+
+        Raises:
+            IndexError: there is no such sequence.
+            ValueError: these are no positions, some of them were evicted already, or the budget cannot hold them; the
+                message names them. Nothing has changed then.
+        """
+        self.steps.sync()
+        pin(self.state, self.policy, start, end, sequence)
+
     def compress(self) -> None:
         """Compresses now what would be compressed when the next token is decoded.
 
@@ -228,6 +268,7 @@ class CompressedCache(SavableCache, Cache, StepCache):
     def reset(self) -> None:
         """Empties the cache and gives its memory back; it can then start over with any batch."""
         self.steps.reset()
+        self.state.pins = self.policy.config.pin
         self._announced = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

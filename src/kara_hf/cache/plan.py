@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
@@ -45,7 +46,7 @@ def plan(
 ) -> Planned:
     """What a cache with these `settings` holds of one sequence that has grown to `tokens` behind a prompt of `prompt`.
 
-    The prompt itself is held whole while it is read, whatever is kept of it.
+    The prompt itself is held whole while it is read, whatever is kept of it; with `prefill_chunk` a chunk of it.
 
     Args:
         config: of the decoder; nothing else is read of the model.
@@ -94,9 +95,9 @@ def _of_windows(
     whose queries are held.
     """
     policy, most_open, rounded = KaraPolicy(settings), 0, 0
-    sequence, states = Sequence().extended(prompt, pinned=not settings.compress_prompt), []
+    sequence, states = Sequence(pins=settings.pin).extended(prompt, whole=not settings.compress_prompt), []
     if not policy.compresses:
-        free = 0 if rounding is None else rounding.free(sequence.extended(tokens - prompt, pinned=False), None)
+        free = 0 if rounding is None else rounding.free(sequence.extended(tokens - prompt, whole=False), None)
         return [(tokens, _begun(free - AT_ONCE + 1)), (min(tokens, tokens - free + OPENING - 1), 0)], 0
     while True:
         due = policy.due(sequence)
@@ -110,14 +111,14 @@ def _of_windows(
             windows = rounding.near + rounding.open_windows(sequence, settings.window) + settings.window
             for ahead in range(windows - sequence.open, until + 1, settings.window):  # a window of open tokens is free
                 states.append((sequence.settled + sequence.open + ahead - 1, rounded))
-                free = rounding.free(sequence.extended(ahead, pinned=False), settings.window)
+                free = rounding.free(sequence.extended(ahead, whole=False), settings.window)
                 rounded += rounding.due(free, rounded)
-        sequence = sequence.extended(until, pinned=False)
+        sequence = sequence.extended(until, whole=False)
         states.append((sequence.settled + sequence.open, rounded))
         most_open = max(most_open, sequence.open)
         if sequence.tokens == tokens:
             break
-        sequence = sequence.extended(1, pinned=False)
+        sequence = sequence.extended(1, whole=False)
     return states, most_open + 1 if policy.needs_queries else 0
 
 
@@ -129,7 +130,8 @@ def _of_budget(
     """
     policy, held = KVCompressPolicy(settings), tokens
     if policy.compresses:
-        held = min(tokens, int(policy.budget_blocks(tokens, rows)) * settings.block_size // rows)
+        budget = policy.budget_blocks(np.array([tokens]), rows, [settings.pin])
+        held = min(tokens, int(budget[0]) * settings.block_size // rows)
     if rounding is None:
         return [(held, 0)]
     waiting = settings.block_size if policy.compresses else AT_ONCE - 1

@@ -7,7 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from transformers import PreTrainedModel
 
-from ..config import KaraConfig, KVCompressConfig
+from ..config import KaraConfig, KVCompressConfig, as_pins
 from ..integration.attach import decoder_config
 from ..integration.identity import forward_identity, weights_fingerprint
 from ..integration.shape import model_shape
@@ -65,6 +65,7 @@ def saved_contents(steps: Steps) -> Saved:
     state = steps.state
     return {
         "columns": state.columns,
+        "pins": state.pins,
         "sequences": [asdict(sequence) for sequence in state.sequences],
         "padding": state.padding,
         "steps": steps.saved(),
@@ -77,6 +78,7 @@ def restore_contents(steps: Steps, saved: Saved) -> None:
     """Takes back, into a new cache, what `saved_contents` gave. Raises ValueError and `PoolExhausted`."""
     state, devices = steps.state, steps.state.binding.devices
     default = next(iter(devices.values()), torch.device("cpu"))
+    state.pins = as_pins(saved.get("pins", ()))  # which files had not at first, and sequences neither
     state.sequences = [_sequence(**held) for held in saved["sequences"]]
     for index, (layer, held) in enumerate(zip(state.layers, saved["layers"], strict=True)):
         _restore_layer(steps, layer, held, devices.get(index, default))
@@ -129,6 +131,7 @@ def _restore_layer(steps: Steps, layer: Any, saved: Saved, device: torch.device)
     layer.state.restore(saved["state"], device, meter)
 
 
-def _sequence(tokens: int, open: int, segments: list[Saved], voters: list[list[int]]) -> Sequence:
+def _sequence(tokens: int, open: int, segments: list[Saved], voters: list[list[int]], pins: Any = ()) -> Sequence:
     settled = (Segment(s["kind"], int(s["start"]), int(s["stop"]), int(s["slots"])) for s in segments)
-    return Sequence(int(tokens), int(open), tuple(settled), tuple((int(start), int(stop)) for start, stop in voters))
+    stretches = tuple((int(start), int(stop)) for start, stop in voters)
+    return Sequence(int(tokens), int(open), tuple(settled), stretches, as_pins(pins))

@@ -1,14 +1,15 @@
-"""What is known of a sequence whichever layer or head one asks: tokens seen, and which stretches are settled.
+"""What is known of a sequence whichever layer or head one asks: tokens seen, what is settled, and what is pinned.
 
-A sequence, oldest first: ``[ prompt, pinned ][ sealed windows ] ... [ open tokens, the newest of them recent ]``.
+A sequence, oldest first: ``[ prompt, whole ][ sealed windows ] ... [ open tokens, the newest of them recent ]``.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..config import Pins
 from ..policy import KaraPolicy
 
-Kind = Literal["prompt", "sealed", "open", "recent"]
+Kind = Literal["pinned", "prompt", "sealed", "open", "recent"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Sequence:
         open: newest tokens, stored whole, that may still be sealed.
         segments: everything before them.
         voters: true positions whose queries voted on what is kept, in stretches ``(start, stop)``, ascending.
+        pins: true positions that are never evicted, seen or not, likewise.
     """
 
     tokens: int = 0
     open: int = 0
     segments: tuple[Segment, ...] = ()
     voters: tuple[tuple[int, int], ...] = ()
+    pins: Pins = ()
 
     @property
     def settled(self) -> int:
@@ -52,15 +55,16 @@ class Sequence:
         """Windows sealed so far."""
         return sum(segment.kind == "sealed" for segment in self.segments)
 
-    def extended(self, count: int, pinned: bool) -> "Sequence":
+    def extended(self, count: int, whole: bool) -> "Sequence":
         """With `count` tokens more: open ones, or a prompt that is kept whole together with what is open before it."""
         tokens = self.tokens + count
-        if not pinned:
+        if not whole:
             return replace(self, tokens=tokens, open=self.open + count)
         start, before = self.tokens - self.open, self.segments
         if before and before[-1].kind == "prompt":  # the next chunk of the same prompt
             start, before = before[-1].start, before[:-1]
-        return Sequence(tokens, 0, (*before, Segment("prompt", start, tokens, tokens - start)))
+        prompt = Segment("prompt", start, tokens, tokens - start)
+        return replace(self, tokens=tokens, open=0, segments=(*before, prompt))
 
     def without(self, padding: int) -> "Sequence":
         """With `padding` open tokens fewer, which turned out to be none."""
@@ -96,4 +100,24 @@ class Sequence:
             if last.slots > left:
                 segments.append(replace(last, stop=last.stop - left, slots=last.slots - left))
             left = max(0, left - last.slots)
-        return Sequence(tokens, max(0, self.open - count), tuple(segments), self._voters_before(tokens))
+        voters = self._voters_before(tokens)
+        return Sequence(tokens, max(0, self.open - count), tuple(segments), voters, self.pins)
+
+
+def with_pins(limits: list[tuple[int, Kind]], pins: Pins) -> list[tuple[int, Kind]]:
+    """`limits` of the stretches of a sequence, where what is pinned makes stretches of its own."""
+    found: list[tuple[int, Kind]] = []
+    start = 0
+    for stop, kind in limits:
+        for first, last in pins:
+            if start < last and first < stop:
+                if start < first:
+                    found.append((first, kind))
+                elif found and found[-1][1] == "pinned":  # goes on behind a limit
+                    found.pop()
+                start = min(last, stop)
+                found.append((start, "pinned"))
+        if start < stop:
+            found.append((stop, kind))
+            start = stop
+    return found

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..config import Pins
 from ..policy.sharing import PoDSharing
 from ..storage import MemoryMeter
 from .bound_model import BoundModel
@@ -25,6 +26,7 @@ class CacheState:
         compressed_layers: the compressed layers, in order; once something is stored those that the model runs.
         sequences: what is known of each sequence.
         columns: tokens seen, padding included.
+        pins: what is pinned in sequences that are still to come.
         padding: which of the first columns hold tokens, ``[B, n]`` bool; those behind, and all if it is None, do.
     """
 
@@ -36,6 +38,7 @@ class CacheState:
     compressed_layers: list[CompressedLayer] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
     columns: int = 0
+    pins: Pins = ()
     padding: torch.Tensor | None = None
 
     @property

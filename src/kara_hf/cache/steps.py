@@ -138,7 +138,7 @@ class Steps:
     def _prepare(self, step: Step, query: torch.Tensor, attention_mask: Any) -> None:
         state, batch, device = self.state, query.shape[0], query.device
         if step.first:
-            state.sequences = [Sequence()] * batch
+            state.sequences = [Sequence(pins=state.pins)] * batch
         step.recording = any(layer.record_past for layer in state.compressed_layers)
         step.replayed = self.replaying and not step.first
         step.drafts = step.recording and not self.turn and not step.replayed

@@ -73,7 +73,7 @@ class WindowCompression(Compression):
         self._width = self.config.window if policy.compresses else None
         self.open = np.zeros(0, np.int64)  # open tokens of each sequence before the step
         self.due = 0  # windows due in this step, in the sequence that has most
-        self.pinned = False
+        self.whole = False
         self.unsure = 0  # newest tokens of this step that are drafts, and may be taken back
         self._chosen: dict[tuple[int, Alike], torch.Tensor] = {}  # by layer and group: what leads chose in this step
         self._settled: torch.Tensor | None = None  # slots in front of the open ones, [B, 1] int64, on the device
@@ -88,10 +88,10 @@ class WindowCompression(Compression):
         drafts = step.drafts and step.new <= min(self.policy.certain(sequence) for sequence in state.sequences) + 1
         self.unsure = step.new - 1 if drafts else 0
         turn = step.new > 1 and not drafts and not step.replayed
-        self.pinned = (step.first or turn) and not config.compress_prompt
+        self.whole = (step.first or turn) and not config.compress_prompt
         self.open = np.array([sequence.open for sequence in state.sequences])
         step.after = [
-            sequence.extended(int(n), self.pinned) for sequence, n in zip(state.sequences, step.counts, strict=True)
+            sequence.extended(int(n), self.whole) for sequence, n in zip(state.sequences, step.counts, strict=True)
         ]
         self.due = max(len(self.policy.due(sequence, self.unsure)) for sequence in step.after)
         if step.first:
@@ -141,7 +141,7 @@ class WindowCompression(Compression):
             places = (settled + torch.arange(due, device=key.device)).clamp(max=key.shape[2] - 1)
             columns = order.gather(1, places)[:, None, :, None]
             state.expanded = key.gather(2, columns.expand(-1, key.shape[1], -1, key.shape[3]))
-        if self.pinned or not self.policy.needs_queries:
+        if self.whole or not self.policy.needs_queries:
             return
         if layer.followers:  # what those keep is chosen elsewhere
             query = layer.paged().rows().of_keys(query.unflatten(1, (key.shape[1], -1))).flatten(1, 2)
@@ -229,7 +229,7 @@ class WindowCompression(Compression):
         if self.rounding is None:
             return
         rounded = self._rounded(layers[0]).tolist()
-        if self.policy.compresses and not (self.due or self.pinned):
+        if self.policy.compresses and not (self.due or self.whole):
             free = [self.rounding.open_windows(sequence, self.config.window, self.unsure) for sequence in sequences]
             if all(n <= self._rounded_open(*known) for n, *known in zip(free, sequences, rounded, strict=True)):
                 return
@@ -288,6 +288,7 @@ class WindowCompression(Compression):
                 anchors=config.anchors_of(keep),
                 seed=config.seed,
                 values=self._values(layer, sequences, start) if self.policy.score.values else None,
+                pins=tuple(step.after[b].pins for b in sequences),
             )
             survivors.append(self.policy.select(window).to(torch.int32) + store.slots(start, 1)[:, :heads])
         survivors.append(store.slots(settled + len(windows) * width, open_tokens - len(windows) * width)[:, :heads])
@@ -381,7 +382,7 @@ class WindowCompression(Compression):
         return steps
 
     def decoded(self, sequence: Sequence) -> Sequence:
-        return sequence.extended(1, pinned=False)
+        return sequence.extended(1, whole=False)
 
     def constants(self) -> tuple[torch.Tensor | None, ...]:
         return (self._settled,)

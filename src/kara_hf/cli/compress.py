@@ -8,7 +8,7 @@ import typer
 from ..bundled import BUNDLED_MODEL
 from ..config import require
 from .display import readable_bytes
-from .options import Device, Dtype, Model, TrustRemoteCode, check_dtype, readable_errors
+from .options import Device, Dtype, Model, PrefillChunk, TrustRemoteCode, check_dtype, readable_errors
 
 if TYPE_CHECKING:
     from ..integration.loading import LoadedModel
@@ -34,6 +34,7 @@ def compress(
         str | None, typer.Option(metavar="DIR", help="Folder or hub id of a sharing map; pod needs one.")
     ] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Most resident bytes.")] = None,
+    prefill_chunk: PrefillChunk = None,
     device: Device = None,
     dtype: Dtype = "auto",
     no_chat: Annotated[
@@ -55,14 +56,12 @@ def compress(
             "block_size": block_size,
             "sharing": sharing,
             "max_bytes": max_bytes,
+            "prefill_chunk": prefill_chunk,
             "compress_prompt": True if cache == "kara" else None,
         }
         text = file.read_text()
         require(bool(text.strip()), "file", str(file), "a file with some text")
 
-        import torch
-
-        from ..integration.generation import for_forward
         from ..integration.loading import LoadedModel
         from ..methods.caches import configured_caches
 
@@ -73,8 +72,7 @@ def compress(
         ids = loaded.encode_text(text, chat=not no_chat)
         require(ids.shape[1] < loaded.limit, "file", str(file), f"shorter than the {loaded.limit} tokens of the model")
         made: Any = method.make(loaded.model)
-        with torch.inference_mode():
-            loaded.model(ids, logits_to_keep=1, **for_forward(loaded.model, made))
+        made.read(ids)
         made.compress()
         made.save(out)
         typer.echo(f"{_told(made)}; written to {out}")

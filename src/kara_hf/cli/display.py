@@ -68,6 +68,7 @@ class Look:
 
 
 LOOKS = {
+    "pinned": Look("pinned", "cyan", "█", "@"),
     "prompt": Look("prompt", "blue", "█", "P"),
     "sealed": Look("survived", "green", "░▒▓", "-+*"),
     "open": Look("open", "yellow", "=", "="),

@@ -9,9 +9,19 @@ import typer
 from rich.console import Console
 
 from ..bundled import BUNDLED_MODEL
-from ..config import KaraConfig, KVCompressConfig, require
+from ..config import KaraConfig, KVCompressConfig, parse_pins, require
 from .display import show_runs
-from .options import Device, Dtype, Model, TrustRemoteCode, check_dtype, count_or_all, count_or_share, readable_errors
+from .options import (
+    Device,
+    Dtype,
+    Model,
+    PrefillChunk,
+    TrustRemoteCode,
+    check_dtype,
+    count_or_all,
+    count_or_share,
+    readable_errors,
+)
 
 # What runs without a model and a prompt: the problem, and how strongly its trace is compressed.
 BUNDLED_PROBLEM: dict[str, Any] = {"task": "trace", "split": "test", "generated": 900, "seed": 3}
@@ -86,6 +96,7 @@ def generate(
     compress_prompt: Annotated[
         bool, typer.Option("--compress-prompt", help="kara: compress the prompt too. (kv-compress always does.)")
     ] = False,
+    prefill_chunk: PrefillChunk = None,
     seed: Annotated[int | None, typer.Option(help="kara, kv-compress: seed of what is random [default: 0].")] = None,
     max_cache_tokens: Annotated[
         int | None,
@@ -113,6 +124,14 @@ def generate(
     sinks: Annotated[
         int | None, typer.Option(help="kara, kv-compress: first tokens, never evicted [default: 4].")
     ] = None,
+    pin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START:END,...|system",
+            help="kara, kv-compress: tokens that are never evicted, by position; or the system message of the chat.",
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message in front of PROMPT.")] = None,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -184,6 +203,7 @@ def generate(
             "votes": votes,
             "anchor_share": anchor_share,
             "compress_prompt": compress_prompt or None,
+            "prefill_chunk": prefill_chunk,
             "seed": seed,
             "max_cache_tokens": max_cache_tokens,
             "protected": count_or_share(protected),
@@ -202,16 +222,19 @@ def generate(
             given["observation"] = count_or_all("observation", observation)
         if queries is not None:
             given["queries"] = count_or_all("queries", queries)
+        if pin is not None:
+            given["pin"] = () if pin == "system" else parse_pins(pin)  # of the system message once there is a tokenizer
 
         from ..integration.loading import LoadedModel
 
         if from_ is not None:
             from .compress import answer
 
-            if prompt is None or cache or given:
+            others = ["cache", *given, *([] if system is None else ["system"])]
+            if prompt is None or cache or others[1:]:
                 raise ValueError(
                     f"--from {from_} needs a PROMPT to ask, and brings a cache with settings: leave out what says "
-                    f"others ({', '.join(['cache', *given])})"
+                    f"others ({', '.join(others)})"
                 )
             place = model or str(BUNDLED_MODEL)
             loaded = LoadedModel(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -224,12 +247,16 @@ def generate(
         from .runs import compare
 
         names = [name.strip() for names in cache or DEFAULT_CACHES for name in names.split(",")]
-        methods = list(configured_caches(names, given, {} if model else BUNDLED_SETTINGS).values())
+        defaults = {} if model else BUNDLED_SETTINGS
+        methods = configured_caches(names, given, defaults)  # refuses what is not possible before anything is loaded
         problem = None if prompt or model else make_problem(**BUNDLED_PROBLEM)
         place = model or str(BUNDLED_MODEL)
         loaded = LoadedModel(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         text = problem.prompt if problem else prompt or PROMPT
-        ids = loaded.encode(text, chat=not no_chat)
+        ids = loaded.encode(text, chat=not no_chat, system=system)
+        if pin is not None:
+            given["pin"] = loaded.pins(pin, text, chat=not no_chat, system=system)
+            methods = configured_caches(names, given, defaults)
         if model is None and (ids == loaded.tokenizer.unk_token_id).any():
             raise ValueError(
                 "the bundled model knows only the words of its own problems, and the prompt has others; pass "
@@ -241,7 +268,8 @@ def generate(
         left_out = ignored(loaded.model)
         if model is not None and left_out:
             typer.echo(_told(loaded.name, left_out), err=True)
-        runs = compare(loaded, methods, ids, max_new_tokens=max_new_tokens, stream=stream, problem=problem)
+        chosen = list(methods.values())
+        runs = compare(loaded, chosen, ids, max_new_tokens=max_new_tokens, stream=stream, problem=problem)
         if len(runs) == 1 and not stream:
             typer.echo(runs[0].text.strip())
         title = f"{loaded.name} | prompt of {ids.shape[1]:,} tokens"

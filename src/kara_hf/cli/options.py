@@ -20,6 +20,13 @@ Model = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one].")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        help="kara, kv-compress: most tokens of a prompt that are read at once; what was read is cut before more comes "
+        "[default: all]."
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(

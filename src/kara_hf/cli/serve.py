@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..bundled import BUNDLED_MODEL
-from ..config import KaraConfig, require
+from ..config import KaraConfig, parse_pins, require
 from .options import DTYPES, count_or_all, count_or_share, readable_errors
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -28,6 +28,10 @@ def serve(
         float, typer.Option(metavar="N|SHARE", help="Newest tokens, always kept whole, or a share of those held.")
     ] = KaraConfig.recent,
     sinks: Annotated[int, typer.Option(help="First tokens of a request, always kept.")] = KaraConfig.sinks,
+    pin: Annotated[
+        str,
+        typer.Option(metavar="START:END,...", help="Tokens of every request, by position, that are never evicted."),
+    ] = "",
     score: Annotated[str, typer.Option(help="What ranks the tokens of a window.")] = KaraConfig.score,
     queries: Annotated[
         str, typer.Option(metavar="N|all", help="Tokens of a window whose queries are held for the score.")
@@ -71,6 +75,7 @@ def serve(
             window=window,
             recent=count_or_share(recent),
             sinks=sinks,
+            pin=parse_pins(pin),
             score=score,
             queries=count_or_all("queries", queries),
             anchor_share=anchor_share,

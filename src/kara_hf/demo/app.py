@@ -173,6 +173,7 @@ def _settings() -> dict[str, Component]:
         "anchor_share": field(gr.Number, "anchor_share", "Anchor share", "1: top-k", step=0.1),
         "protected": number("protected", "Protected", "Newest that stay"),
         "sinks": number("sinks", "Sinks", "First that stay"),
+        "pin": field(gr.Textbox, "pin", "Pinned", "0:20, or system", max_lines=1),
         "observation": number("observation", "Observation", "Queries that vote"),
         "block_size": number("block_size", "Block size", "Slots per block"),
         "score": field(gr.Dropdown, "score", "Score", "What ranks tokens; or a control", choices=SCORES),

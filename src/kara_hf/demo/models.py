@@ -44,12 +44,8 @@ class Loaded:
     def __init__(self, name: str, place: str, sharing: str | None, **options: Any):
         runner = LoadedModel(place, **options)
         self.name, self.bundled = name, name in BUNDLED
-        self.model, self.tokenizer, self.limit, self.encode = (
-            runner.model,
-            runner.tokenizer,
-            runner.limit,
-            runner.encode,
-        )
+        self.model, self.tokenizer, self.limit = runner.model, runner.tokenizer, runner.limit
+        self.encode, self.pins = runner.encode, runner.pins
         beside = Path(place) / FILE
         self.sharing = sharing or (str(beside) if beside.is_file() else None)
         self.turn = FifoLock()

@@ -4,11 +4,11 @@
 // drawn is derived from them for one moment `seen`, the number of tokens the cache was given; nothing else is kept.
 
 const KINDS = {
-  prompt: "prompt, pinned", sealed: "survived", open: "open", recent: "recent",
+  pinned: "pinned", prompt: "prompt, whole", sealed: "survived", open: "open", recent: "recent",
   shared: "key shared", whole: "kept, as everything is", evicted: "evicted", fresh: "not in the cache yet",
 };
 const NAMES = Object.keys(KINDS);
-const [PROMPT, SEALED, OPEN, RECENT, SHARED, WHOLE, EVICTED, FRESH] = NAMES.keys();
+const [PINNED, PROMPT, SEALED, OPEN, RECENT, SHARED, WHOLE, EVICTED, FRESH] = NAMES.keys();
 const LISTS = ["tokens", "micros", "changes", "samples"];
 const BLOCK = 64;  // tokens in a line group, which the browser skips while it is out of sight
 const LEVELS = 8;  // shades of "how many of the chosen heads"
@@ -93,17 +93,18 @@ class Run {
       : {mean: seen, least: seen, most: seen};
   }
   keptOf(row, seen) { const lost = this.lostAt(seen); return seen - (lost ? lost.rows[row] : 0); }
-  // Where the stretches end: [pinned, settled, recent], and the stops of single windows.
+  pinned(p) { return this.head.pins.some(([start, end]) => p >= start && p < end); }
+  // Where the stretches end: [whole, settled, recent], and the stops of single windows.
   limits(seen) {
-    const {rule, pinned, recent} = this.head;
+    const {rule, whole, recent} = this.head;
     const stops = this.stops.filter(([at]) => at <= seen).map(([, stop]) => stop);
     const last = stops.length ? stops[stops.length - 1] : 0;
     if (rule === "budget") {
       const edge = Math.max(0, seen - recent);
-      return {pinned: 0, settled: Math.min(last, edge), recent: edge, stops: []};
+      return {whole: 0, settled: Math.min(last, edge), recent: edge, stops: []};
     }
-    const settled = Math.max(pinned, last);
-    return {pinned, settled, recent: Math.max(settled, seen - recent), stops};
+    const settled = Math.max(whole, last);
+    return {whole, settled, recent: Math.max(settled, seen - recent), stops};
   }
   sampleAt(seen) { return latest(this.samples, sample => sample[0] <= seen); }
   // Whether the key of a token is another layer's, in a row.
@@ -119,9 +120,9 @@ class Run {
   }
   // Surviving chunks of a row: lengths.
   chunks(row, seen) {
-    const {pinned, settled, stops} = this.limits(seen), ends = new Set(stops), found = [];
+    const {whole, settled, stops} = this.limits(seen), ends = new Set(stops), found = [];
     let length = 0;
-    for (let p = pinned; p < settled; p++) {
+    for (let p = whole; p < settled; p++) {
       if (length && ends.has(p)) { found.push(length); length = 0; }
       if (this.alive(row, p, seen)) length++;
       else if (length) { found.push(length); length = 0; }
@@ -170,7 +171,7 @@ class Pane {
     const total = prompt + Math.min(generated, run.tokens.length);
     this.grow(run);
     this.cut(total);
-    const {pinned, settled, recent, stops} = run.limits(seen), starts = new Set([pinned, ...stops]);
+    const {whole, settled, recent, stops} = run.limits(seen), starts = new Set([whole, ...stops]);
     const rows = scope.rows(run), follows = run.head.leads.length > 0;
     const counts = new Float64Array(NAMES.length);
     const different = this.player.different;
@@ -178,7 +179,8 @@ class Pane {
     for (let p = 0; p < total; p++) {
       const before = held;
       held = next; next = this.holders(run, rows, p + 1, seen);
-      let kind = p < pinned ? PROMPT : p < settled ? SEALED : p < recent ? OPEN : RECENT, part = 1, bits = 0;
+      let kind = p < whole ? PROMPT : p < settled ? SEALED : p < recent ? OPEN : RECENT, part = 1, bits = 0;
+      if (run.pinned(p)) kind = PINNED;
       if (p >= seen) counts[kind = FRESH]++;
       else if (run.head.rule === "all") counts[kind = WHOLE]++;
       else {

@@ -80,8 +80,8 @@ class MethodPreset:
     shares: bool = False
 
 
-_KARA = ("retention", "window", "recent", "sinks", "score", "anchor_share", "compress_prompt")
-_KV = ("retention", "protected", "sinks", "observation", "metric", "block_size")
+_KARA = ("retention", "window", "recent", "sinks", "pin", "score", "anchor_share", "compress_prompt")
+_KV = ("retention", "protected", "sinks", "pin", "observation", "metric", "block_size")
 _PUBLISHED = (("votes", "sum"), ("levels", None))  # heads that differ are what there is to see
 FULL, KARA, RANDOM = "Full cache", "Kara", "Random control"
 METHOD_PRESETS = {
@@ -112,7 +112,7 @@ METHOD_PRESETS = {
     RANDOM: MethodPreset(
         "The control: as Kara, with as many tokens, chosen at random. What it loses is what the choice is worth.",
         "kara",
-        ("retention", "window", "recent", "sinks", "compress_prompt"),
+        ("retention", "window", "recent", "sinks", "pin", "compress_prompt"),
         fixed=(("score", "random"),),
     ),
     FULL: MethodPreset("Transformers' own cache, which keeps everything.", "full"),
@@ -129,6 +129,7 @@ DEFAULTS: dict[str, Any] = {
     "compress_prompt": False,
     "protected": 8,
     "sinks": 4,
+    "pin": "",
     "observation": 8,
     "metric": "l2",
     "block_size": 4,

@@ -112,7 +112,7 @@ class CacheRecorder:
         assert cache is not None
         before, self._segments = self._segments, cache.sequences[0].segments
         stops = [segment.stop for segment in self._segments if segment.kind == "sealed" and segment not in before]
-        if not stops:  # a prompt that is pinned
+        if not stops:  # a prompt that is kept whole
             return
         dropped, fresh = [], np.arange(self._seen, seen)
         for row, (layer, head) in enumerate(self._rows):

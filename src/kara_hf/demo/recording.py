@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..cache.sequence import Kind
+from ..cache.sequence import Kind, with_pins
 
-FORMAT = 1
+FORMAT = 2
 LISTS = ("tokens", "micros", "changes", "samples")
 
 Rule = Literal["windows", "budget", "all"]
@@ -27,11 +27,12 @@ class Recording:
         settings: what it was made with, in words.
         rule: what settles tokens: "windows" (Kara, PoD), a "budget" (KV-Compress), or nothing, since "all" is kept.
         prompt: tokens of the prompt.
-        pinned: how many of them are kept whatever happens.
+        whole: how many of them are kept whole.
         recent: newest tokens that stay, by the rule.
         block: slots per block, 0 where there are none.
         rows: layer and KV head of each row.
         leads: with PoD the lead layer of each row, otherwise empty.
+        pins: stretches ``[start, end]`` of positions that are pinned.
         near: with PoD the first and the newest tokens whose keys every row has of its own.
         tokens: text of each generated token.
         micros: microseconds that each of them took.
@@ -47,11 +48,12 @@ class Recording:
     settings: str
     rule: Rule
     prompt: int
-    pinned: int
+    whole: int
     recent: int
     block: int = 0
     rows: list[list[int]] = field(default_factory=list)
     leads: list[int] = field(default_factory=list)
+    pins: list[list[int]] = field(default_factory=list)
     near: list[int] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
     micros: list[int] = field(default_factory=list)
@@ -100,19 +102,19 @@ class Recording:
         return alive.nonzero()[0]
 
     def limits(self, seen: int) -> list[tuple[int, Kind]]:
-        """Where the stretches of the sequence stopped, and what each of them was, in order."""
+        """Where the stretches of the sequence stopped, and what each of them was, in order, but for what is pinned."""
         stops = [stop for change in self.changes if change["seen"] <= seen for stop in change["stops"]]
         if self.rule == "budget":
             recent = max(0, seen - self.recent)
             return [(min(stops[-1] if stops else 0, recent), "sealed"), (recent, "open"), (seen, "recent")]
-        settled = stops[-1] if stops else self.pinned
+        settled = stops[-1] if stops else self.whole
         recent = max(settled, seen - self.recent)
-        return [(self.pinned, "prompt"), *((stop, "sealed") for stop in stops), (recent, "open"), (seen, "recent")]
+        return [(self.whole, "prompt"), *((stop, "sealed") for stop in stops), (recent, "open"), (seen, "recent")]
 
     def chunks(self, row: int, seen: int) -> list[tuple[int, int, Kind]]:
         """As `CompressedCache.chunks`, once `seen` tokens were seen."""
         positions, found, begin = self.kept_positions(row, seen), [], 0
-        for stop, kind in self.limits(seen):
+        for stop, kind in with_pins(self.limits(seen), tuple((start, end) for start, end in self.pins)):
             end = int(np.searchsorted(positions, stop))
             part = positions[begin:end]
             runs = np.split(part, np.flatnonzero(np.diff(part) != 1) + 1) if len(part) else []

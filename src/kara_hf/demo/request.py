@@ -93,7 +93,8 @@ def open_session(request: DemoRequest, models: Models, limits: Limits, paused: b
     require(warm, "temperature", request.temperature, "a number from 0 to 2")
     generation = Generation(ids, min(new, room), float(request.temperature or 0), seed, example)
     methods = {FULL: make_method(FULL, {}, loaded, seed)} if request.beside else {}
-    methods[request.choice] = make_method(request.choice, request.settings, loaded, seed)
+    pins = loaded.pins(request.settings["pin"] or "", text, chat=not loaded.bundled)
+    methods[request.choice] = make_method(request.choice, {**request.settings, "pin": pins}, loaded, seed)
     return Session(task, loaded, methods, generation, paused=paused, pace=PACES[request.pace])
 
 

@@ -144,9 +144,10 @@ def _empty(title: str, method: ConfiguredCache, cache: Cache, prompt: int) -> Re
     """The recording of a run that has not begun."""
     settings = method.describe()
     if not isinstance(cache, CompressedCache):
-        return Recording(title, settings, "all", prompt, pinned=prompt, recent=0)
+        return Recording(title, settings, "all", prompt, whole=prompt, recent=0)
     config = cache.policy.config
+    pins = [list(stretch) for stretch in config.pin]
     if isinstance(config, KaraConfig):
-        pinned = 0 if config.compress_prompt else prompt
-        return Recording(title, settings, "windows", prompt, pinned, int(config.recent), config.block_size)
-    return Recording(title, settings, "budget", prompt, 0, int(config.protected), config.block_size)
+        whole = 0 if config.compress_prompt else prompt
+        return Recording(title, settings, "windows", prompt, whole, int(config.recent), config.block_size, pins=pins)
+    return Recording(title, settings, "budget", prompt, 0, int(config.protected), config.block_size, pins=pins)

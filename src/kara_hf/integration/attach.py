@@ -20,12 +20,18 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from .attention import AttentionHook, answering, masking
+from .prefill import read_ahead
 
 _lock = threading.RLock()
 
 
 class StepCache:
     """A cache that is told by the model what happens to it."""
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Most tokens of a prompt that are to come in one forward of `generate`; None: all."""
+        return None
 
     @property
     def takes_readings(self) -> bool:
@@ -180,10 +186,9 @@ def _keeps_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
             check_not_compiled(self)
         cache.inputs_prepared(first)
         inputs = prepare(self, *args, **kwargs)
-        if inputs.get("cache", inputs.get("past_key_values")) is cache:
-            return inputs
+        dropped = inputs.get("cache", inputs.get("past_key_values")) is not cache
         seen = cache.get_seq_length()
-        if seen:
+        if dropped and seen:
             limit = getattr(decoder_config(self), "original_max_position_embeddings", None)
             raise ValueError(
                 f"{type(self).__name__} drops the cache it was given, which has seen {seen} tokens, to compute "
@@ -196,7 +201,8 @@ def _keeps_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
                 + ". What was evicted cannot be computed anew; stay within that length, or begin beyond it with a new "
                 "cache"
             )
-        return inputs | {name: cache}  # it is empty, as what it was dropped for
+        inputs |= {name: cache} if dropped else {}  # it is empty, as what it was dropped for
+        return read_ahead(self, cache.prefill_chunk, inputs) if first else inputs
 
     return wrapped
 

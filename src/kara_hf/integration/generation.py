@@ -15,7 +15,8 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 
 from ..config import is_int, require
-from .attach import unwrap
+from .attach import StepCache, unwrap
+from .prefill import last_logits, read_ahead
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
 # Fields of a model's settings that say which tokens are special. They are its own; of them only the ends are used.
@@ -111,6 +112,27 @@ def generate(model: Any, cache: Cache, config: GenerationConfig, **inputs: Any) 
     with only(model, config):
         out = model.generate(**inputs, generation_config=config, **for_generate(cache))
     return check_used(model, cache, out)
+
+
+def read_prompt(
+    model: Any, cache: Cache, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Has `model` read a prompt or turn into `cache`, in chunks if the cache asks for them.
+
+    Args:
+        input_ids: ``[B, S]`` int64, the new tokens.
+        attention_mask: ``[B, seen + S]`` int64; None: nothing is padding.
+
+    Returns:
+        Logits behind the last token, ``[B, V]``.
+    """
+    inputs = {"input_ids": input_ids, **last_logits(unwrap(model)), **for_forward(model, cache)}
+    if attention_mask is not None:
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        inputs |= {"attention_mask": attention_mask, "position_ids": positions}
+    inputs = read_ahead(model, cache.prefill_chunk if isinstance(cache, StepCache) else None, inputs)
+    logits: torch.Tensor = model(**inputs).logits[:, -1]
+    return logits
 
 
 def check_used(model: Any, cache: Cache, out: Any) -> torch.Tensor:

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-_MESSAGE = "(message)"  # stands for it where the chat template is asked what is around it
+from ..config import Pins, as_pins, parse_pins
+from .chat import system_pin, text_around
 
 
 class LoadedModel:
@@ -46,15 +47,39 @@ class LoadedModel:
         self.model = model.to(self.device).eval()
         self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
-    def encode(self, prompt: str, *, chat: bool) -> torch.Tensor:
-        """Token ids ``[1, S]`` of a prompt, inside the model's chat template if it has one and `chat` is set."""
+    def encode(self, prompt: str, *, chat: bool, system: str | None = None) -> torch.Tensor:
+        """Token ids ``[1, S]`` of a prompt, inside the model's chat template if it has one and `chat` is set, there
+        behind a `system` message if one is given.
+
+        Raises:
+            ValueError: there is a system message and no template for it.
+        """
         if chat and self.tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
             options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-            encoded = self.tokenizer.apply_chat_template(messages, **options)
+            encoded = self.tokenizer.apply_chat_template(_messages(prompt, system), **options)
         else:
+            self._check_no_system(system is not None, f"system={system!r}")
             encoded = self.tokenizer(prompt, return_tensors="pt")
         return encoded["input_ids"].to(self.device)
+
+    def pins(self, asked: str, prompt: str, *, chat: bool, system: str | None = None) -> Pins:
+        """What is `asked` to be pinned of a prompt that is encoded so: "system", or positions as `parse_pins` reads
+        them.
+
+        Raises:
+            ValueError: it is neither, or there is no system message.
+        """
+        if asked != "system":
+            return parse_pins(asked)
+        if not (chat and self.tokenizer.chat_template):
+            self._check_no_system(True, f"pin={asked!r}")
+        return as_pins(system_pin(self.tokenizer, _messages(prompt, system), add_generation_prompt=True))
+
+    def _check_no_system(self, wanted: bool, asked: str) -> None:
+        if wanted:
+            raise ValueError(
+                f"{asked} is not possible: {self.name} is asked without a chat template, so there is no system message"
+            )
 
     def encode_text(self, text: str, *, chat: bool) -> torch.Tensor:
         """Token ids ``[1, S]`` of a text that a question will follow, in one message with it where there is a template:
@@ -73,10 +98,13 @@ class LoadedModel:
         """What the chat template puts in front of a message and behind it; nothing without one, or without `chat`."""
         if not (chat and self.tokenizer.chat_template):
             return "", ""
-        messages = [{"role": "user", "content": _MESSAGE}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        before, _, behind = text.partition(_MESSAGE)
-        return before, behind
+        return text_around(self.tokenizer, _messages("", None), 0, add_generation_prompt=True)
+
+
+def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """A chat of one question."""
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": prompt}]
 
 
 def is_folder(name: str) -> bool:

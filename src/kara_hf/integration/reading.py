@@ -1,6 +1,5 @@
 """A prompt that is read once, for any number of caches: each takes up what the model computed, as if it had read."""
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from .attach import StepCache, hooked, unwrap
 from .attention import AttentionFunction, AttentionHook, CarriedKey
+from .prefill import last_logits
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,15 @@ class Reading:
     def __init__(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor):
         inner = unwrap(model)
         recorder = _Recorder()
-        options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         start = time.perf_counter()
         with hooked(inner, recorder):
             out = model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False, **options
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                use_cache=False,
+                **last_logits(inner),
             )
         self.seconds = time.perf_counter() - start
         self.logits: torch.Tensor = out.logits[:, -1]

@@ -141,6 +141,12 @@ def bits_told(config: Any) -> str:
     return "" if bits is None else f", {bits[0]} bits" if bits[0] == bits[1] else f", {bits[0]} / {bits[1]} bits"
 
 
+def prompt_told(config: Any) -> str:
+    """What is said of pins and chunks behind other settings; nothing, where none are given."""
+    chunks = "" if config.prefill_chunk is None else f", read in chunks of {config.prefill_chunk}"
+    return "".join(f", pinned {start}:{end}" for start, end in config.pin) + chunks
+
+
 class Kara(Compressed):
     cache_class, config_class = KaraCache, KaraConfig
 
@@ -148,13 +154,13 @@ class Kara(Compressed):
         config = self.config
         return (
             f"window {config.window}, retention {config.retention}, recent {config.recent}, {config.score}, "
-            f"anchor share {config.anchor_share:g}, sinks {config.sinks}{bits_told(config)}"
+            f"anchor share {config.anchor_share:g}, sinks {config.sinks}{prompt_told(config)}{bits_told(config)}"
         )
 
     def warm_up(self) -> WarmUp:
         """One window is sealed within a prompt."""
         recent = self.config.recent if isinstance(self.config.recent, int) else self.config.window
-        return WarmUp(self.config.window + recent, 4, {"compress_prompt": True, "max_bytes": None})
+        return WarmUp(self.config.window + recent, 4, {"compress_prompt": True, "max_bytes": None, "pin": ()})
 
 
 class KVCompress(Compressed):
@@ -174,15 +180,15 @@ class KVCompress(Compressed):
         when = "" if config.continual else ", prompt only"
         return (
             f"{budget}, observation {voters}, protected {config.protected}, sinks {config.sinks}, {config.metric}{when}"
-            f"{bits_told(config)}"
+            f"{prompt_told(config)}{bits_told(config)}"
         )
 
     def warm_up(self) -> WarmUp:
         """A prompt is cut, and a block later what is decoded; half of it, as a budget might allow all of so little."""
         size = self.config.block_size
         retention = 1 if self.config.retention == 1 else 0.5
-        changes = {"max_cache_tokens": None, "retention": retention, "max_bytes": None}
-        return WarmUp((self.config.least_blocks + 4) * size, size + 2, changes)
+        changes = {"max_cache_tokens": None, "retention": retention, "max_bytes": None, "pin": ()}
+        return WarmUp((self.config.least_blocks_with(0) + 4) * size, size + 2, changes)
 
 
 @dataclass(frozen=True)

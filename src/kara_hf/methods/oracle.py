@@ -74,7 +74,7 @@ def future_attention(
         first = 0 if config.compress_prompt else prompts[b]
         window = (torch.arange(int(real[b].sum()), device=ids.device) - first) // config.window
         count = max(0, int(window[-1]) + 1)
-        kept = accumulate(policy.kept_of(first + number * config.window) for number in range(count))
+        kept = accumulate(policy.kept_of(first + number * config.window, config.pin) for number in range(count))
         recent = torch.tensor([policy.recent_of(slots) for slots in kept] or [0], device=ids.device)
         seal = first + (window + 1) * config.window + recent[window.clamp(min=0)]
         if config.compress_prompt:
@@ -106,7 +106,7 @@ def _received(
 
 
 class OraclePolicy(KaraPolicy):
-    """Keeps of every window its sinks and what will be attended to most; of an empty future the first tokens."""
+    """Keeps of every window what has to stay and what will be attended to most; of an empty future the first tokens."""
 
     def __init__(self, config: KaraConfig, future: Future):
         super().__init__(config)
@@ -115,7 +115,8 @@ class OraclePolicy(KaraPolicy):
     def select(self, window: Window) -> torch.Tensor:
         width = window.keys.shape[2]
         if not self.future:
-            return torch.arange(window.keep, device=window.keys.device).expand(len(window.starts), window.rows, -1)
+            shape = (len(window.starts), window.rows, width)
+            return self.pick(window, torch.zeros(shape, device=window.keys.device), chunks=False)
         layer = torch.nn.functional.pad(self.future[window.layer], (0, max(window.starts) + width))
         parts = [layer[b, :, start : start + width] for b, start in zip(window.sequences, window.starts, strict=True)]
         return self.pick(window, torch.stack(parts), chunks=False)

@@ -16,7 +16,7 @@ from ..cache.pending_queries import PendingQueries
 from ..cache.sequence import Sequence
 from ..cache.state import CacheState
 from ..cache.step import Step
-from ..config import KVCompressConfig
+from ..config import KVCompressConfig, Pins
 from ..kernels import softcapped
 from ..policy import Eviction, KVCompressPolicy
 from ..storage import MemoryMeter
@@ -74,8 +74,8 @@ class PressPolicy(KVCompressPolicy):
     def votes(self) -> bool:
         return False
 
-    def evictable(self, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return (positions >= self.config.sinks) & (positions < tokens[:, None, None] - self.protected)
+    def safe(self, tokens: int, pins: Pins) -> int:
+        return self.protected
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PressPolicy":
         return self  # a press may hold a model of its own

@@ -222,7 +222,14 @@ METHODS: dict[str, Method] = {
             evictions(votes="sum", protected=32, levels=None),
             "KV-Compress as published: votes summed up, heads differ, 32 newest protected",
         ),
-        Method("kv-compress-ragged", evictions(levels=None), "the same, and heads may differ"),
+        Method("kv-compress-ragged", evictions(levels=None), "kv-compress, and heads may differ"),
+        Method("kv-compress-chunked", evictions(prefill_chunk=512), "kv-compress, its prompt cut as it is read"),
+        Method(
+            "kv-compress-published-chunked",
+            evictions(votes="sum", protected=32, levels=None, prefill_chunk=512),
+            "kv-compress-published, its prompt cut as it is read",
+        ),
+        Method("kara-chunked", windows(**KARA, prefill_chunk=512), "kara, its prompt read in chunks"),
         Method(
             "kv-compress-random", evictions(metric="random", levels=1), "random tokens, evicted at once", random=True
         ),

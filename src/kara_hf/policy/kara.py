@@ -7,13 +7,16 @@ from typing import Protocol
 
 import torch
 
-from ..config import KaraConfig, require
+from ..config import KaraConfig, Pins, require
+from .pins import staying, within
 from .scores import SCORES, Window
 from .token2chunk import token2chunk
 
 
 class Counts(Protocol):
-    """What is asked of a sequence: tokens seen, newest ones that are still open, and slots of its sealed windows."""
+    """What is asked of a sequence: tokens seen, newest ones that are still open, slots of its sealed windows, and what
+    is pinned.
+    """
 
     @property
     def tokens(self) -> int: ...
@@ -23,6 +26,9 @@ class Counts(Protocol):
 
     @property
     def kept(self) -> int: ...
+
+    @property
+    def pins(self) -> Pins: ...
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,16 @@ class KaraPolicy:
         """Whether the queries of open tokens must be held until their window seals."""
         return self.compresses and self.score.queries
 
-    def kept_of(self, start: int) -> int:
-        """Tokens that every KV head keeps of the window that starts at a true position: k, or its sinks if these are
-        more.
+    def staying_of(self, start: int, pins: Pins) -> tuple[int, ...]:
+        """Places in the window that starts at a true position whose tokens stay: sinks, and what is pinned."""
+        stretches = staying(self.config.sinks, pins)
+        return tuple(place - start for place in within(stretches, start, start + self.config.window))
+
+    def kept_of(self, start: int, pins: Pins = ()) -> int:
+        """Tokens that every KV head keeps of the window that starts at a true position: k, or those that stay if these
+        are more.
         """
-        return max(self.config.kept_per_window, self.config.sinks_from(start))
+        return max(self.config.kept_per_window, len(self.staying_of(start, pins)))
 
     def recent_of(self, kept: int) -> int:
         """R: tokens that stay whole behind sealed windows of `kept` slots; of a share, the fewest that make it up."""
@@ -89,7 +100,7 @@ class KaraPolicy:
 
     def certain(self, sequence: Counts) -> int:
         """Newest tokens that stay open when the next window seals."""
-        return self.recent_of(sequence.kept + self.kept_of(sequence.tokens - sequence.open))
+        return self.recent_of(sequence.kept + self.kept_of(sequence.tokens - sequence.open, sequence.pins))
 
     def newest(self, sequence: Counts) -> int:
         """Newest tokens that are recent now."""
@@ -109,7 +120,7 @@ class KaraPolicy:
             return found
         start, kept = sequence.tokens - sequence.open, sequence.kept
         while left >= width:
-            keep = self.kept_of(start)
+            keep = self.kept_of(start, sequence.pins)
             recent = self.recent_of(kept + keep)
             if left - width < recent:
                 break
@@ -134,19 +145,27 @@ class KaraPolicy:
         return self.pick(window, scores, self.score.chunks)
 
     def pick(self, window: Window, scores: torch.Tensor, chunks: bool) -> torch.Tensor:
-        """The sinks in a window, and of its other tokens those of the best `scores` ``[b, H, W]``: ``[b, H, k]``.
+        """What stays in a window, and of its other tokens those of the best `scores` ``[b, H, W]``: ``[b, H, k]``.
 
-        Sinks stand aside: what is left of k is chosen of the other tokens as if the window began behind them.
+        Sinks and pinned tokens stand aside: what is left of k is chosen of the others as if these made up the window.
         """
-        sinks = [self.config.sinks_from(start) for start in window.starts]
-        if not any(sinks):
+        staying = [
+            self.staying_of(start, pins)
+            for start, pins in zip(window.starts, window.pins or [()] * len(window.starts), strict=True)
+        ]
+        if not any(staying):
             return token2chunk(scores, window.keep, window.anchors if chunks else window.keep)
         kept = torch.empty(*scores.shape[:2], window.keep, dtype=torch.int64, device=scores.device)
-        for count in set(sinks):
-            alike = torch.tensor([b for b, other in enumerate(sinks) if other == count], device=scores.device)
-            kept[alike, :, :count] = torch.arange(count, device=scores.device)
-            rest = window.keep - count
+        for places in set(staying):
+            alike = torch.tensor([b for b, each in enumerate(staying) if each == places], device=scores.device)
+            stays = torch.zeros(scores.shape[2], dtype=torch.bool, device=scores.device)
+            stays[list(places)] = True
+            chosen = stays.expand(len(alike), scores.shape[1], -1).clone()
+            rest = window.keep - len(places)
             if rest:
-                anchors = (self.config.anchors_of(rest) if count else window.anchors) if chunks else rest
-                kept[alike, :, count:] = token2chunk(scores[alike, :, count:], rest, anchors) + count
+                anchors = (self.config.anchors_of(rest) if places else window.anchors) if chunks else rest
+                others = (~stays).nonzero()[:, 0]
+                picked = token2chunk(scores[alike][:, :, others], rest, anchors)
+                chosen.scatter_(2, others[picked], True)
+            kept[alike] = chosen.nonzero()[:, 2].view(*chosen.shape[:2], window.keep)
         return kept

@@ -1,12 +1,13 @@
 """KV-Compress: how many blocks a sequence may hold, and which tokens it gives up for that (arXiv 2410.00161)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from ..config import KVCompressConfig
+from ..config import KVCompressConfig, Pins
 from .eviction import Eviction, evict
+from .pins import staying
 from .votes import observe
 
 POWERS = {"l2": 2, "l1": 1}  # by metric: what attention probabilities are raised to before they are summed
@@ -18,7 +19,8 @@ class KVCompressPolicy:
     """Decides per sequence, over the rows of all its layers: every row may keep a different number of blocks.
 
     Counts that the host knows (tokens seen, blocks in use) are integers or numpy arrays ``[B]``, one per sequence.
-    *Tokens seen* are those whose keys and values were computed, whether they are still cached or not.
+    *Tokens seen* are those whose keys and values were computed, whether they are still cached or not. *Pins* are given
+    for each sequence; None: nothing is pinned.
 
     Args:
         config: the settings.
@@ -48,7 +50,7 @@ class KVCompressPolicy:
         """What attention probabilities are raised to before they are summed, where there are `votes`."""
         return POWERS[self.config.metric]
 
-    def budget_blocks(self, tokens: int | np.ndarray, rows: int) -> np.ndarray:
+    def budget_blocks(self, tokens: int | np.ndarray, rows: int, pins: Sequence[Pins] | None = None) -> np.ndarray:
         """Blocks that the `rows` R rows of a sequence may hold in all once `tokens` were seen.
 
         With `max_cache_tokens` C: as many as C * R tokens fill. With `retention` r: the ``least_blocks`` of every row
@@ -56,7 +58,7 @@ class KVCompressPolicy:
         ``least_blocks`` for every row, which new tokens need.
 
         Args:
-            tokens: int or ``[B]`` integer.
+            tokens: int or ``[B]`` integer; ``[B]`` with `pins`.
             rows: R.
 
         Returns:
@@ -67,32 +69,56 @@ class KVCompressPolicy:
         if config.max_cache_tokens is not None:
             return np.full_like(full, config.max_cache_tokens * rows // config.block_size)
         assert config.retention is not None
-        certain = np.minimum(full, config.least_blocks)
+        least = np.array(
+            [config.least_blocks_with(pinned) for pinned in self._pinned(np.atleast_1d(tokens), pins)], np.int64
+        ).reshape(full.shape)
+        certain = np.minimum(full, least)
         share = np.ceil((full - certain) * rows * config.retention).astype(np.int64)
-        return np.maximum(certain * rows + share, np.minimum(full, config.least_blocks + 1) * rows)
+        return np.maximum(certain * rows + share, np.minimum(full, least + 1) * rows)
 
-    def newest(self, tokens: int) -> int:
+    def newest(self, tokens: int, pins: Pins = ()) -> int:
         """Newest tokens that are protected once `tokens` were seen: of a share at most as many as leave every row a
         block for others.
         """
         config = self.config
         if not isinstance(config.protected, float):
             return config.protected
+        pinned = config.pinned(pins, tokens)
+        aside = config.sinks + pinned
         if config.max_cache_tokens is not None:
-            return max(1, round(config.protected * max(0, config.max_cache_tokens - config.sinks)))
+            return max(1, round(config.protected * max(0, config.max_cache_tokens - aside)))
         assert config.retention is not None
-        full = -(-tokens // config.block_size)
-        certain = min(full, config.least_blocks)
-        blocks = max(certain + int((full - certain) * config.retention), min(full, config.least_blocks + 1))
-        most = (blocks - 1) * config.block_size - config.sinks - config.floor
-        return max(1, min(most, round(config.protected * (blocks * config.block_size - config.sinks))))
+        full, least = -(-tokens // config.block_size), config.least_blocks_with(pinned)
+        certain = min(full, least)
+        blocks = max(certain + int((full - certain) * config.retention), min(full, least + 1))
+        most = (blocks - 1) * config.block_size - aside - config.floor
+        return max(1, min(most, round(config.protected * (blocks * config.block_size - aside))))
 
-    def least_blocks(self, tokens: np.ndarray) -> np.ndarray:
+    def safe(self, tokens: int, pins: Pins) -> int:
+        """Newest tokens that no pass takes."""
+        return self.newest(tokens, pins)
+
+    def least_blocks(self, tokens: np.ndarray, pins: Sequence[Pins] | None = None) -> np.ndarray:
         """Blocks that no row of a sequence is cut below once `tokens` ``[B]`` were seen, ``[B]``."""
-        return np.array([self.config.blocks_of(self.newest(int(count))) for count in tokens], np.int64)
+        given = zip(tokens.tolist(), self._pinned(tokens, pins), self._of_each(tokens, pins), strict=True)
+        return np.array([self.config.blocks_of(self.newest(n, each), pinned) for n, pinned, each in given], np.int64)
+
+    def _of_each(self, tokens: np.ndarray | torch.Tensor, pins: Sequence[Pins] | None) -> Sequence[Pins]:
+        """What is pinned of each of B sequences."""
+        return [()] * len(tokens) if pins is None else pins
+
+    def _pinned(self, tokens: np.ndarray, pins: Sequence[Pins] | None) -> list[int]:
+        """How many of the `tokens` seen ``[B]`` are pinned behind the sinks."""
+        each = zip(tokens.tolist(), self._of_each(tokens, pins), strict=True)
+        return [self.config.pinned(pinned, count) for count, pinned in each]
 
     def quota(
-        self, tokens: int | np.ndarray, rows: int, used_blocks: int | np.ndarray, ahead: int | np.ndarray
+        self,
+        tokens: int | np.ndarray,
+        rows: int,
+        used_blocks: int | np.ndarray,
+        ahead: int | np.ndarray,
+        pins: Sequence[Pins] | None = None,
     ) -> np.ndarray:
         """Blocks to free now, so that the budget still holds when the rows have taken `ahead` blocks more.
 
@@ -107,10 +133,12 @@ class KVCompressPolicy:
             int64 of the arguments' shape, 0 where nothing is to be done. `evict` can free that many if `ahead` <= R.
         """
         then = np.asarray(tokens) + np.asarray(ahead) * self.config.block_size // rows
-        return np.maximum(0, np.asarray(used_blocks) + ahead - self.budget_blocks(then, rows))
+        return np.maximum(0, np.asarray(used_blocks) + ahead - self.budget_blocks(then, rows, pins))
 
-    def evictable(self, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Which tokens may go: neither a sink nor among the `newest`.
+    def evictable(
+        self, positions: torch.Tensor, tokens: torch.Tensor, pins: Sequence[Pins] | None = None
+    ) -> torch.Tensor:
+        """Which tokens may go: neither a sink, nor pinned, nor among the newest that are `safe`.
 
         Args:
             positions: ``[B, R, N]`` integer, true position of the token in every slot.
@@ -119,8 +147,13 @@ class KVCompressPolicy:
         Returns:
             ``[B, R, N]`` bool. Slots that hold no token give anything.
         """
-        newest = torch.tensor([self.newest(count) for count in tokens.tolist()], device=tokens.device)
-        return (positions >= self.config.sinks) & (positions < (tokens - newest)[:, None, None])
+        of_each = self._of_each(tokens, pins)
+        safe = [self.safe(*each) for each in zip(tokens.tolist(), of_each, strict=True)]
+        free = positions < (tokens - torch.tensor(safe, device=tokens.device))[:, None, None]
+        for may_go, places, pinned in zip(free, positions, of_each, strict=True):
+            for start, stop in staying(self.config.sinks, pinned):
+                may_go &= (places < start) | (places >= stop)
+        return free
 
     def observe(
         self,
@@ -171,8 +204,9 @@ class KVCompressPolicy:
         quota: np.ndarray,
         weights: torch.Tensor | None = None,
         voters: list[Voters] | None = None,
+        pins: Sequence[Pins] | None = None,
     ) -> Eviction:
-        """Frees `quota` blocks of each sequence, or as many as protected tokens and the floor allow.
+        """Frees `quota` blocks of each sequence, or as many as protected tokens, pins and the floor allow.
 
         Args:
             metric: ``[B, R, N]`` float32, the votes.
@@ -182,6 +216,7 @@ class KVCompressPolicy:
             quota: ``[B]`` integer, from `quota`, on the host.
             weights: ``[R]`` integer, rows that each row stands for; None: itself alone.
             voters: of each sequence, as in `ranking`.
+            pins: of each sequence.
 
         Returns:
             See `kara_hf.policy.evict`.
@@ -192,11 +227,11 @@ class KVCompressPolicy:
             self.watch(ranking, positions, lengths)
         return evict(
             ranking,
-            self.evictable(positions, torch.as_tensor(tokens, device=device)),
+            self.evictable(positions, torch.as_tensor(tokens, device=device), pins),
             lengths,
             torch.as_tensor(quota, device=device),
             block_size=self.config.block_size,
-            least=torch.from_numpy(self.least_blocks(tokens)).to(device),
+            least=torch.from_numpy(self.least_blocks(tokens, pins)).to(device),
             levels=self.config.levels,
             weights=weights,
         )

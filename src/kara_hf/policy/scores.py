@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import Pins
 from ..kernels import window_scores
 from .token2chunk import token2chunk
 
@@ -31,6 +32,7 @@ class Window:
         seed: of the cache.
         values: ``[b, H, W, Dv]`` as they are stored, which is one latent row for all heads where there is one; or None
             for a score registered with ``values=False``.
+        pins: for each of the b sequences what is pinned, by true position; empty: nothing is.
     """
 
     rows: int
@@ -47,6 +49,7 @@ class Window:
     anchors: int
     seed: int
     values: torch.Tensor | None = None
+    pins: tuple[Pins, ...] = ()
 
     def attention(self, causal: bool = False, later: bool = False) -> torch.Tensor:
         """Mean attention from the window's queries to each key, over the heads of a row: ``[b, H, W]`` float32.

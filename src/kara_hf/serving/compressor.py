@@ -96,6 +96,7 @@ class Compressor(Chooser):
             anchors=kara.anchors_of(plans[0].keep),
             seed=kara.seed,
             values=values,
+            pins=tuple(request.pins for request, _ in windows),
         )
         return self.policy.select(window)
 

@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
-from ..config import KaraConfig, KVCompressConfig, Settings, is_int, is_number, require
+from ..config import KaraConfig, KVCompressConfig, Settings, count_pinned, is_int, is_number, require
 from ..policy import KaraPolicy
 
 Trigger = Literal["periodic", "pressure"]
@@ -19,7 +19,8 @@ class ServingConfig(Settings):
     """When requests of an engine are compressed, and what is kept of them (KvLLM, arXiv 2607.01237).
 
     Attributes:
-        kara: what is kept of a window; its sinks are those of prompts too. The engine's pages stand for `block_size`.
+        kara: what is kept of a window; its sinks and pins are those of prompts too, and of every request. The engine's
+            pages stand for `block_size`.
         period: engine steps from one compression to the next, from 1 on.
         max_requests: K, requests compressed at once, those that give most blocks back; None: all with a window due.
         trigger: "periodic" compresses every `period` steps; "pressure" only in such a step in which requests wait for
@@ -82,12 +83,26 @@ class ServingConfig(Settings):
                 "None while serving: the pool of Transformers' engine holds keys and values of one dtype",
             )
         require(
+            self.unit == "window" or not self.kara.pin,
+            "pin",
+            self.kara.pin,
+            'left out with unit="trace", whose window is everything behind the prompt',
+        )
+        require(
+            self.kara.prefill_chunk is None,
+            "prefill_chunk",
+            self.kara.prefill_chunk,
+            "None while serving, where the engine makes chunks (max_batch_tokens)",
+        )
+        require(
             not self.kara.compress_prompt,
             "compress_prompt",
             True,
             "False while serving, where prompts are compressed by prompt_retention or max_prompt_tokens",
         )
-        share, most, least = self.prompt_retention, self.max_prompt_tokens, self.kara.sinks + 2
+        share, most, pinned = self.prompt_retention, self.max_prompt_tokens, self._pinned()
+        least = self.kara.sinks + pinned + 2
+        of_pins = f"{pinned} pinned tokens, " if pinned else ""
         require(
             share is None or (is_number(share) and 0 < share <= 1),
             "prompt_retention",
@@ -98,7 +113,8 @@ class ServingConfig(Settings):
             most is None or (is_int(most) and most >= least),
             "max_prompt_tokens",
             most,
-            f"a whole number from {least} on, for sinks={self.kara.sinks}, the last token and one to choose, or None",
+            f"a whole number from {least} on, for sinks={self.kara.sinks}, {of_pins}the last token and one to choose, "
+            "or None",
         )
         if share is not None and most is not None:
             raise ValueError(
@@ -125,6 +141,10 @@ class ServingConfig(Settings):
             'one that needs no queries with unit="trace", such as key-difference, recency or random',
         )
 
+    def _pinned(self, tokens: int | None = None) -> int:
+        """Pinned tokens behind the sinks, of a prompt of so many tokens or of any."""
+        return count_pinned(self.kara.pin, self.kara.sinks, tokens)
+
     @property
     def compresses_prompts(self) -> bool:
         """Whether of some prompt not all is kept."""
@@ -134,13 +154,15 @@ class ServingConfig(Settings):
         """How a prompt of so many tokens is compressed: to `max_cache_tokens` of them. None: it stays whole."""
         keep = self.max_prompt_tokens
         if self.prompt_retention is not None:
-            keep = max(self.kara.sinks + 2, math.ceil(self.prompt_retention * tokens - 1e-9))
+            least = self.kara.sinks + self._pinned(tokens) + 2
+            keep = max(least, math.ceil(self.prompt_retention * tokens - 1e-9))
         if keep is None or keep >= tokens:
             return None
         return KVCompressConfig(
             max_cache_tokens=keep,
             observation=self.observation,
             sinks=self.kara.sinks,
+            pin=tuple((start, min(end, tokens)) for start, end in self.kara.pin if start < tokens),
             accumulate=False,
             continual=False,
             block_size=1,

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..config import Pins
+
 
 @dataclass
 class ServedRequest:
@@ -18,6 +20,7 @@ class ServedRequest:
         windows: windows sealed so far.
         slots: where those queries of open tokens that are held are, oldest first; empty for a score without queries.
         voters: where the queries of the last tokens of a prompt that is still to be compressed are.
+        pins: true positions that are pinned.
     """
 
     key: str
@@ -29,6 +32,7 @@ class ServedRequest:
     windows: int = 0
     slots: list[int] = field(default_factory=list)
     voters: list[int] = field(default_factory=list)
+    pins: Pins = ()
 
     @property
     def open(self) -> int:

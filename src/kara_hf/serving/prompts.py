@@ -83,6 +83,7 @@ class PromptCompressor(Chooser):
             np.array([tokens]),
             policy.quota(np.array([tokens]), heads, heads * tokens, 0),
             voters=[((tokens - plan.queries, tokens),)],
+            pins=[how.pin],
         )
         return (~eviction.dropped[0]).nonzero()[:, 1].view(heads, plan.keep)
 

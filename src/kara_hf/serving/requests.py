@@ -43,7 +43,13 @@ class Requests:
         if request is None and state.position_offset + len(state.tokens_to_process) > prompt - voters:
             # Tokens of a trace that came as a shared prefix have no queries here: they stay.
             settled = max(prompt, state.position_offset)
-            request = ServedRequest(state.request_id, settled, state.position_offset, prompt if voters else 0)
+            request = ServedRequest(
+                state.request_id,
+                settled,
+                state.position_offset,
+                prompt if voters else 0,
+                pins=self.compressor.config.kara.pin,
+            )
             self.known[state.request_id] = (state, request)
         return request
 

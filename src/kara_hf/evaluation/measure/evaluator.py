@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from ...cache.compressed import CompressedCache
 from ...config import KaraConfig
-from ...integration.generation import end_tokens, for_forward, generate, greedy, pad_token
+from ...integration.generation import end_tokens, for_forward, generate, greedy, pad_token, read_prompt
 from ...integration.reading import Reading
 from ...methods.oracle import Future, future_attention
 from ...methods.registry import METHODS, Method, Plan, SharedSettings, window_settings
@@ -170,8 +170,7 @@ class Evaluator:
     ) -> dict[str, torch.Tensor]:
         """Compresses the contexts in `cache`, which are read first if they are not; the inputs with their questions."""
         if not is_read:
-            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            self.model(**inputs, position_ids=positions, logits_to_keep=1, **for_forward(self.model, cache))
+            read_prompt(self.model, cache, **inputs)
         if isinstance(cache, CompressedCache):
             cache.compress()
         question = self.batch([prompt.question for prompt in prompts])

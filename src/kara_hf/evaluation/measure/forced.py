@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from ...cache.compressed import CompressedCache
 from ...config import is_int, require
 from ...integration.attach import attach
-from ...integration.generation import for_forward
+from ...integration.generation import for_forward, read_prompt
 from ...integration.reading import Reading
 from .memory import held_bytes
 
@@ -87,13 +87,13 @@ class Forced:
         self.model, self.cache, self.most, self.seconds = model, cache, 0, 0.0
 
     def begin(self, prompts: torch.Tensor, reading: Reading) -> None:
-        """Takes up the prompts ``[B, P]`` from their `reading`, or reads them in one forward."""
+        """Takes up the prompts ``[B, P]`` from their `reading`, or reads them."""
         if reading.fits(self.cache):
             start = time.perf_counter()
             reading.into(self.cache)
             self.seconds += time.perf_counter() - start + reading.seconds
         else:
-            self._forward(prompts, logits_to_keep=1)
+            self._timed(read_prompt, self.model, self.cache, prompts)
 
     def logits(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         """Logits behind each of the `tokens` ``[B, S]``, as decoding one by one gives them, in parts ``[B, s, V]``.
@@ -105,14 +105,18 @@ class Forced:
             while at < tokens.shape[1]:
                 most = cache.replayable if isinstance(cache, CompressedCache) else tokens.shape[1]
                 part = tokens[:, at : at + most]
-                found = self._forward(part)
+                found = self._timed(self._forward, part)
                 at += part.shape[1]
                 self.most = max(self.most, held_bytes(cache))
                 yield found
 
-    def _forward(self, tokens: torch.Tensor, **settings: Any) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(tokens, **for_forward(self.model, self.cache)).logits
+        return logits
+
+    def _timed(self, forward: Callable[..., torch.Tensor], *given: Any) -> torch.Tensor:
         start = time.perf_counter()
-        logits: torch.Tensor = self.model(tokens, **settings, **for_forward(self.model, self.cache)).logits
+        logits = forward(*given)
         if logits.device.type == "cuda":
             torch.cuda.synchronize(logits.device)
         self.seconds += time.perf_counter() - start
