@@ -82,6 +82,7 @@ def audit(engine: Engine) -> None:
     assert not held & (holders.keys() | ledger.cached_blocks.keys())
     assert len(holders) + len(ledger.cached_blocks) + len(held) + engine.pool.free_blocks() == full.num_blocks
     assert {block: h for h, block in ledger.hash_to_block.items()} == ledger.block_to_hash
+    assert all(key in full.block_table for key in engine.pasts._pasts) and len(engine.pasts) <= engine.pasts.most
     slots = [slot for _, request in engine.requests.known.values() for slot in request.slots + request.voters]
     assert len(slots) == len(set(slots)) == engine.queries.used
     for state, request in engine.requests.known.values():
@@ -95,7 +96,9 @@ def audit(engine: Engine) -> None:
 
 
 def ended(engine: Engine) -> None:
-    """Nothing is held by any request."""
+    """Nothing is held by any request, nor behind."""
+    while engine.pasts.forget_oldest():
+        pass
     assert not engine.pool.allocator.block_table and not engine.requests.known
     assert engine.queries.nbytes == engine.queries.used == 0
     engine.cache.evict_cached_blocks()
