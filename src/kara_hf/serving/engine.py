@@ -255,8 +255,7 @@ class Engine:
         _own(self.cache, "free_blocks")(request_id, no_cache)
         if not no_cache:
             self.requests.freed(request_id)
-        self.metrics.query_bytes = self.queries.nbytes
-        self.metrics.used_blocks = self.pool.num_blocks - self.pool.free_blocks()
+        self._measure()
 
     def _match(self, request_id: str, prompt_ids: list[int]) -> int:
         """A request begins with the past that stands for most of its prompt, or with the blocks of a prefix.
@@ -266,6 +265,8 @@ class Engine:
         state = self.scheduler.waiting_requests[request_id]
         prompt = prompt_tokens(state)
         voters = self.prompts.voters(prompt)
+        if state.num_children:  # a step computes all but the last token, which each answer computes for itself
+            prompt_ids = prompt_ids[:-1]
         known = prompt_ids[: prompt - voters + 1] if voters else prompt_ids  # the last one is never matched
         found = self.pasts.find(prompt_ids)
         if found is not None and found.tokens > self.pool.matched(known):
@@ -398,16 +399,20 @@ class Engine:
         setattr(metrics, compressor.counter, getattr(metrics, compressor.counter) + plan.count)
         metrics.evicted_tokens += plan.dropped
         metrics.freed_blocks += self.pool.shrink(plan)
-        metrics.query_bytes = self.queries.nbytes
+        self._measure()
 
     def _count(self, running: int) -> None:
-        metrics, queries = self.metrics, self.queries
+        metrics = self.metrics
         metrics.steps += 1
         metrics.running, metrics.running_sum = running, metrics.running_sum + running
         metrics.waiting = len(self.scheduler.waiting_requests)
+        self._measure()
+
+    def _measure(self) -> None:
+        metrics, nbytes = self.metrics, self.queries.nbytes
         metrics.used_blocks = self.pool.num_blocks - self.pool.free_blocks()
-        metrics.query_bytes, metrics.pasts = queries.nbytes, len(self.pasts)
-        metrics.peak_query_bytes = max(metrics.peak_query_bytes, queries.nbytes)
+        metrics.query_bytes, metrics.peak_query_bytes = nbytes, max(metrics.peak_query_bytes, nbytes)
+        metrics.pasts = len(self.pasts)
 
 
 def _own(owner: Any, name: str) -> Callable[..., Any]:

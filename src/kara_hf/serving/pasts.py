@@ -102,6 +102,8 @@ class Pasts:
 
         None: nothing of what a past stands for was compressed. The engine finds whole tokens by itself.
         """
+        if not self._pasts:
+            return None
         tokens, best = np.asarray(prompt)[:-1], None
         for past in list(self._pasts.values()):  # may be asked by other threads
             reach = past.reach(tokens) if past.key in self.pool.allocator.block_table else 0
