@@ -250,7 +250,7 @@ class Engine:
 
     def _free(self, request_id: str, no_cache: bool = False) -> None:
         state = self.scheduler.active_requests.get(request_id)
-        if self.pasts.most and not no_cache and state is not None and state.status.name == "FINISHED":
+        if self.pasts.most and state is not None and state.status.name == "FINISHED":
             self._remember(state)
         _own(self.cache, "free_blocks")(request_id, no_cache)
         if not no_cache:
@@ -358,7 +358,7 @@ class Engine:
     def _remember(self, state: Any) -> None:
         """Leaves what a request that has ended holds to the next turn, with the windows sealed that are due."""
         request, sealing = self.requests.find(state), self.config.trigger == "periodic"
-        if request is None:
+        if request is None or request.key not in self.pool.allocator.block_table:  # it was preempted
             return
         while sealing and (plan := self.compressor.plan(request)) is not None:
             done, errors = self._evict(self.compressor, [plan])

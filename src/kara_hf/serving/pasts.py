@@ -85,7 +85,7 @@ class Pasts:
         The past that it began from goes, unless it stands for something that this one does not.
         """
         table = self.pool.allocator.block_table
-        if not self.most or not request.segments or request.key not in table:
+        if not request.segments:
             return
         tokens = np.array([*state.initial_tokens, *state.generated_tokens][: request.tokens], np.int64)
         past = Past(("past", next(self._numbers)), tokens, request.segments)
