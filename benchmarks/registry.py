@@ -8,6 +8,7 @@ MODULES = (
     "speed.bits",
     "speed.pod",
     "speed.serving",
+    "speed.turns",
     "speed.demo",
     "kvpress.speed",
     "kvpress.tasks",

@@ -7,12 +7,9 @@ import json
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +21,20 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from support.marks import few, most_examples, slow
 from support.scores import VALUE_NORM
-from support.serving import CACHE, KARA, batch, budgeted, ended, generation, make, pool, prompts, single
+from support.serving import (
+    CACHE,
+    KARA,
+    Server,
+    batch,
+    budgeted,
+    ended,
+    free_port,
+    generation,
+    make,
+    pool,
+    prompts,
+    single,
+)
 from transformers import (
     AttentionInterface,
     Gemma2Config,
@@ -710,48 +720,11 @@ def test_the_example_answers_in_fewer_steps(tmp_path, capsys):
     assert [retention for retention, _ in found] == ["1.0", "0.25"] and int(found[1][1]) > int(found[0][1]) == 0
 
 
-class Server:
-    """`kara-hf serve` in a process of its own, up when the block is entered."""
-
-    def __init__(self, port: int, *options: str):
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "kara_hf", "serve", "--port", str(port), "--device", "cpu", *options]
-        self.process = subprocess.Popen(
-            command,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=5) as answer:
-            return answer.read().decode()
-
-    def __enter__(self) -> "Server":
-        while True:
-            assert self.process.poll() is None, self.process.stdout.read()
-            with contextlib.suppress(OSError):
-                self.get("/health")
-                return self
-            time.sleep(0.1)
-
-    def __exit__(self, *error: object) -> None:
-        self.process.terminate()
-        self.process.communicate(timeout=30)
-
-    def metrics(self) -> dict[str, float]:
-        lines = [line.split() for line in self.get("/metrics").splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, value in lines}
-
-
 @pytest.mark.parametrize(("generated", "window", "killed"), [(80, 16, False), slow(200, 64, True)])
 def test_the_server(generated, window, killed):
     """It answers over the OpenAI API as the cache does, streaming too; killed in the middle, it starts again."""
     openai = pytest.importorskip("openai")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     problem = make_problem("trace", generated=generated, seed=60_000)
     settings = {"retention": 0.5, "window": window, "recent": 32}
     loaded = LoadedModel(str(BUNDLED_MODEL))

@@ -1,6 +1,14 @@
 """Engines of tiny models: what is asked of them, what a cache of ours answers, and that nothing is lost."""
 
+import contextlib
 import inspect
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
 from collections import Counter
 
 import torch
@@ -103,3 +111,50 @@ def ended(engine: Engine) -> None:
     assert engine.queries.nbytes == engine.queries.used == 0
     engine.cache.evict_cached_blocks()
     assert engine.pool.free_blocks() == engine.pool.num_blocks
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Server:
+    """`kara-hf serve` in a process of its own, up when the block is entered."""
+
+    def __init__(self, port: int, *options: str):
+        self.said = tempfile.TemporaryFile("w+")
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "kara_hf", "serve", "--port", str(port), "--device", "cpu", *options]
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=self.said,  # a pipe that nobody reads is full one day
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=5) as answer:
+            return answer.read().decode()
+
+    def __enter__(self) -> "Server":
+        while True:
+            assert self.process.poll() is None, self.output()
+            with contextlib.suppress(OSError):
+                self.get("/health")
+                return self
+            time.sleep(0.1)
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+        self.said.close()
+
+    def output(self) -> str:
+        self.said.seek(0)
+        return self.said.read()
+
+    def metrics(self) -> dict[str, float]:
+        lines = [line.split() for line in self.get("/metrics").splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
