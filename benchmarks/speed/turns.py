@@ -24,8 +24,8 @@ from ..common.run import Run, Skip
 from .serving import PAGE, Counted
 
 KARA: Row = {
-    "window": 64,
-    "recent": 32,
+    "window": 32,
+    "recent": 16,
     "retention": 0.25,
     "score": "key-difference",
     "anchor_share": 1.0,
@@ -44,7 +44,7 @@ KARA: Row = {
         ("preempted", "{preemptions}"),
         ("CPU time, s", "{cpu_seconds:.0f}"),
     ],
-    sizes={"conversations": 8, "turns": 5, "said": 32, "answered": 160, "blocks": (520, 300)},
+    sizes={"conversations": 8, "turns": 5, "said": 32, "answered": 160, "blocks": (520, 360)},
     smoke={"conversations": 2, "turns": 2, "said": 8, "answered": 104, "blocks": (60,)},
 )
 def turns_jobs(run: Run, conversations: int, turns: int, said: int, answered: int, blocks: list[int]) -> Iterator[Job]:

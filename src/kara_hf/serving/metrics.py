@@ -24,7 +24,8 @@ class ServingMetrics:
         pasts: of requests that have ended, there to be found.
         evicted_tokens: tokens dropped, in each layer and head.
         freed_blocks: blocks given back by compressing.
-        blocks, used_blocks: blocks of the pool's full attention layers, and those in use, by prefixes and queries too.
+        blocks, used_blocks: blocks of the pool's full attention layers, and those in use, by prefixes, pasts and
+            queries too.
         query_bytes: of blocks with queries of open windows and of prompts, which are among the used ones.
         peak_query_bytes: the most of it.
     """

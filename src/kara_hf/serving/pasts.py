@@ -33,11 +33,18 @@ class Past:
     segments: tuple[Segment, ...]
 
     def reach(self, tokens: np.ndarray) -> int:
-        """How many of `tokens` it stands for: as many as agree, but none of a segment that agrees in part."""
+        """How many of `tokens` it stands for: as many as agree, but none of a segment that agrees in part.
+
+        0 where not even its first segment agrees. The engine finds whole tokens by itself.
+        """
+        first = self.segments[0].stop
+        if len(tokens) < first or tokens[first - 1] != self.tokens[first - 1]:  # seen at a glance
+            return 0
         length = min(len(self.tokens), len(tokens))
         agree = self.tokens[:length] == tokens[:length]
         common = length if agree.all() else int(agree.argmin())
-        return next((each.start for each in self.segments if each.start < common < each.stop), common)
+        reach = next((each.start for each in self.segments if each.start < common < each.stop), common)
+        return reach if reach >= first else 0
 
     def before(self, tokens: int) -> tuple[Segment, ...]:
         """The segments of its first `tokens` tokens."""
@@ -84,9 +91,9 @@ class Pasts:
 
         The past that it began from goes, unless it stands for something that this one does not.
         """
-        table = self.pool.allocator.block_table
         if not request.segments:
             return
+        table = self.pool.allocator.block_table
         tokens = np.array([*state.initial_tokens, *state.generated_tokens][: request.tokens], np.int64)
         past = Past(("past", next(self._numbers)), tokens, request.segments)
         for old in list(self._pasts.values()):
@@ -98,18 +105,14 @@ class Pasts:
         self._pasts[past.key] = past
 
     def find(self, prompt: Sequence[int]) -> Found | None:
-        """The past that stands for most of a prompt, whose last token is always computed.
-
-        None: nothing of what a past stands for was compressed. The engine finds whole tokens by itself.
-        """
+        """The past that stands for most of a prompt, whose last token is always computed; None without any."""
         if not self._pasts:
             return None
         tokens, best = np.asarray(prompt)[:-1], None
         for past in list(self._pasts.values()):  # may be asked by other threads
             reach = past.reach(tokens) if past.key in self.pool.allocator.block_table else 0
-            evicted = sum(map(dropped, past.before(reach)))
-            if evicted and (best is None or reach > best.tokens):
-                best = Found(past, reach, evicted)
+            if reach > (best.tokens if best else 0):
+                best = Found(past, reach, sum(map(dropped, past.before(reach))))
         return best
 
     def begin(self, state: Any, found: Found) -> ServedRequest | None:
@@ -118,7 +121,8 @@ class Pasts:
         What was open when the past ended, and the rest of the prompt, are kept whole.
         """
         past, tokens, evicted = found
-        self._pasts[past.key] = self._pasts.pop(past.key)
+        others = {key: other for key, other in self._pasts.items() if other is not past}
+        self._pasts = others | {past.key: past}
         key, segments = state.request_id, past.before(tokens)
         if not self.pool.share(past.key, key, tokens - evicted):
             return None
