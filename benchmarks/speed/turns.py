@@ -45,7 +45,7 @@ KARA: Row = {
         ("CPU time, s", "{cpu_seconds:.0f}"),
     ],
     sizes={"conversations": 8, "turns": 5, "said": 32, "answered": 160, "blocks": (520, 360)},
-    smoke={"conversations": 2, "turns": 2, "said": 8, "answered": 104, "blocks": (60,)},
+    smoke={"conversations": 2, "turns": 2, "said": 8, "answered": 72, "blocks": (60,)},
 )
 def turns_jobs(run: Run, conversations: int, turns: int, said: int, answered: int, blocks: list[int]) -> Iterator[Job]:
     methods = {

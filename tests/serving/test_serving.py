@@ -30,6 +30,7 @@ from support.serving import (
     ended,
     free_port,
     generation,
+    kept,
     make,
     pool,
     prompts,
@@ -673,27 +674,32 @@ from kara_hf.serving import kara_continuous_batching
 folder, out, inputs, kara = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
 model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
 with kara_continuous_batching(model, **kara) as serving:
-    results = model.generate_batch(
-        inputs,
-        generation_config=GenerationConfig(max_new_tokens=40, do_sample=False, eos_token_id=-1, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(page_size=4, num_blocks=120, max_batch_tokens=64),
-        persistent_manager=True,
-    )
+    for turn in range(1 + ("conversations" in kara)):
+        results = model.generate_batch(
+            inputs,
+            generation_config=GenerationConfig(max_new_tokens=40, do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(page_size=4, num_blocks=200, max_batch_tokens=64),
+            persistent_manager=True,
+        )
+        tokens = [result.generated_tokens for result in results.values()]
+        inputs = [prompt + answer + [5, 6, 7] for prompt, answer in zip(inputs, tokens)]
     heads = serving.engine.pool.allocator.num_key_value_heads
-report = {"tokens": [r.generated_tokens for r in results.values()], "heads": heads}
-report |= {"windows": serving.metrics.windows, "prompts": serving.metrics.prompts}
+report = {"tokens": tokens, "heads": heads} | vars(serving.metrics)
 open(f"{out}-{os.environ['RANK']}.json", "w").write(json.dumps(report))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compressed", ["windows", "prompts"])
+@pytest.mark.parametrize("compressed", ["windows", "prompts", "found_pasts"])
 def test_tensor_parallel_equals_one_process(model, tmp_path, compressed):
     inputs, kara = prompts(4), KARA | {"period": 1}
     expected = [single(model, prompt, **KARA) for prompt in inputs]
     if compressed == "prompts":
         inputs, kara = prompts(4, shortest=40, longest=70), {"retention": 1.0, "max_prompt_tokens": 20}
         expected = [budgeted(model, prompt, 20, 40) for prompt in inputs]
+    if compressed == "found_pasts":
+        kara |= {"conversations": 4}
+        expected = [kept(model, [prompt, [5, 6, 7]], 40, **KARA)[1] for prompt in inputs]
     model.save_pretrained(tmp_path / "model")
     script = tmp_path / "serve.py"
     script.write_text(TENSOR_PARALLEL)

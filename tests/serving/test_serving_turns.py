@@ -1,13 +1,12 @@
 """The next turn of a conversation begins with its compressed past: KaraCache's answers, and far less to read."""
 
 import pytest
-import torch
 import transformers
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from packaging.version import Version
 from support.marks import few, most_examples, slow
-from support.serving import CACHE, KARA, batch, budgeted, ended, generation, make, pool, prompts
+from support.serving import KARA, batch, budgeted, cached, ended, generation, kept, make, pool, prompts
 from transformers import Gemma2Config
 
 from kara_hf import KaraCache, detach
@@ -53,23 +52,6 @@ def says(conversations, turns, seed=3, longest=12):
     """What users say, turn by turn."""
     said = iter(prompts(conversations * turns, seed=seed, longest=longest))
     return [[next(said) for _ in range(turns)] for _ in range(conversations)]
-
-
-def cached(model, cache, past, new, tokens=30):
-    """The answer of a cache that has seen the past, but for its last token."""
-    prompt = past + new
-    out = model.generate(torch.tensor([prompt]), **{CACHE: cache}, generation_config=generation(tokens))
-    return out[0, len(prompt) :].tolist()
-
-
-def kept(model, said, tokens=30, **kara):
-    """The answers of one conversation over a `KaraCache` that is kept between turns."""
-    cache, past, answers = KaraCache(model, **{"block_size": 4} | kara), [], []
-    for new in said:
-        answers.append(cached(model, cache, past, new, tokens))
-        past = past + new + answers[-1]
-    detach(model)
-    return answers
 
 
 # ------------------------------------------------------------------------------------------------- KaraCache's answers
@@ -224,7 +206,7 @@ def test_swapped_requests_come_back_with_their_past(model, audited, unpinned):
     ended(audited[-1])
 
 
-@most_examples(12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@most_examples(8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     blocks=st.integers(14, 60),
     page=st.sampled_from([4, 8]),

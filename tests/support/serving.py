@@ -71,6 +71,23 @@ def single(model, prompt, tokens=40, **kara):
     return out[0, len(prompt) :].tolist()
 
 
+def cached(model, cache, past, new, tokens=30):
+    """The answer of a cache that has seen the past, but for its last token."""
+    prompt = past + new
+    out = model.generate(torch.tensor([prompt]), **{CACHE: cache}, generation_config=generation(tokens))
+    return out[0, len(prompt) :].tolist()
+
+
+def kept(model, said, tokens=30, **kara):
+    """The answers of one conversation over a `KaraCache` that is kept between turns."""
+    cache, past, answers = KaraCache(model, **{"block_size": 4} | kara), [], []
+    for new in said:
+        answers.append(cached(model, cache, past, new, tokens))
+        past = past + new + answers[-1]
+    detach(model)
+    return answers
+
+
 def budgeted(model, prompt, most, tokens=16, **settings):
     """The answer over `KVCompressCache` that keeps at most so many tokens of the prompt, in blocks of one."""
     settings = {"block_size": 1, "accumulate": False, "continual": False} | settings
