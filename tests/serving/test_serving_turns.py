@@ -206,6 +206,27 @@ def test_swapped_requests_come_back_with_their_past(model, audited, unpinned):
     ended(audited[-1])
 
 
+def test_cancelled_requests_leave_no_past(model, audited):
+    """Nor does it hurt the past that one began with."""
+    said = says(1, 2)[0]
+    expected = kept(model, said, **KARA)
+    with kara_continuous_batching(model, **KARA, **FIND) as serving:
+        assert ask(model, [said[0]], 30)[0].generated_tokens == expected[0]
+        manager = model.init_continuous_batching(generation(30), pool())
+        manager.start()
+        prompt = said[0] + expected[0] + said[1]
+        manager.add_request(prompt, request_id="a", max_new_tokens=2000, streaming=True)
+        assert manager.get_result(timeout=20).request_id == "a"
+        manager.cancel_request("a")
+        manager.add_request(prompt, request_id="b", max_new_tokens=30)
+        while (result := manager.get_result(timeout=20)).request_id == "a":
+            pass
+        assert result.generated_tokens == expected[1]
+        manager.stop(keep_for_next_session=True)
+        assert serving.metrics.found_pasts == 2 and serving.metrics.pasts == 1
+    ended(audited[-1])
+
+
 @most_examples(8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     blocks=st.integers(14, 60),
