@@ -10,6 +10,7 @@ MODULES = (
     "speed.pod",
     "speed.serving",
     "speed.saved",
+    "speed.turns",
     "speed.demo",
     "kvpress.speed",
     "kvpress.tasks",

@@ -127,7 +127,7 @@ class Counted:
 
     def __init__(self, model: Any):
         self.model, self.steps, self.running, self.preemptions = model, 0, 0, 0
-        self.windows = self.peak_query_bytes = 0
+        self.windows = self.peak_query_bytes = self.computed_tokens = 0
 
     @property
     def mean_running(self) -> float:
@@ -154,6 +154,7 @@ class Counted:
         def prepared(requests_in_batch: list[Any], **kwargs: Any) -> None:
             prepare(requests_in_batch=requests_in_batch, **kwargs)
             self.steps, self.running = self.steps + 1, self.running + len(requests_in_batch)
+            self.computed_tokens += sum(future.query_length for future in requests_in_batch)
 
         def offloaded() -> bool:
             before = len(processor.scheduler.active_requests)

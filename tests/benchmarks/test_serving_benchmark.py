@@ -23,3 +23,12 @@ def test_the_engine_alone_and_with_kara(tmp_path):
     assert kara["windows"] > 0 == alone["windows"]
     assert kara["steps"] < alone["steps"] and kara["running"] > alone["running"]
     assert f"| 16 + 104 | engine alone | {alone['steps']} | " in done.output
+
+
+def test_a_conversation_reads_less_where_its_past_is_remembered(tmp_path):
+    out = tmp_path / "rows.json"
+    done = CliRunner().invoke(app, ["run", "turns", "--smoke", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    alone, forgetful, kara = load_rows(out)
+    assert kara["read"] == 2 * (8 + 1) <= forgetful["read"] / 3
+    assert alone["read"] < forgetful["read"]

@@ -7,12 +7,9 @@ import json
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +21,21 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from support.marks import few, most_examples, slow
 from support.scores import VALUE_NORM
-from support.serving import CACHE, KARA, batch, budgeted, ended, generation, make, pool, prompts, single
+from support.serving import (
+    CACHE,
+    KARA,
+    Server,
+    batch,
+    budgeted,
+    ended,
+    free_port,
+    generation,
+    kept,
+    make,
+    pool,
+    prompts,
+    single,
+)
 from transformers import (
     AttentionInterface,
     Gemma2Config,
@@ -663,27 +674,32 @@ from kara_hf.serving import kara_continuous_batching
 folder, out, inputs, kara = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
 model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
 with kara_continuous_batching(model, **kara) as serving:
-    results = model.generate_batch(
-        inputs,
-        generation_config=GenerationConfig(max_new_tokens=40, do_sample=False, eos_token_id=-1, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(page_size=4, num_blocks=120, max_batch_tokens=64),
-        persistent_manager=True,
-    )
+    for turn in range(1 + ("conversations" in kara)):
+        results = model.generate_batch(
+            inputs,
+            generation_config=GenerationConfig(max_new_tokens=40, do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(page_size=4, num_blocks=200, max_batch_tokens=64),
+            persistent_manager=True,
+        )
+        tokens = [result.generated_tokens for result in results.values()]
+        inputs = [prompt + answer + [5, 6, 7] for prompt, answer in zip(inputs, tokens)]
     heads = serving.engine.pool.allocator.num_key_value_heads
-report = {"tokens": [r.generated_tokens for r in results.values()], "heads": heads}
-report |= {"windows": serving.metrics.windows, "prompts": serving.metrics.prompts}
+report = {"tokens": tokens, "heads": heads} | vars(serving.metrics)
 open(f"{out}-{os.environ['RANK']}.json", "w").write(json.dumps(report))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compressed", ["windows", "prompts"])
+@pytest.mark.parametrize("compressed", ["windows", "prompts", "found_pasts"])
 def test_tensor_parallel_equals_one_process(model, tmp_path, compressed):
     inputs, kara = prompts(4), KARA | {"period": 1}
     expected = [single(model, prompt, **KARA) for prompt in inputs]
     if compressed == "prompts":
         inputs, kara = prompts(4, shortest=40, longest=70), {"retention": 1.0, "max_prompt_tokens": 20}
         expected = [budgeted(model, prompt, 20, 40) for prompt in inputs]
+    if compressed == "found_pasts":
+        kara |= {"conversations": 4}
+        expected = [kept(model, [prompt, [5, 6, 7]], 40, **KARA)[1] for prompt in inputs]
     model.save_pretrained(tmp_path / "model")
     script = tmp_path / "serve.py"
     script.write_text(TENSOR_PARALLEL)
@@ -710,48 +726,11 @@ def test_the_example_answers_in_fewer_steps(tmp_path, capsys):
     assert [retention for retention, _ in found] == ["1.0", "0.25"] and int(found[1][1]) > int(found[0][1]) == 0
 
 
-class Server:
-    """`kara-hf serve` in a process of its own, up when the block is entered."""
-
-    def __init__(self, port: int, *options: str):
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "kara_hf", "serve", "--port", str(port), "--device", "cpu", *options]
-        self.process = subprocess.Popen(
-            command,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=5) as answer:
-            return answer.read().decode()
-
-    def __enter__(self) -> "Server":
-        while True:
-            assert self.process.poll() is None, self.process.stdout.read()
-            with contextlib.suppress(OSError):
-                self.get("/health")
-                return self
-            time.sleep(0.1)
-
-    def __exit__(self, *error: object) -> None:
-        self.process.terminate()
-        self.process.communicate(timeout=30)
-
-    def metrics(self) -> dict[str, float]:
-        lines = [line.split() for line in self.get("/metrics").splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, value in lines}
-
-
 @pytest.mark.parametrize(("generated", "window", "killed"), [(80, 16, False), slow(200, 64, True)])
 def test_the_server(generated, window, killed):
     """It answers over the OpenAI API as the cache does, streaming too; killed in the middle, it starts again."""
     openai = pytest.importorskip("openai")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     problem = make_problem("trace", generated=generated, seed=60_000)
     settings = {"retention": 0.5, "window": window, "recent": 32}
     loaded = LoadedModel(str(BUNDLED_MODEL))

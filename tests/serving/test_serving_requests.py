@@ -286,7 +286,7 @@ def client(tmp_path_factory):
     def serve():
         try:
             run_server(
-                ServingConfig.of(**KARA, score="key-difference"),
+                ServingConfig.of(**KARA, score="key-difference", conversations=8),
                 force_model=str(folder),
                 page=4,
                 num_blocks=40,
@@ -483,6 +483,27 @@ def test_a_running_request_keeps_its_name(client):
     assert "request 'mine' is running" in check(refused, 400)
     assert check(first.result()) is None
     assert check(client.post(TEXT, json=body, headers=name)) is None
+
+
+def read_metrics(client):
+    lines = [line.split() for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
+def test_turns_of_a_chat_find_their_past(client):
+    """The template renders all of the conversation anew; only what was not there before is computed."""
+    messages, before = [], read_metrics(client)
+    for word in (" ka ", " ru ", " xa "):
+        messages.append({"role": "user", "content": word})  # spaces, as this template has nothing in between
+        answer = client.post(CHAT, json={"messages": messages, "max_tokens": 12, "temperature": 0})
+        check(answer, 200)
+        messages.append(answer.json()["choices"][0]["message"])
+    counted = {name: value - before[name] for name, value in read_metrics(client).items()}
+    assert counted["kara_found_pasts"] == 2
+    # Of a turn, the word in it and the last token of the answer before, and the answer but for its last token.
+    assert counted["kara_computed_tokens"] == 3 * (1 + 11) + 2
+    assert counted["kara_found_tokens"] == 12 + 25
+    assert counted["kara_pasts"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ anything

@@ -1,6 +1,14 @@
 """Engines of tiny models: what is asked of them, what a cache of ours answers, and that nothing is lost."""
 
+import contextlib
 import inspect
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
 from collections import Counter
 
 import torch
@@ -63,6 +71,23 @@ def single(model, prompt, tokens=40, **kara):
     return out[0, len(prompt) :].tolist()
 
 
+def cached(model, cache, past, new, tokens=30):
+    """The answer of a cache that has seen the past, but for its last token."""
+    prompt = past + new
+    out = model.generate(torch.tensor([prompt]), **{CACHE: cache}, generation_config=generation(tokens))
+    return out[0, len(prompt) :].tolist()
+
+
+def kept(model, said, tokens=30, **kara):
+    """The answers of one conversation over a `KaraCache` that is kept between turns."""
+    cache, past, answers = KaraCache(model, **{"block_size": 4} | kara), [], []
+    for new in said:
+        answers.append(cached(model, cache, past, new, tokens))
+        past = past + new + answers[-1]
+    detach(model)
+    return answers
+
+
 def budgeted(model, prompt, most, tokens=16, **settings):
     """The answer over `KVCompressCache` that keeps at most so many tokens of the prompt, in blocks of one."""
     settings = {"block_size": 1, "accumulate": False, "continual": False} | settings
@@ -82,6 +107,7 @@ def audit(engine: Engine) -> None:
     assert not held & (holders.keys() | ledger.cached_blocks.keys())
     assert len(holders) + len(ledger.cached_blocks) + len(held) + engine.pool.free_blocks() == full.num_blocks
     assert {block: h for h, block in ledger.hash_to_block.items()} == ledger.block_to_hash
+    assert all(key in full.block_table for key in engine.pasts._pasts) and len(engine.pasts) <= engine.pasts.most
     slots = [slot for _, request in engine.requests.known.values() for slot in request.slots + request.voters]
     assert len(slots) == len(set(slots)) == engine.queries.used
     for state, request in engine.requests.known.values():
@@ -95,8 +121,57 @@ def audit(engine: Engine) -> None:
 
 
 def ended(engine: Engine) -> None:
-    """Nothing is held by any request."""
+    """Nothing is held by any request, nor behind."""
+    while engine.pasts.forget_oldest():
+        pass
     assert not engine.pool.allocator.block_table and not engine.requests.known
     assert engine.queries.nbytes == engine.queries.used == 0
     engine.cache.evict_cached_blocks()
     assert engine.pool.free_blocks() == engine.pool.num_blocks
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Server:
+    """`kara-hf serve` in a process of its own, up when the block is entered."""
+
+    def __init__(self, port: int, *options: str):
+        self.said = tempfile.TemporaryFile("w+")
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "kara_hf", "serve", "--port", str(port), "--device", "cpu", *options]
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=self.said,  # a pipe that nobody reads is full one day
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=5) as answer:
+            return answer.read().decode()
+
+    def __enter__(self) -> "Server":
+        while True:
+            assert self.process.poll() is None, self.output()
+            with contextlib.suppress(OSError):
+                self.get("/health")
+                return self
+            time.sleep(0.1)
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+        self.said.close()
+
+    def output(self) -> str:
+        self.said.seek(0)
+        return self.said.read()
+
+    def metrics(self) -> dict[str, float]:
+        lines = [line.split() for line in self.get("/metrics").splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}

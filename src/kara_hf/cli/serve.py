@@ -45,6 +45,10 @@ def serve(
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of each prompt that are kept, instead of a share [default: all].")
     ] = None,
+    conversations: Annotated[
+        int,
+        typer.Option(help="Ended requests whose compressed tokens are kept for the next turn, while there is room."),
+    ] = 0,
     period: Annotated[int, typer.Option(help="Engine steps from one compression to the next.")] = 64,
     requests: Annotated[
         int | None, typer.Option(help="Requests compressed at once, those that gain most [default: all].")
@@ -81,6 +85,7 @@ def serve(
             anchor_share=anchor_share,
             prompt_retention=prompt_retention,
             max_prompt_tokens=max_prompt_tokens,
+            conversations=conversations,
             period=period,
             max_requests=requests,
             trigger="pressure" if under_pressure else "periodic",

@@ -57,16 +57,11 @@ class Limits:
             max_new_tokens: of the answer at most; None: as many as there is room for.
 
         Raises:
-            RequestRefused: the prompt is empty, longer than the pool, or has an id that the model does not know; the
-                answer has no positive length; together they are longer than the model's table of positions.
+            RequestRefused: the prompt is empty or has an id that the model does not know; the answer has no positive
+                length; together they are longer than the model's table of positions.
         """
         if not len(tokens):
             raise RequestRefused("the prompt has no tokens; give at least one")
-        if len(tokens) + 1 > self.capacity:
-            raise RequestRefused(
-                f"the request needs room for {len(tokens) + 1} tokens and the pool holds {self.capacity}; give the "
-                "engine more memory (num_blocks), or shorten the prompt"
-            )
         for token in tokens:
             if not _is_index(token) or not 0 <= token < self.vocabulary:
                 raise RequestRefused(
@@ -77,6 +72,14 @@ class Limits:
             raise RequestRefused(f"max_new_tokens={max_new_tokens!r} is not possible: it must be a number from 1 on")
         if self.position_table:
             self.check_positions(len(tokens), max_new_tokens)
+
+    def check_room(self, tokens: int) -> None:
+        """Raises RequestRefused if a prompt of which so many tokens are to be stored is longer than the pool."""
+        if tokens + 1 > self.capacity:
+            raise RequestRefused(
+                f"the request needs room for {tokens + 1} tokens and the pool holds {self.capacity}; give the "
+                "engine more memory (num_blocks), or shorten the prompt"
+            )
 
     def check_positions(self, prompt: int, max_new_tokens: int | None) -> None:
         """Raises RequestRefused if a prompt of that many tokens and its answer pass the model's last position."""

@@ -129,8 +129,8 @@ class Compressor(Chooser):
     def done(self, plan: EvictionPlan) -> None:
         """Books a cut that was carried out."""
         request, seen = plan.request, plan.count * plan.width
-        request.stored -= plan.dropped
-        request.evicted += plan.dropped
+        for number in range(plan.count):
+            request.evict("sealed", plan.start + number * plan.keep, plan.width, plan.keep)
         request.windows += plan.count
         if self.config.unit == "window":
             request.settled += plan.count * plan.keep

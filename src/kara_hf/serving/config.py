@@ -1,5 +1,6 @@
 """Settings of Kara while serving."""
 
+import json
 import math
 import warnings
 from dataclasses import dataclass, field, fields
@@ -32,6 +33,8 @@ class ServingConfig(Settings):
             rounded up; None: all of them.
         max_prompt_tokens: the most tokens of a prompt that every KV head keeps, instead of a share; None: all of them.
         observation: last tokens of a prompt whose queries vote on what is kept of it.
+        conversations: the most requests that have ended whose compressed tokens stay in the pool, until their room is
+            needed, for the next turn to begin with; 0: none.
 
     Raises:
         ValueError: a setting is out of range or does not go with another; the message names it and its value.
@@ -45,6 +48,12 @@ class ServingConfig(Settings):
     prompt_retention: float | None = None
     max_prompt_tokens: int | None = None
     observation: int = 32
+    conversations: int = 0
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        data: dict[str, Any] = json.loads(text)
+        return cls(**data | {"kara": KaraConfig(**data.get("kara", {"block_size": 1}))})
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
@@ -126,6 +135,12 @@ class ServingConfig(Settings):
             "observation",
             self.observation,
             "a whole number of tokens from 1 on",
+        )
+        require(
+            is_int(self.conversations) and self.conversations >= 0,
+            "conversations",
+            self.conversations,
+            "a whole number from 0 on",
         )
         require(
             self.unit == "window" or is_int(self.kara.recent),

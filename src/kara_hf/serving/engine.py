@@ -9,12 +9,11 @@ The engine's processor owns its `Engine`, by the methods replaced on its parts, 
 goes, pool and queries, when the last reference to the processor does.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from functools import partial
 from types import MethodType
 from typing import Any
-from weakref import proxy, ref
+from weakref import ref
 
 import torch
 
@@ -22,13 +21,16 @@ from .admission import Limits, RequestRefused, check_sampling
 from .compressor import Compressor
 from .config import ServingConfig
 from .metrics import ServingMetrics
+from .pasts import Pasts
 from .plans import EvictionPlan
 from .pool import Pool
+from .positions import Positions
 from .prompts import PromptCompressor
 from .queries import Brought, Places, QueryPool, query_group
 from .query_recorder import Logits
 from .requests import Requests, prompt_tokens
-from .seams import SLIDING, check_internals
+from .room import Room
+from .seams import check_internals
 from .survivors import choose_each
 
 
@@ -46,6 +48,9 @@ class Engine:
         compressor: that decides and chooses of windows.
         prompts: the same of prompts.
         requests: that are known.
+        pasts: of requests that have ended.
+        room: in the pool.
+        positions: the true ones.
         limits: what a request must keep within.
         metrics: what was done so far.
 
@@ -85,7 +90,9 @@ class Engine:
             )
         self.limits = Limits.of(model, self.pool.capacity)
         self.requests = Requests(self.queries, self.compressor, self.prompts)
-        self._turn = 0  # evicted tokens of the request that the engine deals with just now
+        self.pasts = Pasts(self.pool, config.conversations)
+        self.room = Room(self.scheduler, self.pool, self.pasts, self.requests, self.compressor)
+        self.positions = Positions(self.cache, self.requests)
         self._brought: list[Brought] = []  # of the batch: whose queries are held
         self._places: dict[tuple[int, int], Places] = {}  # where they are, by query heads and those of a KV head
         self._logits: dict[int, Logits] = {}
@@ -98,8 +105,6 @@ class Engine:
         self.cache.search_prefix_match = self._match
         self.cache.prepare_fork_request = self._fork
         processor.offloading_manager.offload_requests = self._offload
-        if SLIDING in self.cache.cache_allocators:
-            self._correct_sliding(self.cache.cache_allocators[SLIDING])
 
     @property
     def needs_queries(self) -> bool:
@@ -156,6 +161,8 @@ class Engine:
     def check(self, tokens: Sequence[int], max_new_tokens: int | None, num_children: int = 0) -> None:
         """Raises RequestRefused where a request could not be computed; `Limits.check` says which."""
         self.limits.check(tokens, max_new_tokens)
+        found = self.pasts.find(tokens)
+        self.limits.check_room(len(tokens) - (found.evicted if found else 0))
         if num_children and len(tokens) == 1:
             raise RequestRefused(
                 f"num_return_sequences={num_children + 1} needs a prompt of two tokens or more: answers share all of "
@@ -170,23 +177,23 @@ class Engine:
             scheduler.block_new_requests = False  # nobody is left whose end the engine could wait for
         self._compress_prompts()
         periodic = self.config.trigger == "periodic" and self.metrics.steps % self.config.period == 0
-        if periodic or self._starves() or (self.config.trigger == "pressure" and self._waits()):
+        if periodic or self.room.starves() or (self.config.trigger == "pressure" and self.room.waits()):
             self._compress()
-            self._reserve()
+            self.room.reserve()
         while True:
             batch: tuple[list[Any] | None, bool, int, int] = own(token_budget, cache_budget)
             if batch[0] is not None:
                 return batch
             if self._compress():
                 continue
-            if self._can_preempt():
+            if self.room.can_preempt():
                 return batch
             free = pool.free_blocks() * pool.page
             if free:  # enough for a part of a long prompt
                 batch = own(min(token_budget, free), cache_budget)
                 if batch[0]:
                     return batch
-            state = self._stuck()
+            state = self.room.stuck()
             self._fail(
                 state,
                 MemoryError(
@@ -200,7 +207,7 @@ class Engine:
         """Stored lengths go in, true positions come out; finds slots for the queries that this step will bring."""
         known = [self.requests.at(future.state) for future in requests_in_batch]
         turns = [0 if request is None else request.evicted for request in known]
-        _own(self.batch, "prepare_batch_tensors")(_Turns(requests_in_batch, turns, self), *args, **kwargs)
+        _own(self.batch, "prepare_batch_tensors")(self.positions.turns(requests_in_batch, turns), *args, **kwargs)
         shifts: list[int] = []
         brought: list[Brought] = []
         for future, request, shift in zip(requests_in_batch, known, turns, strict=True):
@@ -218,6 +225,7 @@ class Engine:
             ids[: len(shifts)] += torch.tensor(shifts, dtype=ids.dtype, device=ids.device)
         self._brought = brought
         self._places.clear()
+        self.metrics.computed_tokens += len(shifts)
         self._count(len(requests_in_batch))
 
     def _step(self, model: Any) -> None:
@@ -241,17 +249,34 @@ class Engine:
             _own(self.cache, "mark_complete_blocks")(state, complete_blocks)
 
     def _free(self, request_id: str, no_cache: bool = False) -> None:
+        state = self.scheduler.active_requests.get(request_id)
+        if self.pasts.most and state is not None and state.status.name == "FINISHED":
+            self._remember(state)
         _own(self.cache, "free_blocks")(request_id, no_cache)
         if not no_cache:
             self.requests.freed(request_id)
-        self.metrics.query_bytes = self.queries.nbytes
-        self.metrics.used_blocks = self.pool.num_blocks - self.pool.free_blocks()
+        self._measure()
 
     def _match(self, request_id: str, prompt_ids: list[int]) -> int:
-        """The tokens of a prompt that vote are computed, even if somebody has their blocks."""
-        prompt = prompt_tokens(self.scheduler.waiting_requests[request_id])
+        """A request begins with the past that stands for most of its prompt, or with the blocks of a prefix.
+
+        Without a past, the tokens of a prompt that vote are computed even if somebody has their blocks.
+        """
+        state = self.scheduler.waiting_requests[request_id]
+        prompt = prompt_tokens(state)
         voters = self.prompts.voters(prompt)
+        if state.num_children:  # a step computes all but the last token, which each answer computes for itself
+            prompt_ids = prompt_ids[:-1]
         known = prompt_ids[: prompt - voters + 1] if voters else prompt_ids  # the last one is never matched
+        found = self.pasts.find(prompt_ids)
+        if found is not None and found.tokens > self.pool.matched(known):
+            request = self.pasts.begin(state, found, self.config.kara.pin)
+            if request is not None:
+                self.requests.known[request_id] = (state, request)
+                state.position_offset -= found.evicted  # to which the engine adds what was found
+                self.metrics.found_pasts += 1
+                self.metrics.found_tokens += found.tokens
+                return found.tokens
         matched: int = _own(self.cache, "search_prefix_match")(request_id, known)
         return matched
 
@@ -266,20 +291,6 @@ class Engine:
         self.metrics.preemptions += before - len(self.scheduler.active_requests)
         return done
 
-    def _correct_sliding(self, allocator: Any) -> None:
-        """Sliding layers keep a ring of their own, in which a token's place is given by its true position."""
-        kind, weak = type(allocator), proxy(allocator)
-        for name in ("needs_new_blocks", "allocate_cache_to_request", "get_read_indices", "get_write_indices"):
-            setattr(allocator, name, partial(self._at_true_position, getattr(kind, name), weak))
-        allocator.get_seqlen_k = lambda past_length, query_length: kind.get_seqlen_k(
-            weak, past_length + self._turn, query_length
-        )
-
-    def _at_true_position(
-        self, own: Callable[..., Any], allocator: Any, request_id: str, past_length: int, query_length: int
-    ) -> Any:
-        return own(allocator, request_id, past_length + self.requests.evicted(request_id), query_length)
-
     # --------------------------------------------------------------------------------------------- what the model calls
     @torch.compiler.disable
     def record(self, layer: int, query: torch.Tensor, logits: Logits) -> None:
@@ -293,40 +304,7 @@ class Engine:
             self._places[shape] = Places.of(self._brought, *shape, self.cache.device)
         self.queries.put(layer, self._places[shape], query[0])
 
-    # ------------------------------------------------------------------------------------------------- room in the pool
-    def _reserve(self) -> bool:
-        """Takes blocks for the queries of the next tokens, before these take theirs. False: there are too few."""
-        requests = self.requests.active(self.scheduler.active_requests) if self.compressor.needs_queries else []
-        return all([self.compressor.reserve(request, 1) for request in requests if request.open])
-
-    def _starves(self) -> bool:
-        """Whether the requests at work would not all find blocks for their next tokens and the queries of these."""
-        if not self._reserve():
-            return True
-        free = self.pool.free_blocks() + self.pool.forgettable_blocks()
-        return sum(map(self.pool.needed, self.scheduler.active_requests.values())) > free
-
-    def _waits(self) -> bool:
-        """Whether a request waits for blocks."""
-        scheduler = self.scheduler
-        if not scheduler.waiting_requests:
-            return False
-        if self.cache.compute_free_capacity() < scheduler.safety_margin:
-            return True
-        free = self.pool.free_blocks() + self.pool.forgettable_blocks()
-        return self.pool.needed(next(iter(scheduler.waiting_requests.values()))) > free
-
-    def _can_preempt(self) -> bool:
-        """Whether the engine can make room by forgetting prefixes or preempting."""
-        allocators = self.cache.cache_allocators.values()
-        cached = any(allocator.ledger.cached_blocks for allocator in allocators)
-        return cached or bool(self.scheduler.starved_requests and len(self.scheduler.active_requests) > 1)
-
-    def _stuck(self) -> Any:
-        """The request that is in the way when nothing can run."""
-        starved = self.scheduler.starved_requests
-        return starved[0][0] if starved else self.scheduler.waiting_requests[self.scheduler.waiting_requests_order[0]]
-
+    # ------------------------------------------------------------------------------------------- requests that fail
     def _fail_children(self, state: Any, error: Exception) -> None:
         """Ends the further answers that a request was to have and that have not begun, for each is waited for."""
         for number in range(state.num_children):
@@ -370,24 +348,47 @@ class Engine:
     def _carry_out(self, compressor: Compressor | PromptCompressor, plans: list[EvictionPlan]) -> int:
         """Compresses as planned where there is room for it, and gives blocks back. Returns how many requests those are.
 
-        All survivors are chosen before any token is moved. A request whose survivors cannot be chosen fails alone.
+        A request whose survivors cannot be chosen fails alone.
+        """
+        done, errors = self._evict(compressor, plans)
+        for key, cause in errors.items():
+            self._fail(self.requests.known[key][0], RuntimeError(cause))
+        return len(done)
+
+    def _remember(self, state: Any) -> None:
+        """Leaves what a request that has ended holds to the next turn, with the windows sealed that are due."""
+        request, sealing = self.requests.find(state), self.config.trigger == "periodic"
+        if request is None or request.key not in self.pool.allocator.block_table:  # it was preempted
+            return
+        while sealing and (plan := self.compressor.plan(request)) is not None:
+            done, errors = self._evict(self.compressor, [plan])
+            if errors:
+                return
+            sealing = bool(done)
+        self.pasts.keep(state, request)
+
+    def _evict(
+        self, compressor: Compressor | PromptCompressor, plans: list[EvictionPlan]
+    ) -> tuple[list[EvictionPlan], dict[str, str]]:
+        """Carries plans out where there is room for it. All survivors are chosen before any token is moved.
+
+        Returns the plans that were, and by key of the request why survivors could not be chosen.
         """
         plans = [plan for plan in plans if self.pool.unshare(plan)]
         if not plans:
-            return 0
+            return [], {}
         chosen, errors = choose_each(self.pool, compressor, self._logits, plans)
         good = torch.tensor([plan.request.key not in errors for plan in plans], dtype=torch.int64)
         good = self.processor.distributed_helper.tp_all_reduce_min(good, on_cpu=True)  # one rank's error is all ranks'
         for plan, fine in zip(plans, good.tolist(), strict=True):
             if not fine:
-                cause = errors.get(plan.request.key, "another rank could not compress this request")
-                self._fail(self.requests.known[plan.request.key][0], RuntimeError(cause))
-        plans = [plan for plan, fine in zip(plans, good.tolist(), strict=True) if fine]
+                errors.setdefault(plan.request.key, "another rank could not compress this request")
+        plans = [plan for plan in plans if plan.request.key not in errors]
         if plans:
             self.pool.move(plans, chosen)
         for plan in plans:
             self._book(compressor, plan)
-        return len(plans)
+        return plans, errors
 
     def _book(self, compressor: Compressor | PromptCompressor, plan: EvictionPlan) -> None:
         """A plan that was carried out: the request's length in the engine, and its blocks."""
@@ -398,29 +399,20 @@ class Engine:
         setattr(metrics, compressor.counter, getattr(metrics, compressor.counter) + plan.count)
         metrics.evicted_tokens += plan.dropped
         metrics.freed_blocks += self.pool.shrink(plan)
-        metrics.query_bytes = self.queries.nbytes
+        self._measure()
 
     def _count(self, running: int) -> None:
-        metrics, queries = self.metrics, self.queries
+        metrics = self.metrics
         metrics.steps += 1
         metrics.running, metrics.running_sum = running, metrics.running_sum + running
         metrics.waiting = len(self.scheduler.waiting_requests)
+        self._measure()
+
+    def _measure(self) -> None:
+        metrics, nbytes = self.metrics, self.queries.nbytes
         metrics.used_blocks = self.pool.num_blocks - self.pool.free_blocks()
-        metrics.query_bytes = queries.nbytes
-        metrics.peak_query_bytes = max(metrics.peak_query_bytes, queries.nbytes)
-
-
-class _Turns(list[Any]):
-    """The engine's batch, which says whose turn it is while it is gone through."""
-
-    def __init__(self, batch: Sequence[Any], evicted: Sequence[int], engine: Engine):
-        super().__init__(batch)
-        self._evicted, self._engine = evicted, engine
-
-    def __iter__(self) -> Iterator[Any]:
-        for future, evicted in zip(super().__iter__(), self._evicted, strict=True):
-            self._engine._turn = evicted
-            yield future
+        metrics.query_bytes, metrics.peak_query_bytes = nbytes, max(metrics.peak_query_bytes, nbytes)
+        metrics.pasts = len(self.pasts)
 
 
 def _own(owner: Any, name: str) -> Callable[..., Any]:

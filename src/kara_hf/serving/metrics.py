@@ -19,9 +19,13 @@ class ServingMetrics:
         prompts: prompts compressed.
         whole_prompts: prompts that were to be, and stayed whole: no block would have been given back, or there was no
             room for their queries.
+        found_pasts, found_tokens: requests that began with the past of another one, and tokens that it stood for.
+        computed_tokens: tokens of all steps, of prompts and of answers.
+        pasts: of requests that have ended, there to be found.
         evicted_tokens: tokens dropped, in each layer and head.
         freed_blocks: blocks given back by compressing.
-        blocks, used_blocks: blocks of the pool's full attention layers, and those in use, by prefixes and queries too.
+        blocks, used_blocks: blocks of the pool's full attention layers, and those in use, by prefixes, pasts and
+            queries too.
         query_bytes: of blocks with queries of open windows and of prompts, which are among the used ones.
         peak_query_bytes: the most of it.
     """
@@ -37,6 +41,10 @@ class ServingMetrics:
     windows: int = 0
     prompts: int = 0
     whole_prompts: int = 0
+    found_pasts: int = 0
+    found_tokens: int = 0
+    computed_tokens: int = 0
+    pasts: int = 0
     evicted_tokens: int = 0
     freed_blocks: int = 0
     blocks: int = 0
@@ -51,7 +59,7 @@ class ServingMetrics:
 
     def to_prometheus(self) -> str:
         """In the text format of Prometheus, every name with ``kara_`` before it."""
-        now = {"running", "waiting", "blocks", "used_blocks", "query_bytes", "peak_query_bytes"}
+        now = {"running", "waiting", "pasts", "blocks", "used_blocks", "query_bytes", "peak_query_bytes"}
         lines = []
         for name, value in asdict(self).items():
             lines += [f"# TYPE kara_{name} {'gauge' if name in now else 'counter'}", f"kara_{name} {value}"]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..cache.sequence import Kind, Segment
 from ..config import Pins
 
 
@@ -18,6 +19,7 @@ class ServedRequest:
         kept: survivors of sealed windows.
         evicted: tokens dropped: a stored token behind them is at position number + evicted.
         windows: windows sealed so far.
+        segments: the prompt that was compressed and the sealed windows, oldest first, at true positions.
         slots: where those queries of open tokens that are held are, oldest first; empty for a score without queries.
         voters: where the queries of the last tokens of a prompt that is still to be compressed are.
         pins: true positions that are pinned.
@@ -30,6 +32,7 @@ class ServedRequest:
     kept: int = 0
     evicted: int = 0
     windows: int = 0
+    segments: tuple[Segment, ...] = ()
     slots: list[int] = field(default_factory=list)
     voters: list[int] = field(default_factory=list)
     pins: Pins = ()
@@ -46,6 +49,22 @@ class ServedRequest:
     def tokens(self) -> int:
         """Tokens seen."""
         return self.stored + self.evicted
+
+    def position(self, number: int) -> int:
+        """The true position of a stored token that is not inside a segment, or the first one of."""
+        for segment in self.segments:
+            if segment.start >= number:
+                break
+            number += dropped(segment)
+        return number
+
+    def evict(self, kind: Kind, start: int, width: int, keep: int) -> None:
+        """Books that of the `width` stored tokens from `start` on `keep` stay in every head."""
+        first, last = self.position(start), self.position(start + width)
+        apart = [segment for segment in self.segments if not first <= segment.start < last]
+        self.segments = tuple(sorted([*apart, Segment(kind, first, last, keep)], key=lambda segment: segment.start))
+        self.stored -= width - keep
+        self.evicted += width - keep
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,11 @@ class EvictionPlan:
     @property
     def stored_after(self) -> int:
         return self.request.stored - self.dropped
+
+
+def dropped(segment: Segment) -> int:
+    """Tokens of a stretch that no head stores."""
+    return segment.stop - segment.start - segment.slots
 
 
 def blocks(tokens: int, page: int) -> int:

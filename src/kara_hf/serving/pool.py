@@ -77,17 +77,16 @@ class Pool:
         free: int = pool.count_free_blocks(full.index) + pool.num_free_sectors * full.blocks_per_sector
         return free
 
-    def forgettable_blocks(self) -> int:
+    def prefix_blocks(self) -> int:
         """Blocks of prefixes that no request uses."""
         return len(self.allocator.ledger.cached_blocks)
 
     def take(self, count: int) -> list[int] | None:
-        """`count` free blocks; None: too few. Prefixes that no request uses are forgotten if need be."""
+        """`count` free blocks; None: too few. What no request uses is forgotten if need be."""
         pool, index = self.cache.pool, self.allocator.index
-        if count > self.free_blocks():
-            self.cache.evict_cached_blocks()
-        if count > self.free_blocks():
-            return None
+        while count > self.free_blocks():
+            if not self.cache.evict_cached_blocks():
+                return None
         while pool.count_free_blocks(index) < count:
             pool.allocate_sector(index)
         taken: list[int] = pool.get_free_blocks(index, count)
@@ -144,21 +143,45 @@ class Pool:
         ledger, table, first = full.ledger, full.block_table[request.key], plan.start // self.page
         written = range(first, blocks(plan.stored_after, self.page))
         shared = [place for place in written if ledger.shared_ref_counts.get(table[place], 1) > 1]
-        free = self.free_blocks()
-        if len(shared) > free:
+        if not self.copy(request.key, shared):
             return False
         if plan.findable:
-            own = set(written) - set(shared)
-            shared += [place for place in sorted(own) if table[place] in ledger.block_to_hash][: free - len(shared)]
-        copies = self.take(len(shared)) or []
-        full.copy_blocks([table[place] for place in shared], copies)
-        for place, copy_of in zip(shared, copies, strict=True):
-            ledger.release(table[place])
-            table[place] = copy_of
+            own = [place for place in written if table[place] in ledger.block_to_hash]
+            self.copy(request.key, own[: self.free_blocks()])
         for place in written:  # what is written over is no prefix of anything
             block_hash = ledger.block_to_hash.pop(table[place], None)
             if block_hash is not None:
                 del ledger.hash_to_block[block_hash]
+        return True
+
+    def copy(self, key: str, places: list[int]) -> bool:
+        """Puts copies in the place of blocks of a request. False: there is no room, and nothing was changed."""
+        full, table = self.allocator, self.allocator.block_table[key]
+        copies = self.take(len(places))
+        if copies is None:
+            return False
+        full.copy_blocks([table[place] for place in places], copies)
+        for place, copied in zip(places, copies, strict=True):
+            if full.ledger.release(table[place]):
+                self.give([table[place]])
+            table[place] = copied
+        return True
+
+    def matched(self, tokens: Sequence[int]) -> int:
+        """The tokens of a prompt whose blocks the engine finds by their content."""
+        return len(self.allocator.match_prefix_blocks(tokens)) * self.page
+
+    def share(self, source: Any, key: str, tokens: int) -> bool:
+        """Lets a request begin with the first `tokens` stored by `source`, the last block of which is copied if it is
+        not full. False: there is no room for that.
+        """
+        table = self.allocator.block_table
+        table[key] = table[source][: blocks(tokens, self.page)]
+        for block in table[key]:
+            self.allocator.ledger.acquire(block)
+        if tokens % self.page and not self.copy(key, [len(table[key]) - 1]):
+            self.allocator.free_blocks(key)
+            return False
         return True
 
     def move(self, plans: Sequence[EvictionPlan], chosen: Mapping[str, Mapping[int, torch.Tensor]]) -> None:

@@ -109,9 +109,8 @@ class PromptCompressor(Chooser):
     def done(self, plan: EvictionPlan) -> None:
         """Books a cut that was carried out."""
         request = plan.request
-        request.stored -= plan.dropped
+        request.evict("prompt", plan.start, plan.width, plan.keep)
         request.settled -= plan.dropped
-        request.evicted += plan.dropped
         self.drop(request)
 
     def drop(self, request: ServedRequest) -> None:
