@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import kara_hf
@@ -26,3 +27,22 @@ def random_llama(layers: int = 4, heads: int = 2) -> Any:
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def multiply_in_float32(model: Any) -> Any:
+    """`model` in a dtype that this CPU multiplies slowly, with weights of linear layers made float32.
+
+    What goes in and comes out is rounded to the dtype as before. So only sums differ, which every library adds up in
+    float32 too, in an order of its own. Takes twice the memory.
+    """
+
+    class Wide(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return F.linear(input.float(), self.weight, self.bias).to(input.dtype)
+
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear and layer.weight.dtype in (torch.bfloat16, torch.float16):
+            for name, weight in layer.named_parameters(recurse=False):
+                setattr(layer, name, torch.nn.Parameter(weight.float(), requires_grad=False))
+            layer.__class__ = Wide
+    return model

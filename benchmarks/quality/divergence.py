@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.case import Job, register
+from ..common.models import multiply_in_float32
 from ..common.rows import Row
 from ..common.run import Run
 from .kit import folder_of
@@ -44,6 +45,7 @@ SIZES: Row = {
     "tokens": 1536,
     "prompt": 256,
     "window": 128,
+    "dtype": "",
     "out": "runs/divergence",
 }
 SMOKE: Row = {"methods": ("random", "kara, 32 recent"), "budgets": (0.5,), "documents": 1, "tokens": 200, "prompt": 40}
@@ -82,10 +84,12 @@ def divergence_jobs(run: Run, **sizes: Any) -> Iterator[Job]:
     data = sizes["data"] or "problems:trace=1"
     name = Path(data).name if Path(data).exists() else data
     model = sizes["model"] or str(BUNDLED_MODEL)
-    yield Job({"model": Path(model).name, "data": name}, partial(measured, run, model, data, name, sizes))
+    dtype = sizes["dtype"] or ("auto" if run.cuda else "float32")
+    labels = {"model": Path(model).name, "data": name, "dtype": dtype, "length": sizes["tokens"]}
+    yield Job(labels, partial(measured, run, model, dtype, data, name, sizes))
 
 
-def measured(run: Run, model: str, data: str, name: str, sizes: Row) -> list[Row]:
+def measured(run: Run, model: str, dtype: str, data: str, name: str, sizes: Row) -> list[Row]:
     from kara_hf.evaluation import Document, divergence, make_method
     from kara_hf.evaluation.measure.identity import weights_of
     from kara_hf.evaluation.report.divergence_summary import Divergences
@@ -95,7 +99,10 @@ def measured(run: Run, model: str, data: str, name: str, sizes: Row) -> list[Row
 
     known = variants()
     methods = [known[each] if each in known else make_method(each) for each in sizes["methods"]]
-    loaded = LoadedModel(model, device=str(run.device), dtype="auto" if run.cuda else "float32")
+    loaded = LoadedModel(model, device=str(run.device), dtype=dtype)
+    weights = weights_of(loaded.model, model)
+    if not run.cuda and dtype != "float32":
+        multiply_in_float32(loaded.model)
     given: dict[str, Any] = {"length": sizes["tokens"], "count": sizes["documents"], "text_column": sizes["column"]}
     if sizes["pack"] or data.startswith(PROBLEMS):
         texts = list(token_samples(data, loaded.tokenizer, seed=None, **given))
@@ -110,11 +117,11 @@ def measured(run: Run, model: str, data: str, name: str, sizes: Row) -> list[Row
             out=folder,
             data=f"{name}, {sizes['tokens']} tokens, prompt {sizes['prompt']}",
             name=loaded.name,
-            weights=weights_of(loaded.model, model),
+            weights=weights,
             rules=["query-aware"],
             shared=SharedSettings(window=sizes["window"]),
         )
         asked = {method.name for method in methods}
         here = frame["task"].str.contains(f"{name}, {sizes['tokens']} tokens", regex=False)
         rows = Divergences(frame[here & frame["method"].isin(asked)]).rows
-    return [{key: row[key] for key in KEPT if key in row} for row in rows]
+    return [{key: row[key] for key in KEPT if key in row and row[key] == row[key]} for row in rows]  # without NaN
