@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, QuantizedCache
 
-from kara_hf import CompressedCache, KaraCache
-from kara_hf.methods.caches import Full
+from kara_hf import KaraCache
+from kara_hf.evaluation.measure.memory import held_bytes
 
 from ..common.aims import Aim, judge
 from ..common.case import Job, register
@@ -147,9 +147,4 @@ def entry(model: Any, name: str, make: Make, ids: torch.Tensor) -> Entry:
     def prefill(prompt: torch.Tensor) -> None:
         model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    def held() -> int:
-        if isinstance(cache, CompressedCache):
-            return cache.report().resident_bytes
-        return Full({}, {}).held(cache)["resident_bytes"]
-
-    return Entry(name, ids, prefill, partial(step, model, cache), held, cache)
+    return Entry(name, ids, prefill, partial(step, model, cache), partial(held_bytes, cache), cache)
