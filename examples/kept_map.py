@@ -24,6 +24,7 @@ from transformers.utils import logging
 from kara_hf import KVCompressCache, KVCompressConfig
 from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.cli.display import kept_table
+from kara_hf.config import Pins, parse_pins
 from kara_hf.integration.generation import for_generate
 from kara_hf.tasks.reasoner import make_problem
 
@@ -32,7 +33,7 @@ RETENTION = 0.25
 
 # Longer sequences are drawn in stretches, higher stacks of rows without a name for each, more heads without numbers.
 MOST_COLUMNS, MOST_NAMES, MOST_NUMBERS = 2048, 40, 400
-EVICTED, KEPT = "#ececf1", "#2c728e"
+EVICTED, KEPT, PINNED = "#ececf1", "#2c728e", "#c0392b"
 LINE = (("white", 4), ("#d95f02", 2))  # where the prompt ends: visible on either colour
 SIZE = (1280, 800)
 
@@ -49,6 +50,7 @@ class Map:
         stretch: positions in a stretch.
         seen: positions in all.
         prompt: how many of them are the prompt's.
+        pins: stretches of positions that are pinned.
     """
 
     title: str
@@ -59,6 +61,7 @@ class Map:
     stretch: int
     seen: int
     prompt: int
+    pins: Pins
 
     @property
     def rows(self) -> list[str]:
@@ -96,7 +99,8 @@ class Map:
 
     @property
     def meaning(self) -> str:
-        return "dark is kept" if self.binary else f"share of every {self.stretch} that is kept"
+        kept = "dark is kept" if self.binary else f"share of every {self.stretch} that is kept"
+        return f"{kept}, red is pinned" if self.pins else kept
 
     @property
     def positions(self) -> str:
@@ -114,6 +118,8 @@ def map_of(cache: KVCompressCache, name: str, prompt: int, sequence: int = 0) ->
     for i, head in kept.nonzero().tolist():
         positions = cache.kept_positions(report.layers[i], sequence, head).numpy()
         survival[i, head] = np.bincount(positions // stretch, minlength=len(sizes)) / sizes
+    first, head = kept.nonzero().tolist()[0]
+    chunks = cache.chunks(report.layers[first], head, sequence)  # every row has what is pinned
     there = kept[kept > 0].double()
     share = there.mean() / seen
     return Map(
@@ -127,6 +133,7 @@ def map_of(cache: KVCompressCache, name: str, prompt: int, sequence: int = 0) ->
         stretch=stretch,
         seen=seen,
         prompt=prompt,
+        pins=tuple((start, stop) for start, stop, kind in chunks if kind == "pinned"),
     )
 
 
@@ -180,6 +187,8 @@ def write_html(drawn: Map, path: Path) -> None:
     )
     for border in drawn.borders:
         figure.add_hline(border, row=1, col=2, line={"color": "white", "width": drawn.gap})
+    for start, stop in drawn.pins:
+        figure.add_vrect(start - 0.5, stop - 0.5, row=1, col=2, fillcolor=PINNED, opacity=0.85, line_width=0)
     if drawn.prompt < drawn.seen:
         for colour, width in LINE:
             figure.add_vline(drawn.prompt - 0.5, row=1, col=2, line={"color": colour, "width": width})
@@ -243,6 +252,8 @@ def write_png(drawn: Map, path: Path) -> None:
     right.set_xlim(-0.5, drawn.seen - 0.5)
     for border in drawn.borders:
         right.axhline(border, color="white", linewidth=drawn.gap)
+    for start, stop in drawn.pins:
+        right.axvspan(start - 0.5, stop - 0.5, color=PINNED, alpha=0.85, linewidth=0)
     if drawn.prompt < drawn.seen:
         for colour, width in LINE:
             right.axvline(drawn.prompt - 0.5, color=colour, linewidth=width)
@@ -318,6 +329,9 @@ def main(
         int | None, typer.Option(help="Tokens per KV head and layer that are kept on average.")
     ] = None,
     retention: Annotated[float | None, typer.Option(help="Share that is kept instead [default: 0.25].")] = None,
+    pin: Annotated[
+        str | None, typer.Option(metavar="START:END,...", help="Positions that are never evicted, drawn in red.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated at most.")] = 64,
     out: Annotated[Path, typer.Option(help="File to write, .html or .png.")] = Path("kept.html"),
 ) -> None:
@@ -325,7 +339,8 @@ def main(
     if max_cache_tokens is None and retention is None:
         retention = RETENTION
     try:
-        draw(model, prompt, {"max_cache_tokens": max_cache_tokens, "retention": retention}, max_new_tokens, out)
+        budget = {"max_cache_tokens": max_cache_tokens, "retention": retention, "pin": parse_pins(pin or "")}
+        draw(model, prompt, budget, max_new_tokens, out)
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error

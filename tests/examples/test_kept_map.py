@@ -129,12 +129,20 @@ def test_a_large_model_fits(suffix, tmp_path):
     rows = np.linspace(0, 1, 60 * 8 * 50).reshape(60 * 8, 50)
     counts = np.arange(60 * 8, dtype=float).reshape(60, 8)
     counts[3, 4:] = rows[28:32] = np.nan
-    drawn = kept_map.Map("title & more", "sub", list(range(60)), counts, rows, 100, 5000, 4000)
+    drawn = kept_map.Map("title & more", "sub", list(range(60)), counts, rows, 100, 5000, 4000, ((0, 900),))
     assert not drawn.numbered and len(drawn.named[0]) <= kept_map.MOST_NAMES
     out = tmp_path / f"large{suffix}"
     kept_map.find_writer(out)(drawn, out)
     assert out.stat().st_size > 10_000
     assert suffix == ".png" or "<title>title &amp; more</title>" in out.read_text()
+
+
+def test_what_is_pinned_is_shown(tmp_path):
+    page = tmp_path / "kept.html"
+    result = invoke("--out", page, "--max-new-tokens", 1, "--max-cache-tokens", 128, "--pin", "20:60, 300:320")
+    assert result.exit_code == 0, result.output
+    assert "red is pinned" in page.read_text() and page.read_text().count(kept_map.PINNED) == 2
+    assert "pin='20-60'" in error("--out", page, "--pin", "20-60")
 
 
 def test_a_prompt_alone_is_cut_too(tmp_path):
