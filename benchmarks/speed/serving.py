@@ -75,9 +75,8 @@ def serving_jobs(
             yield Job(labels, partial(served, METHODS[name], requests, sequences, prompt, count))
 
 
-def served(kara: Row | None, requests: int, sequences: int, prompt: int, new: int) -> Row:
-    """Serves the same requests with one method."""
-    from kara_hf.serving import kara_continuous_batching
+def bundled_to_serve() -> tuple[Any, Any]:
+    """The bundled model and its tokenizer. Raises Skip if this Transformers cannot serve."""
     from kara_hf.serving.seams import check_version
 
     try:
@@ -85,8 +84,15 @@ def served(kara: Row | None, requests: int, sequences: int, prompt: int, new: in
     except ImportError as error:
         raise Skip(str(error)) from error
     logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(TINY)
+
+
+def served(kara: Row | None, requests: int, sequences: int, prompt: int, new: int) -> Row:
+    """Serves the same requests with one method."""
+    from kara_hf.serving import kara_continuous_batching
+
+    model, tokenizer = bundled_to_serve()
     problems = [make_problem("trace", generated=900, seed=50_000 + number) for number in range(requests)]
     ids = [tokenizer(f"{problem.prompt} {problem.completion}")["input_ids"][:prompt] for problem in problems]
     blocks = sequences * -(-(prompt + new) // PAGE)

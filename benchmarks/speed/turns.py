@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
-from transformers.utils import logging
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from kara_hf.evaluation.measure.provenance import digest
 from kara_hf.tasks.reasoner import make_problem
@@ -20,8 +18,8 @@ from kara_hf.tasks.reasoner import make_problem
 from ..common.case import Job, register
 from ..common.models import TINY
 from ..common.rows import Row
-from ..common.run import Run, Skip
-from .serving import PAGE, Counted
+from ..common.run import Run
+from .serving import PAGE, Counted, bundled_to_serve
 
 KARA: Row = {
     "window": 32,
@@ -63,15 +61,8 @@ def turns_jobs(run: Run, conversations: int, turns: int, said: int, answered: in
 def held(kara: Row | None, conversations: int, turns: int, said: int, answered: int, blocks: int) -> Row:
     """Holds the same conversations with one method; counts from the second turn on."""
     from kara_hf.serving import kara_continuous_batching
-    from kara_hf.serving.seams import check_version
 
-    try:
-        check_version()
-    except ImportError as error:
-        raise Skip(str(error)) from error
-    logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    model, tokenizer = bundled_to_serve()
     texts = [make_problem("trace", generated=900, seed=70_000 + number).completion for number in range(conversations)]
     users = [tokenizer(text)["input_ids"] for text in texts]
     past: list[list[int]] = [[] for _ in users]

@@ -16,6 +16,7 @@ from support.kernel_cases import (
     make_rows,
     same_bits,
 )
+from support.marks import slow
 from support.rounded_rows import whole, with_records
 
 from kara_hf.kernels import RoundedRows, attend, attend_reference, compact, compact_reference
@@ -187,8 +188,8 @@ def plain(query, rows, dtype, *, scaling, num_unseen, softcap, sink_logits, visi
     return out, torch.cat([metric[key] for key in sorted(metric)]) if metric else None
 
 
-# Under the interpreter float32 is seen where the metric is.
-DTYPES = [torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+# Under the interpreter, which computes bfloat16 wrongly, float32 is seen where the metric is.
+DTYPES = [slow(torch.float32), torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -57,7 +57,7 @@ def says(conversations, turns, seed=3, longest=12):
 # ------------------------------------------------------------------------------------------------- KaraCache's answers
 SCORES = [
     {"score": "random-chunks", "queries": None},
-    {"score": "bidirectional", "queries": 3},
+    {"score": "bidirectional", "queries": 3, "pin": ((9, 12), (45, 49))},
     *map(slow, ({"score": "recency"}, {"recent": 0.3}, {"sinks": 0}, {"score": "key-difference"})),
 ]
 

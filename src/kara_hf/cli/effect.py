@@ -3,6 +3,7 @@
 Torch and Transformers are imported only when the command runs, so that help is shown at once.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -50,9 +51,9 @@ def effect(
     with readable_errors():
         from ..policy.sharing import PoDSharing, check_saving
 
-        recent = recent or (BUNDLED_RECENT if model is None else RECENT)
+        recent = (BUNDLED_RECENT if model is None else RECENT) if recent is None else recent
         nothing = PoDSharing.none(1, 1, sinks=sinks, recent=recent, distant_query=distant_query)
-        at = at_tokens or 8 * nothing.proximal
+        at = 8 * nothing.proximal if at_tokens is None else at_tokens
         check_saving(saving, at)
         require(per in ("head", "layer"), "per", per, "'head' or 'layer'")
         loaded, text, origin = open_samples(
@@ -67,8 +68,6 @@ def effect(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
-        from dataclasses import replace
-
         from ..pod.effect import search
         from .pod_tables import show_path
 

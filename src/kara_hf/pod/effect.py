@@ -169,24 +169,26 @@ def search(
         raise cannot_save(saving, tokens, most)
     effect = Effect(model, samples, nothing)
     joins: list[Join] = []
+    shared, divergence = nothing, 0.0  # with all joins so far
 
     def measured(unit: Unit) -> float:
-        made = [(join.layer, join.heads) for join in joins]
-        divergence = effect(joined(nothing, [*made, unit]))
+        found = effect(joined(shared, [unit]))
         if progress is not None:
-            progress(joined(nothing, made).saving(tokens), joins[-1].divergence if joins else 0.0)
-        return divergence
+            progress(shared.saving(tokens), divergence)
+        return found
 
+    alone = [measured(unit) for unit in units]
     # What a unit adds, how many joins there were when that was measured, and the divergence with it.
-    queue = [(divergence, 0, unit, divergence) for unit in units for divergence in [measured(unit)]]
+    queue = [(found, 0, unit, found) for unit, found in zip(units, alone, strict=True)]
     heapq.heapify(queue)
-    while joined(nothing, [(join.layer, join.heads) for join in joins]).saving(tokens) < saving:
-        _, before, unit, divergence = heapq.heappop(queue)
+    while shared.saving(tokens) < saving:
+        _, before, unit, found = heapq.heappop(queue)
         if before == len(joins):
-            joins.append(Join(*unit, divergence))
+            joins.append(Join(*unit, found))
+            shared, divergence = joined(shared, [unit]), found
         else:
-            divergence = measured(unit)
-            heapq.heappush(queue, (divergence - joins[-1].divergence, len(joins), unit, divergence))
+            found = measured(unit)
+            heapq.heappush(queue, (found - divergence, len(joins), unit, found))
     return SharingPath(tuple(joins), nothing, effect.tokens)
 
 
@@ -241,12 +243,11 @@ class Effect:
         return logits[:, self.near :].clone()
 
 
-def joined(nothing: PoDSharing, units: Sequence[Unit]) -> PoDSharing:
-    """`nothing`, with each of the `units` in the group of the layer below it."""
+def joined(sharing: PoDSharing, units: Sequence[Unit]) -> PoDSharing:
+    """`sharing`, with each of the `units` in the group of the layer below it too."""
     joining = {(layer, head) for layer, heads in units for head in heads}
     lead: list[tuple[int, ...]] = []
-    for layer in range(nothing.layers):
-        lead.append(
-            tuple(lead[layer - 1][head] if (layer, head) in joining else layer for head in range(nothing.heads))
-        )
-    return replace(nothing, lead=tuple(lead))
+    for layer, leads in enumerate(sharing.lead):
+        joins = [first != layer or (layer, head) in joining for head, first in enumerate(leads)]
+        lead.append(tuple(lead[layer - 1][head] if joins[head] else layer for head in range(sharing.heads)))
+    return replace(sharing, lead=tuple(lead))

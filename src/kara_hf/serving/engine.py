@@ -30,7 +30,7 @@ from .queries import Brought, Places, QueryPool, query_group
 from .query_recorder import Logits
 from .requests import Requests, prompt_tokens
 from .room import Room
-from .seams import check_internals
+from .seams import check_internals, living
 from .survivors import choose_each
 
 
@@ -118,10 +118,7 @@ class Engine:
         Raises:
             ReferenceError: it is gone.
         """
-        processor = self._processor()
-        if processor is None:
-            raise ReferenceError("the engine is gone: its manager was stopped or destroyed")
-        return processor
+        return living(self._processor, "the engine is gone: its manager was stopped or destroyed")
 
     @property
     def cache(self) -> Any:

@@ -7,7 +7,7 @@ from weakref import ref
 import torch
 
 from .plans import EvictionPlan, blocks
-from .seams import FULL
+from .seams import FULL, living
 
 
 class Pool:
@@ -38,10 +38,7 @@ class Pool:
         Raises:
             ReferenceError: the engine is gone.
         """
-        cache = self._cache()
-        if cache is None:
-            raise ReferenceError("the engine is gone, and its pool with it")
-        return cache
+        return living(self._cache, "the engine is gone, and its pool with it")
 
     @property
     def allocator(self) -> Any:

@@ -8,6 +8,7 @@ from .compressor import Compressor
 from .pasts import Pasts
 from .pool import Pool
 from .requests import Requests
+from .seams import living
 
 
 class Room:
@@ -36,10 +37,7 @@ class Room:
         Raises:
             ReferenceError: the engine is gone.
         """
-        scheduler = self._scheduler()
-        if scheduler is None:
-            raise ReferenceError("the engine is gone")
-        return scheduler
+        return living(self._scheduler, "the engine is gone")
 
     # -------------------------------------------------------------------------------------------- what the engine calls
     def _evict(self) -> bool:

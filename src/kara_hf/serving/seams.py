@@ -101,6 +101,14 @@ REQUIRED_INTERNALS: dict[str, dict[str, tuple[str, ...] | None]] = {
 }
 
 
+def living(reference: Any, lost: str) -> Any:
+    """What a weak reference is to. Raises ReferenceError, which says what is `lost`, if it is gone."""
+    found = reference()
+    if found is None:
+        raise ReferenceError(lost)
+    return found
+
+
 def check_version(found: str = transformers.__version__) -> None:
     """Raises ImportError where Transformers is older than the parts of its engine that are used here."""
     if Version(Version(found).base_version) < Version(LEAST_TRANSFORMERS):
