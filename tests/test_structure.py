@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,27 +56,29 @@ def imported(name: str) -> set[str]:
     return found - {name, ""}
 
 
-GRAPH = {name: imported(name) for name in MODULES if name}
+@cache
+def graph() -> dict[str, set[str]]:
+    return {name: imported(name) for name in MODULES if name}
 
 
 def test_no_module_imports_what_imports_it():
     try:
-        graphlib.TopologicalSorter(GRAPH).prepare()
+        graphlib.TopologicalSorter(graph()).prepare()
     except graphlib.CycleError as error:
         raise AssertionError(f"a circle: {' -> '.join(error.args[1])}") from None
 
 
-@pytest.mark.parametrize("name", sorted(GRAPH))
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {""}))
 def test_arrows_only_point_down(name):
     floor = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
     home = name.split(".")[0]
-    up = {other for other in GRAPH[name] if other.split(".")[0] != home and floor[other.split(".")[0]] > floor[home]}
+    up = {other for other in graph()[name] if other.split(".")[0] != home and floor[other.split(".")[0]] > floor[home]}
     assert not up, f"{home} is below {sorted(up)}"
 
 
 def test_rooms_form_no_circle():
-    rooms = {name.split(".")[0]: set() for name in GRAPH}
-    for name, targets in GRAPH.items():
+    rooms = {name.split(".")[0]: set() for name in graph()}
+    for name, targets in graph().items():
         rooms[name.split(".")[0]] |= {target.split(".")[0] for target in targets} - {name.split(".")[0]}
     graphlib.TopologicalSorter(rooms).prepare()
     assert set(rooms) == set.union(*FLOORS)

@@ -311,7 +311,7 @@ def test_a_graph_in_generate(gpu):
         assert torch.equal(again, expected) and each.graph.replays > before
 
 
-@pytest.mark.parametrize("name", [slow("kara"), "kv-compress", "pod"])
+@pytest.mark.parametrize("name", [slow("kara"), "kv-compress", slow("pod")])
 def check_the_kernels_themselves(gpu, name):
     layers = 2 if name == "pod" else 1
     model = build("llama")

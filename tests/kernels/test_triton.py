@@ -206,15 +206,17 @@ def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 SIZES = [(64, 64, 16), (80, 80, 64), (96, 96, 32), (128, 128, 128), (192, 128, 16), (256, 256, 16), (40, 112, 128)]
-ODD, LARGE = (40, 112, 128), (256, 256, 16)  # heads whose sizes are no powers of 2 in large blocks, and the largest
+PLAIN, ODD, LARGE = SIZES[0], SIZES[-1], SIZES[-2]  # no powers of 2 in large blocks, and the largest
 
 
-def sizes_of(numbers, chosen):
-    return [pytest.param(SIZES[n], id=str(SIZES[n]), marks=[pytest.mark.slow] * (SIZES[n] != chosen)) for n in numbers]
+def sizes_of(numbers, *chosen):
+    return [
+        pytest.param(SIZES[n], id=str(SIZES[n]), marks=[pytest.mark.slow] * (SIZES[n] not in chosen)) for n in numbers
+    ]
 
 
 @HALF_AND_SINGLE
-@pytest.mark.parametrize("sizes", sizes_of(range(7), ODD))
+@pytest.mark.parametrize("sizes", sizes_of(range(7), PLAIN, ODD))
 def check_attend(sizes, dtype):
     """Around the edges of blocks, in one range and in several; unused slots are NaN and would spread."""
     from kara_hf.kernels.triton_.attend import attend as attend_split
@@ -235,7 +237,7 @@ def check_attend(sizes, dtype):
 
 
 @HALF_AND_SINGLE
-@pytest.mark.parametrize("sizes", sizes_of(range(7), LARGE))
+@pytest.mark.parametrize("sizes", sizes_of(range(7), PLAIN, LARGE))
 def check_attend_observes(sizes, dtype):
     """As above; slots behind a row's tokens and slots of no row are NaN in the metric too, and stay what they are."""
     from kara_hf.kernels.triton_.attend import attend as attend_split
@@ -273,7 +275,7 @@ def check_attend_any_group(group):
     assert_observed(rows, before, *metrics)
 
 
-@pytest.mark.parametrize("sizes", sizes_of([0, 1, 4, 5, 6], ODD))
+@pytest.mark.parametrize("sizes", sizes_of([0, 1, 4, 5, 6], SIZES[1]))
 def check_attend_shared(sizes):
     """Heads that lead and that follow, in one range and in several, and more query heads than a tile. All that nobody
     wrote is NaN: slots, logits, and places for keys of followers.
