@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import build
-from support.marks import slow
+from support.marks import few, slow
 from support.processes import forked
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 from typer.testing import CliRunner
@@ -28,6 +28,7 @@ from kara_hf.evaluation.measure.equal_bytes import TOLERANCE
 from kara_hf.evaluation.measure.evaluator import LOOP, Evaluator, loops
 from kara_hf.evaluation.measure.memory import AllocatorPeak, held_bytes, peak_bytes
 from kara_hf.evaluation.measure.request import Request
+from kara_hf.evaluation.measure.stand_in import stand_in
 from kara_hf.methods.float8 import Float8Cache
 from kara_hf.methods.oracle import OracleCache, OraclePolicy, future_attention
 from kara_hf.methods.peer_scores import ALIKE, BALANCE, NEWEST, POOL
@@ -138,6 +139,31 @@ def test_methods_hold_equal_bytes(evaluator, tmp_path, dearer, n):
         assert held(evaluator, prompts, name, shares[name], shared) <= (1 + TOLERANCE) * allowed
         assert held(evaluator, prompts, name, min(1.0, shares[name] + 1 / 16), shared) > (1 - 0.03) * allowed
     assert held(evaluator, prompts, "kara-published", 1 / 32, shared) > allowed
+
+
+ROUNDED = ["4bit", "kara-4bit", "kv-compress-4bit"]
+
+
+@pytest.mark.usefixtures("quanto")
+@pytest.mark.parametrize("name", few([*(set(EVERY) - {"oracle"})], "random", "kara", "kv-compress", *ROUNDED))
+def test_a_stand_in_holds_what_the_model_holds(evaluator, name):
+    """And the model itself is asked where there is none."""
+    assert stand_in(build("gemma3")) is None and stand_in(build("deepseek-v3")) is None
+    prompts = [evaluator.prompt(make_task("trace:generated=64", evaluator.tokenizer), number) for number in range(2)]
+    plan = Plan(SharedSettings(16, 4, 4, 4, 2), "query-aware", 0.5, [len(prompt.ids) for prompt in prompts])
+    shown, meant = (
+        each.answer(prompts, METHODS[name], plan, room=64, forced=True).resident_bytes
+        for each in (evaluator._light(), evaluator)
+    )
+    assert shown == pytest.approx(meant, rel=0.01)
+
+
+def test_the_model_itself_reads_no_trial(evaluator, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(Evaluator, "answer", lambda self, *_, **more: read.append(self) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure(evaluator, tmp_path, request("random", "kara", n=1))
+    assert len(read) == 1 and read[0].model is not evaluator.model
 
 
 def held(evaluator, prompts, name, share, shared):

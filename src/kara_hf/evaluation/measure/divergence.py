@@ -3,8 +3,8 @@
     documents = [Document(ids, prompt=256) for ids in texts]
     frame = divergence(model, documents, ["kara", "random"], [0.5, 0.25], out="results")
 
-It costs what reading costs: each method reads a document once, in forwards of many tokens, and a document more often
-where its bytes have to be made equal.
+It costs what reading costs: each method reads a document once, in forwards of many tokens. Where its bytes have to be
+made equal, a small model that stands in reads one more often.
 """
 
 import os
@@ -31,6 +31,7 @@ from .identity import method_identity, weights_of
 from .provenance import provenance
 from .request import Request
 from .results import Cell, CellFile, stored_settings
+from .stand_in import stand_in, will_do
 
 T = TypeVar("T")
 ROUNDS = 4  # readings of the document on which bytes are made equal, at most
@@ -191,11 +192,13 @@ class _Run:
     def measure(self) -> None:
         lengths = sorted(range(len(self.documents)), key=lambda number: len(self.documents[number].ids))
         trial = lengths[len(lengths) // 2]
-        self._make_equal(trial)
+        if (light := stand_in(self.model)) is not None:
+            self._make_equal([work for work in self._open_works() if will_do(work.method, work.plan)], light, trial)
+        self._make_equal(self._open_works(), self.model, trial)
         for numbers in self._batches(lengths):
             missing = [work for work in self.works if work.file and not work.file.done.issuperset(numbers)]
             for part in _parts(missing, self.together):
-                outcomes = self._read(part, [work.plan for work in part], numbers, counted=True)
+                outcomes = self._read(self.model, part, [work.plan for work in part], numbers, counted=True)
                 for work, found in zip(part, outcomes, strict=True):
                     for number, outcome in zip(numbers, found, strict=True):
                         self._keep(work, number, outcome)
@@ -211,15 +214,20 @@ class _Run:
             yield from _parts(list(alike), self.batch)
 
     # ----------------------------------------------------------------------------------------------------- equal bytes
-    def _make_equal(self, trial: int) -> None:
-        """Finds the share of every cell that has none yet, by reading the document `trial`, whose outcomes count."""
+    def _open_works(self) -> list[Work]:
+        """Cells whose share is not known."""
+        return [work for work in self.works if work.file is None]
+
+    def _make_equal(self, open_works: list[Work], model: Any, trial: int) -> None:
+        """Finds the shares of cells that have none yet: `model`, which may stand in for the one that is measured, reads
+        the document `trial`. What the measured one says of it counts.
+        """
         curves: dict[tuple[str, str], ShareCurve] = {}
-        open_works = [work for work in self.works if work.file is None]
         next_share = {id(work): work.cell.budget for work in open_works}
         for last in (False,) * (ROUNDS - 1) + (True,):
             for part in _parts(open_works, self.together):
                 plans = [replace(work.plan, share=next_share[id(work)]) for work in part]
-                for work, plan, (outcome,) in zip(part, plans, self._read(part, plans, [trial]), strict=True):
+                for work, plan, (outcome,) in zip(part, plans, self._read(model, part, plans, [trial]), strict=True):
                     work.tried[plan.share] = outcome
                     curve = curves.setdefault((work.cell.rule, work.method.name), ShareCurve(plan.shared.window))
                     curve.add(plan.share, outcome.resident_bytes / outcome.full_bytes)
@@ -232,15 +240,16 @@ class _Run:
                     still.append(work)
                     continue
                 self._open(work, curve.best(work.cell.budget, work.tried))
-                self._keep(work, trial, work.tried[work.plan.share])
-                self.progress(work.label, 1)
+                if model is self.model:
+                    self._keep(work, trial, work.tried[work.plan.share])
+                    self.progress(work.label, 1)
             open_works = still
 
     # --------------------------------------------------------------------------------------------------------- reading
     def _read(
-        self, works: Sequence[Work], plans: Sequence[Plan], numbers: Sequence[int], counted: bool = False
+        self, model: Any, works: Sequence[Work], plans: Sequence[Plan], numbers: Sequence[int], counted: bool = False
     ) -> list[list[Outcome]]:
-        """Outcomes of each of `works` under its plan; `counted`: as far as progress goes."""
+        """Outcomes of each of `works` under its plan with `model`; `counted`: as far as progress goes."""
         documents = [self.documents[number] for number in numbers]
         prompts = [document.prompt for document in documents]
         futures: dict[str, Future] = {}
@@ -249,24 +258,25 @@ class _Run:
             plan = replace(plan, prompts=prompts)
             if work.method.oracle:
                 if plan.rule not in futures:
-                    futures[plan.rule] = self._future(plan, documents)
+                    futures[plan.rule] = self._future(model, plan, documents)
                 plan = replace(plan, future=futures[plan.rule])
-            makers.append(lambda work=work, plan=plan: work.method.make(self.model, plan))
+            makers.append(lambda work=work, plan=plan: work.method.make(model, plan))
         told = _told(works) if counted else f"equal bytes, {_told(works)}"
         each = sum(not (work.file and number in work.file.done) for work in works for number in numbers)
         of_a_token = each / (documents[0].prompt + documents[0].forced) if counted else 0.0
         self.progress(told, 0)
         return read_together(
-            self.model, documents, makers, step=self.step, progress=lambda read: self.progress(told, read * of_a_token)
+            model, documents, makers, step=self.step, progress=lambda read: self.progress(told, read * of_a_token)
         )
 
-    def _future(self, plan: Plan, documents: Sequence[Document]) -> Future:
+    @staticmethod
+    def _future(model: Any, plan: Plan, documents: Sequence[Document]) -> Future:
         """What the oracle knows: attention in the full cache over the same documents."""
         import torch
 
-        ids = torch.tensor([list(document.ids) for document in documents], device=self.model.device)
+        ids = torch.tensor([list(document.ids) for document in documents], device=model.device)
         config = KaraConfig(**window_settings(plan))
-        return future_attention(self.model, ids, torch.ones_like(ids), plan.prompts, [0] * len(ids), config)
+        return future_attention(model, ids, torch.ones_like(ids), plan.prompts, [0] * len(ids), config)
 
     # --------------------------------------------------------------------------------------------------------- keeping
     def _open(self, work: Work, share: Any) -> None:
