@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.architectures import build
 from support.marks import few, slow
 from support.processes import forked
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 from typer.testing import CliRunner
 
 from kara_hf import KaraCache, KaraConfig, detach
@@ -156,6 +156,19 @@ def test_a_stand_in_holds_what_the_model_holds(evaluator, name):
         for each in (evaluator._light(), evaluator)
     )
     assert shown == pytest.approx(meant, rel=0.01)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (14, 2, 64), (6, 6, 80)])
+def test_a_stand_in_has_the_model_s_shapes(heads, kv_heads, size):
+    sizes = {"hidden_size": 36 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": size}
+    config = AutoConfig.for_model("llama", **sizes, intermediate_size=8, num_hidden_layers=3, vocab_size=50)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    held = []
+    for each in (model, stand_in(model)):
+        cache = KaraCache(each, retention=0.5, window=16)
+        each(torch.arange(40)[None], past_key_values=cache)
+        held.append((cache.report().resident_bytes, cache.report().full_bytes))
+    assert held[0] == held[1]
 
 
 def test_the_model_itself_reads_no_trial(evaluator, tmp_path, monkeypatch):

@@ -10,12 +10,12 @@ from ...integration.attach import unwrap
 from ...integration.shape import full_layers, layer_kinds, layer_sizes
 from ...methods.registry import Method, Plan
 
-WIDTH = 16  # numbers in a hidden state
+WIDTH = 2  # numbers of a hidden state for each query head, of which a Llama's are a multiple
 
 
 def stand_in(model: Any) -> Any | None:
-    """A Llama with a model's layers, heads, head size, vocabulary, end tokens, dtype and device, and hidden states of
-    `WIDTH` numbers. Bytes of a cache depend on how many tokens come, and hardly on which.
+    """A Llama with a model's layers, heads, head size, vocabulary, end tokens, dtype and device, and hidden states
+    of few numbers. Bytes of a cache depend on how many tokens come, and hardly on which.
 
     Args:
         model: a Transformers causal LM, or a wrapper around one.
@@ -34,7 +34,7 @@ def stand_in(model: Any) -> Any | None:
     if sizes is None or sizes.key_size % 2:  # an odd head cannot be rotated
         return None
     small = LlamaConfig(
-        hidden_size=WIDTH,
+        hidden_size=WIDTH * sizes.query_heads,
         intermediate_size=WIDTH,
         num_hidden_layers=layers,
         num_attention_heads=sizes.query_heads,
