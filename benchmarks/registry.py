@@ -9,6 +9,7 @@ MODULES = (
     "speed.prompt",
     "speed.pod",
     "speed.serving",
+    "speed.workloads",
     "speed.saved",
     "speed.turns",
     "speed.demo",

@@ -75,8 +75,8 @@ def serving_jobs(
             yield Job(labels, partial(served, METHODS[name], requests, sequences, prompt, count))
 
 
-def bundled_to_serve() -> tuple[Any, Any]:
-    """The bundled model and its tokenizer. Raises Skip if this Transformers cannot serve."""
+def can_serve() -> None:
+    """Raises Skip if this Transformers cannot serve."""
     from kara_hf.serving.seams import check_version
 
     try:
@@ -84,6 +84,11 @@ def bundled_to_serve() -> tuple[Any, Any]:
     except ImportError as error:
         raise Skip(str(error)) from error
     logging.set_verbosity_error()
+
+
+def bundled_to_serve() -> tuple[Any, Any]:
+    """The bundled model and its tokenizer. Raises Skip if this Transformers cannot serve."""
+    can_serve()
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(TINY)
 

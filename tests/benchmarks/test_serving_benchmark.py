@@ -32,3 +32,14 @@ def test_a_conversation_reads_less_where_its_past_is_remembered(tmp_path):
     alone, forgetful, kara = load_rows(out)
     assert kara["read"] == 2 * (8 + 1) <= forgetful["read"] / 3
     assert alone["read"] < forgetful["read"]
+
+
+def test_whole_requests_are_answered_and_graded(tmp_path):
+    out = tmp_path / "rows.json"
+    done = CliRunner().invoke(app, ["run", "workloads", "--smoke", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    alone, kara = load_rows(out)
+    assert alone["blocks"] == kara["blocks"] and alone["prompt_tokens"] == kara["prompt_tokens"]
+    assert alone["right"] == 1 and alone["difference"] == 0 and kara["difference"] == kara["right"] - alone["right"]
+    for row in (alone, kara):
+        assert 0 < row["between_50"] <= row["first_50"] <= row["first_99"] < row["seconds"]

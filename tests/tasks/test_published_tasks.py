@@ -84,6 +84,18 @@ def test_gsm8k_keeps_the_order_of_its_file(tmp_path, kind):
             task.example(number)
 
 
+def test_solved_problems_of_gsm8k_are_shown_and_not_asked(tmp_path):
+    path = written(tmp_path, GSM8K)
+    task, plain = make_task(f"gsm8k:path={path}:shots=2", None), make_task(f"gsm8k:path={path}", None)
+    assert task.size == 2
+    for number in range(2):
+        made = task.example(number)
+        shots, own = made.context[: -len(plain.example(number).context)], plain.example(number).context
+        assert made.context.endswith(own) and all(row["question"] in shots for row in GSM8K[2:])
+        assert [f"\\boxed{{{answer}}}" in shots for answer in ("1500", "2")] == [True] * 2
+        assert not any(row["question"] in shots for row in GSM8K[:2]) and "<<" not in shots and "####" not in shots
+
+
 def test_problems_of_gsm8k_are_solved_one_after_the_other_in_one_answer(tmp_path):
     name = f"gsm8k:path={written(tmp_path, GSM8K)}:problems=2"
     task = make_task(name, None)
@@ -261,6 +273,9 @@ def test_max_length_cuts_the_context_only(tmp_path):
         ("gsm8k:path={}", MATH500, "has no question; its columns are problem, solution, answer, level"),
         ("math500:path={}:max_new_tokens=0", MATH500, "max_new_tokens=0 is not possible"),
         ("gsm8k:path={}:problems=0", GSM8K, "problems=0 is not possible; give at least 1"),
+        ("gsm8k:path={}:shots=-1", GSM8K, "shots=-1 is not possible; give 0, or more with problems=1"),
+        ("gsm8k:path={}:shots=2:problems=2", GSM8K, "shots=2 is not possible; give 0, or more with problems=1"),
+        ("gsm8k:path={}:shots=4", GSM8K, "shots=4 is not possible; the set has 4 problems in all"),
         ("math500:path={}:shots=4", MATH500, "has no option 'shots'; options of math500, .*path, max_new_tokens"),
         ("longbench-trec:path={}:max_length=1", [longbench_row()], "max_length=1 is not possible"),
         ("longbench-trec:path={}", AIME, "has no input and no context and no answers"),

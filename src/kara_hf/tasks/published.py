@@ -103,14 +103,16 @@ def source_of(hub: str, path: str | None) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _mathematics(name: str, number: int, row: Row, *, problem: str, gold: Callable[[str], str], room: int) -> Example:
+def _mathematics(
+    name: str, number: int, row: Row, *, problem: str, gold: Callable[[str], str], room: int, shown: str = ""
+) -> Example:
     right = gold(str(row["answer"]))
     return Example(
         task=name,
         number=number,
         context=(
-            f"Problem: {row[problem]}\n\nSolve the problem step by step and put the final answer in \\boxed{{}}.\n\n"
-            "Solution:"
+            f"{shown}Problem: {row[problem]}\n\n"
+            "Solve the problem step by step and put the final answer in \\boxed{}.\n\nSolution:"
         ),
         question="",
         answers=(right,),
@@ -118,6 +120,12 @@ def _mathematics(name: str, number: int, row: Row, *, problem: str, gold: Callab
         max_new_tokens=room,
         reference=str(row.get("solution") or row["answer"]),
     )
+
+
+def _solved(row: Row) -> str:
+    """A problem of GSM8K with its solution, as it is shown before others."""
+    steps = re.sub(r"<<.*?>>", "", str(row["answer"])).partition("####")[0].strip()
+    return f"Problem: {row['question']}\n\nSolution: {steps} \\boxed{{{gsm8k_answer(str(row['answer']))}}}\n\n"
 
 
 def _first_solution(text: str) -> str:
@@ -133,17 +141,31 @@ def _room(name: str, max_new_tokens: object) -> int:
 
 @register_task("gsm8k", packages=MATHEMATICS, files=("path",))
 def _gsm8k(
-    name: str, tokenizer: Any, *, path: str | None = None, problems: int = 1, max_new_tokens: int | None = None
+    name: str,
+    tokenizer: Any,
+    *,
+    path: str | None = None,
+    problems: int = 1,
+    shots: int = 0,
+    max_new_tokens: int | None = None,
 ) -> PublishedTask:
-    """GSM8K; with more than one of `problems` so many are solved one after the other in one long answer."""
+    """GSM8K; with more than one of `problems` so many are solved one after the other in one long answer; with `shots`
+    the last so many of the set are shown solved before every problem, and not asked.
+    """
     hub = "openai/gsm8k"
     if not is_int(problems) or problems < 1:
         raise ValueError(f"task={name!r}: problems={problems!r} is not possible; give at least 1")
+    if not is_int(shots) or shots < 0 or (shots and problems > 1):
+        raise ValueError(f"task={name!r}: shots={shots!r} is not possible; give 0, or more with problems=1")
     room = _room(name, 1024 * problems if max_new_tokens is None else max_new_tokens)
     rows = load_rows(name, hub, "main", "test", ("question", "answer"), path)
     if problems == 1:
-        make = partial(_mathematics, problem="question", gold=gsm8k_answer, room=room)
-        return PublishedTask(name, rows, make, source_of(hub, path))
+        if shots >= len(rows):
+            raise ValueError(f"task={name!r}: shots={shots} is not possible; the set has {len(rows)} problems in all")
+        shown = "".join(_solved(rows[number]) for number in range(len(rows) - shots, len(rows)))
+        make = partial(_mathematics, problem="question", gold=gsm8k_answer, room=room, shown=shown)
+        asked = rows.select(range(len(rows) - shots)) if shots else rows
+        return PublishedTask(name, asked, make, source_of(hub, path))
     groups = [[rows[first + i] for i in range(problems)] for first in range(0, len(rows) - problems + 1, problems)]
     return PublishedTask(name, groups, partial(_problems_in_turn, room=room), source_of(hub, path))
 
