@@ -145,16 +145,15 @@ ROUNDED = ["4bit", "kara-4bit", "kv-compress-4bit"]
 
 
 @pytest.mark.usefixtures("quanto")
+@pytest.mark.parametrize("rule", few([*RULES], "query-aware"))
 @pytest.mark.parametrize("name", few([*(set(EVERY) - {"oracle"})], "random", "kara", "kv-compress", *ROUNDED))
-def test_a_stand_in_holds_what_the_model_holds(evaluator, name):
+def test_a_stand_in_holds_what_the_model_holds(evaluator, name, rule):
     """And the model itself is asked where there is none."""
     assert stand_in(build("gemma3")) is None and stand_in(build("deepseek-v3")) is None
-    prompts = [evaluator.prompt(make_task("trace:generated=64", evaluator.tokenizer), number) for number in range(2)]
-    plan = Plan(SharedSettings(16, 4, 4, 4, 2), "query-aware", 0.5, [len(prompt.ids) for prompt in prompts])
-    shown, meant = (
-        each.answer(prompts, METHODS[name], plan, room=64, forced=True).resident_bytes
-        for each in (evaluator._light(), evaluator)
-    )
+    prompts = [evaluator.prompt(make_task(TASK, evaluator.tokenizer), number) for number in range(2)]
+    plan = Plan(SharedSettings(16, 4, 4, 4, 2), rule, 0.5, [len(prompt.ids) for prompt in prompts])
+    shown = evaluator._light().most_held(prompts, METHODS[name], plan, 64)
+    meant = evaluator.answer(prompts, METHODS[name], plan, room=64, forced=True).resident_bytes
     assert shown == pytest.approx(meant, rel=0.01)
 
 
@@ -173,7 +172,7 @@ def test_a_stand_in_has_the_model_s_shapes(heads, kv_heads, size):
 
 def test_the_model_itself_reads_no_trial(evaluator, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(Evaluator, "answer", lambda self, *_, **more: read.append(self) or 1 / 0)
+    monkeypatch.setattr(Evaluator, "most_held", lambda self, *_: read.append(self) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measure(evaluator, tmp_path, request("random", "kara", n=1))
     assert len(read) == 1 and read[0].model is not evaluator.model

@@ -194,7 +194,35 @@ class Evaluator:
     def _trial(self, prompts: Sequence[TokenizedExample], method: Method, plan: Plan, room: int) -> int:
         """Most bytes held while exactly `room` tokens are generated; by a stand-in where that tells, which is cheap."""
         light = self._light() if will_do(method, plan) else None
-        return (light or self).answer(prompts, method, plan, room=room, forced=True).resident_bytes
+        return (light or self).most_held(prompts, method, plan, room)
+
+    @torch.inference_mode()
+    def most_held(self, prompts: Sequence[TokenizedExample], method: Method, plan: Plan, room: int) -> int:
+        """Most bytes held while `room` tokens, whatever they are, are decoded behind the prompts: by a cache of this
+        package many in one forward.
+        """
+        cache = method.make(self.model, plan)
+        if not isinstance(cache, CompressedCache):
+            return self.answer(prompts, method, plan, room=room, forced=True).resident_bytes
+        late = plan.rule == QUERY_AGNOSTIC
+        inputs = self.batch([prompt.context if late else prompt.ids for prompt in prompts])
+        seen = 0
+        if late:
+            seen = inputs["input_ids"].shape[1]
+            inputs = self._with_questions(prompts, cache, inputs, is_read=False)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        read_prompt(self.model, cache, ids[:, seen:], mask)
+        words, most = self.model.get_input_embeddings().num_embeddings, 0
+        drawn = torch.randint(words, (len(ids), room), generator=torch.Generator().manual_seed(0)).to(ids)
+        seen = 1  # the last token that is generated is not read
+        with cache.replaying():
+            while seen < room:
+                # What brings the last replayable token compresses before it is stored: most is held one token earlier.
+                part = drawn[:, seen : seen + max(1, cache.replayable - 1)]
+                mask = torch.cat([mask, mask.new_ones(part.shape)], 1)
+                read_prompt(self.model, cache, part, mask)
+                seen, most = seen + part.shape[1], max(most, held_bytes(cache))
+        return most or held_bytes(cache)
 
     def _light(self) -> "Evaluator | None":
         """The same for a model that stands in for this one, if there is one."""
