@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kara_hf import PoDCache, PoDSharing
 from kara_hf.bundled import BUNDLED_MODEL
 from kara_hf.integration.generation import for_generate
+from kara_hf.kernels import shared_attention
 from kara_hf.pod.adapt import AdaptConfig, adapt, perplexity
 from kara_hf.pod.checkpoint import StepLog
 from kara_hf.pod.forward import SharedForward
@@ -229,11 +230,20 @@ def test_uploads_go_to_the_named_repository(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [0, 4], ids=["all-weights", "lora"])
-def test_bfloat16(tmp_path, rank):
+def test_bfloat16(tmp_path, monkeypatch, rank):
+    attended = set()
+
+    def watched(*args, **kwargs):
+        out = shared_attention(*args, **kwargs)
+        attended.add(out.dtype)
+        return out
+
+    monkeypatch.setattr("kara_hf.pod.forward.shared_attention", watched)
     model = build_model() if not rank else build_model().bfloat16()
     config = AdaptConfig(**QUICK | {"rank": rank, "precision": "bf16", "distill": 0.5})
     result = adapt(model, SHARED, numbers(), config, tmp_path / "out")
     assert all(math.isfinite(loss) for loss in result.losses)
+    assert attended == {torch.bfloat16}
     assert "_original_forward" not in vars(result.model)
     assert {weight.dtype for weight in result.model.parameters() if weight.requires_grad} == {torch.float32}
     with torch.no_grad():  # without accelerate's autocast

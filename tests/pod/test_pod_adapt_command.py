@@ -36,6 +36,7 @@ def test_the_command_adapts_the_bundled_model_and_resumes(tmp_path, monkeypatch)
     options = ["--sharing", tmp_path / "sharing", "--out", tmp_path / "out", "--length", 128, "--steps", 3]
     options += ["--lr", 1e-3, "--rank", 4, "--targets", "q_proj, k_proj", "--distill", 0.5, "--batch", 2]
     options += ["--held-out", 2, "--held-out-split", "test", "--save-every", 1, "--clip", 0]
+    options += ["--teacher", tmp_path / "teacher", "--top-k", 4]
     steps = Training.take_step
 
     def killed(self):
@@ -55,6 +56,7 @@ def test_the_command_adapts_the_bundled_model_and_resumes(tmp_path, monkeypatch)
     assert [line.split(", ")[1].split(":")[0] for line in lines] == ["unshared", "shared", "adapted"]
     assert [row["step"] for row in read(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
     settings = json.loads((tmp_path / "out" / "pod_adapt.json").read_text())["config"]
+    assert len(list((tmp_path / "teacher").glob("*.safetensors"))) == 6
     assert settings["targets"] == ["q_proj", "k_proj"] and settings["clip"] is None and settings["learn_after"] == ">"
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL), str(tmp_path / "out"))
     assert PoDCache(loaded, PoDSharing.from_pretrained(tmp_path / "out")) is not None

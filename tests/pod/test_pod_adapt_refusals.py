@@ -52,6 +52,9 @@ def test_the_learning_rate_rises_and_falls():
         ("alpha", 0),
         ("dropout", 1.0),
         ("distill", 1.1),
+        ("top_k", 0),
+        ("teacher", ""),
+        ("teacher", "folder"),
         ("lr", 0),
         ("warmup", -0.1),
         ("clip", -1),
@@ -157,9 +160,11 @@ def test_files_a_place_and_a_login_are_looked_up_before_anything_is_trained(tmp_
     output = tmp_path / "out"
     output.write_text("")
     with pytest.raises(ValueError) as raised:
-        adapt(build_model(), SHARED, "./nowhere", AdaptConfig(**QUICK), output, push_to_hub="me/adapted")
+        config = AdaptConfig(**QUICK | {"distill": 0.5, "teacher": str(output)})
+        adapt(build_model(), SHARED, "./nowhere", config, output, push_to_hub="me/adapted")
     message = str(raised.value)
     assert "data='./nowhere' is not there" in message and "output=" in message and "must be a folder" in message
+    assert "teacher must be a folder, or the name of a new one" in message
     assert "push_to_hub='me/adapted' is not possible: nobody is logged in to the hub; run: hf auth login" in message
 
 

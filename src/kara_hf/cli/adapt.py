@@ -51,6 +51,13 @@ SETTINGS: dict[str, Any] = {
         typer.Option(help="LoRA: names of linear layers, by commas, or all-linear [default: q, k, v and o_proj]."),
     ],
     "distill": "Share of the loss that is KL divergence from the unshared base model.",
+    "top_k": "Its most likely tokens that this compares one by one; the rest is one class.",
+    "teacher": Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Folder that keeps what the base model predicts, for other runs on this data."
+        ),
+    ],
     "steps": "Steps of the optimiser.",
     "batch": "Samples at once, on each process.",
     "accumulate": "Batches in a step.",

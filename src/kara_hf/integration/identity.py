@@ -25,16 +25,17 @@ def forward_identity(model: Any) -> dict[str, Any]:
     return {"dtype": str(model.dtype).removeprefix("torch."), "config": short_digest(config)}
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
+def weights_fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
     """A digest of names, shapes, dtypes and `SAMPLE` numbers of every weight, the same on every device.
 
-    Another training has moved some of these numbers; that a few others were edited does not show.
+    Another training has moved some of these numbers; that a few others were edited does not show. With a `dtype` the
+    numbers are read in it, and a model that was loaded in another dtype without loss has the same digest.
     """
     total = hashlib.sha256()
     for name, weight in model.named_parameters():
-        total.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        total.update(f"{name} {tuple(weight.shape)} {dtype or weight.dtype}".encode())
         if weight.numel() and not weight.is_meta:
             flat = getattr(weight, "to_local", lambda weight=weight: weight)().detach().flatten()
-            sample = flat[:: max(1, len(flat) // SAMPLE)].cpu().contiguous()
+            sample = flat[:: max(1, len(flat) // SAMPLE)].cpu().to(dtype or weight.dtype).contiguous()
             total.update(sample.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

@@ -164,7 +164,8 @@ def _attend(
         logits = torch.where(distant, shared, logits)
     else:
         logits = logits.index_copy(1, followers, torch.where(distant, shared, logits[:, followers]))
-    logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
+    # added in place, and not filled in, which would copy the logits and in the backward pass their gradient
+    logits = logits.add_(torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))[:, :, None])
     weights = weights_of(logits, grouped_sinks(sink_logits, keys.shape[1]))
     if skip is not None:
         weights = weights.index_copy(1, followers, skipped(weights[:, followers], distant, skip))

@@ -102,20 +102,28 @@ def adapt(
     held_out = list(islice(start(0), config.held_out)) if held_out is None else held_out
 
     from .checkpoint import Checkpoint
-    from .training import Training
+    from .teacher import PredictionFolder
+    from .training import Training, progress_bar
 
     accelerator = make_accelerator(model, config, output, log)
     checkpoint = Checkpoint(
         accelerator,
         output.with_name(f"{output.name}.checkpoint"),
         asdict(config) | {"sharing": asdict(sharing), "processes": accelerator.num_processes},
-        free=("save_every",),
+        free=("save_every", "teacher"),
     )
     checkpoint.check(resume)
     detach(model)  # what a cache may have left in front of its forward would be wrapped by accelerate
+    teacher: PredictionFolder | PreTrainedModel | None = None
+    if config.teacher is not None:
+        teacher = PredictionFolder(Path(config.teacher), model, config.top_k)
+        total = config.steps * config.accumulate * accelerator.num_processes * config.batch
+        others = SampleStream(start, stream.first)
+        with progress_bar(accelerator.is_main_process) as progress:
+            samples = progress.track((others.take(1)[0] for _ in range(total)), total, description="base model")
+            teacher.fill(samples, config.batch, accelerator)
     with ExitStack() as stack:
-        teacher = None
-        if config.distill and not config.rank:
+        if config.distill and not config.rank and teacher is None:
             teacher = copy.deepcopy(model).requires_grad_(False).eval().to(accelerator.device)
         student = stack.enter_context(trainable(model, config))
         if config.checkpointing:

@@ -37,6 +37,8 @@ RANGES: dict[str, Range] = {
     "dropout": (lambda value: is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
     "targets": (_are_targets, "names of linear layers, 'all-linear' or None"),
     "distill": _SHARE,
+    "top_k": _count(1),
+    "teacher": (lambda value: value is None or (isinstance(value, str) and bool(value)), "a folder or None"),
     "lr": _POSITIVE,
     "warmup": _SHARE,
     "floor": _SHARE,
@@ -73,6 +75,10 @@ class AdaptConfig(Settings):
         targets: names of the linear layers that LoRA adapts, or "all-linear"; None: those of q_proj, k_proj, v_proj and
             o_proj that the model has.
         distill: w in [0, 1] of the loss ``w * KL(unshared base model || this one) + (1 - w) * cross-entropy``.
+        top_k: most likely tokens of the base model that the divergence compares one by one; all others are one class
+            (`kara_hf.pod.loss.token_losses`). A vocabulary's size or more: the divergence itself.
+        teacher: folder that keeps these predictions of the base model, which other runs on the same samples then need
+            not compute; what it lacks is computed before training. None: they are computed at every step.
         lr: highest learning rate; None: 1e-4 with LoRA, 1e-5 with all weights.
         warmup: share of the steps over which the learning rate rises to it, in [0, 1].
         floor: share of it that a cosine has fallen to at the last step, in [0, 1].
@@ -102,6 +108,8 @@ class AdaptConfig(Settings):
     dropout: float = 0.0
     targets: tuple[str, ...] | Literal["all-linear"] | None = None
     distill: float = 0.0
+    top_k: int = 64
+    teacher: str | None = None
     lr: float | None = None
     warmup: float = 0.03
     floor: float = 0.1
@@ -121,6 +129,10 @@ class AdaptConfig(Settings):
             require(fits(value), name, value, expected)
         if self.learn_first and self.learn_after is None:
             raise ValueError("learn_first=True is not possible without learn_after, the token that it is about")
+        if self.teacher is not None and not self.distill:
+            raise ValueError(
+                f"teacher={self.teacher!r} is not possible with distill=0, which asks no teacher; set distill"
+            )
 
     @property
     def peak(self) -> float:

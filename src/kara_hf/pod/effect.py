@@ -25,7 +25,7 @@ from ..integration.shape import layer_kinds, model_name, model_shape
 from ..policy.sharing import PoDSharing, cannot_save, check_saving
 from .explore import check_ids
 from .forward import SharedForward
-from .loss import token_losses
+from .loss import divergence
 
 FILE = "pod_effect.json"
 FORMAT = 1
@@ -223,13 +223,11 @@ class Effect:
         total = 0.0
         with SharedForward(self.model, sharing):
             for ids, expected in zip(self.samples, self.expected, strict=True):
-                found = self._logits(ids)
-                any_target = torch.zeros(found.shape[:2], dtype=torch.long, device=found.device)
-                total += float(token_losses(found, any_target, expected)[1])
-        divergence = total / sum(length - self.near for length in self.tokens)
-        if not math.isfinite(divergence):
-            raise ValueError(f"the divergence is {divergence}; load the model in another dtype (bfloat16 or float32)")
-        return divergence
+                total += float(divergence(self._logits(ids), expected))
+        mean = total / sum(length - self.near for length in self.tokens)
+        if not math.isfinite(mean):
+            raise ValueError(f"the divergence is {mean}; load the model in another dtype (bfloat16 or float32)")
+        return mean
 
     @torch.no_grad()
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:

@@ -38,12 +38,13 @@ def needs_of_adaptation(
     needs += [Package("peft", extra("train"))] if config.rank else []
     needs += [Package(TRACKERS[log], f"pip install {log}")] if TRACKERS[log] else []
     needs += needs_of(data) if isinstance(data, str) else []
-    return [*needs, Check(lambda: check_output(output)), Check(lambda: check_login(push_to_hub))]
+    needs += [Check(lambda: check_folder("teacher", Path(str(config.teacher))))] if config.teacher is not None else []
+    return [*needs, Check(lambda: check_folder("output", output)), Check(lambda: check_login(push_to_hub))]
 
 
-def check_output(output: Path) -> None:
-    """Raises ValueError if `output` is something else than a folder."""
-    require(output.is_dir() or not output.exists(), "output", str(output), "a folder, or the name of a new one")
+def check_folder(name: str, folder: Path) -> None:
+    """Raises ValueError if `folder` is something else than a folder."""
+    require(folder.is_dir() or not folder.exists(), name, str(folder), "a folder, or the name of a new one")
 
 
 def check_login(push_to_hub: str | None) -> None:

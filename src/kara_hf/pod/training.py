@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from .checkpoint import Checkpoint, StepLog
 from .config import AdaptConfig
 from .forward import SharedForward
-from .loss import summed_loss, token_losses
+from .loss import Predictions, summed_loss, token_losses
 from .samples import IGNORED, Sample, SampleStream, collate, ids_of, without_targets
+from .teacher import PredictionFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,7 +32,8 @@ class Training:
     Args:
         model: with LoRA by PEFT, or itself.
         shared: switched on for `model`.
-        teacher: a frozen copy of the model before training; None: `model` without LoRA is the teacher.
+        teacher: a folder with predictions for all samples, or a frozen copy of the model before training; None:
+            `model` without LoRA is the teacher.
         stream: what is trained on.
         held_out: what the loss is measured with before and after.
 
@@ -50,7 +52,7 @@ class Training:
         config: AdaptConfig,
         stream: SampleStream,
         held_out: Sequence[Sample],
-        teacher: PreTrainedModel | None = None,
+        teacher: PredictionFolder | PreTrainedModel | None = None,
     ):
         self.accelerator, self.model, self.shared, self.config = accelerator, model, shared, config
         self.stream, self.held_out, self.teacher = stream, held_out, teacher
@@ -83,15 +85,7 @@ class Training:
             self.measure("shared")
         main = self.accelerator.is_main_process
         log = StepLog(metrics, self.step) if main else None
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, disable=not main or not console.is_terminal) as progress:
+        with progress_bar(main) as progress:
             bar = progress.add_task("adapting", total=self.config.steps, completed=self.step)
             begin, before = time.perf_counter(), self.tokens
             while self.step < self.config.steps:
@@ -102,8 +96,8 @@ class Training:
                     log.write(row)
                     text = f"loss {row['loss']:.4f} lr {row['lr']:.2e} {row['tokens_per_second']:,.0f} tokens/s"
                     progress.update(bar, completed=self.step, description=text)
-                    if not console.is_terminal and (self.step % PRINT_EVERY == 0 or self.step == self.config.steps):
-                        console.print(f"step {self.step:,} of {self.config.steps:,} {text}")
+                    if progress.disable and (self.step % PRINT_EVERY == 0 or self.step == self.config.steps):
+                        progress.console.print(f"step {self.step:,} of {self.config.steps:,} {text}")
                 if self.step % self.config.save_every == 0:
                     checkpoint.save()
         self.measure("adapted")
@@ -121,15 +115,16 @@ class Training:
         processes, batch = accelerator.num_processes, config.batch
         samples = self.stream.take(config.accumulate * processes * batch)
         firsts = range(accelerator.process_index * batch, len(samples), processes * batch)
-        parts = [collate(samples[first : first + batch], accelerator.device) for first in firsts]
-        count = accelerator.reduce(sum((targets != IGNORED).sum() for _, targets in parts), "sum").clamp(min=1)
+        parts = [samples[first : first + batch] for first in firsts]
+        batches = [collate(part, accelerator.device) for part in parts]
+        count = accelerator.reduce(sum((targets != IGNORED).sum() for _, targets in batches), "sum").clamp(min=1)
         lr = config.lr_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         sums = torch.zeros(2, device=accelerator.device)
-        for ids, targets in parts:
+        for part, (ids, targets) in zip(parts, batches, strict=True):
             with accelerator.accumulate(self.prepared):
-                taught = self.teach(ids) if config.distill else None
+                taught = self.predictions(part, ids) if config.distill else None
                 logits = self.prepared(input_ids=ids, use_cache=False).logits
                 cross_entropy, divergence = token_losses(logits, targets, taught)
                 del logits, taught
@@ -157,12 +152,18 @@ class Training:
             row["kl"] = divergence
         return row | {"lr": lr, "grad_norm": None if norm is None else float(norm), "tokens": self.tokens}
 
+    def predictions(self, samples: Sequence[Sample], ids: torch.Tensor) -> Predictions:
+        """What the unshared base model predicts of samples, and of their `ids` ``[B, S]``."""
+        if isinstance(self.teacher, PredictionFolder):
+            return self.teacher.read(samples, ids.device)
+        return Predictions.of(self.teach(ids), self.config.top_k)
+
     @torch.no_grad()
     def teach(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits ``[B, S, V]`` of the unshared base model."""
         self.prepared.eval()
         try:
-            if self.teacher is not None:
+            if isinstance(self.teacher, PreTrainedModel):
                 with self.accelerator.autocast():
                     return self.teacher(input_ids=ids, use_cache=False).logits
             with self.shared.paused(), self.model.disable_adapter():
@@ -184,6 +185,17 @@ class Training:
         if not count:
             raise ValueError("the held-out samples have nothing to predict; give others, or held_out=0")
         self.measured[name] = total / count
+
+
+def progress_bar(shown: bool) -> Progress:
+    """A bar on stderr; disabled where it is not shown or there is no terminal."""
+    console = Console(stderr=True)
+    text, counts, times = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        (TimeElapsedColumn(), TimeRemainingColumn()),
+    )
+    return Progress(text, BarColumn(), counts, *times, console=console, disable=not shown or not console.is_terminal)
 
 
 def make_optimizer(model: torch.nn.Module, config: AdaptConfig) -> torch.optim.Optimizer:
