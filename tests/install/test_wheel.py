@@ -38,7 +38,7 @@ SHORT = {
     "compress": {},
     "plan": {},
     "doctor": {},
-    "evaluate": {"--tasks": "trace", "--n": "1", "--budgets": "0.5", "--rules": "prompt-kept"},
+    "evaluate": {"--tasks": "trace:generated=60", "--n": "1", "--budgets": "0.5", "--rules": "prompt-kept"},
     "divergence": {"--tokens": "128", "--prompt": "64", "--documents": "1"},
     "report": {},
     "serve": {"--memory": "64MiB"},

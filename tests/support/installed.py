@@ -86,7 +86,7 @@ class Environment:
         """What a command prints, or, if it is to fail, says on stderr; it has to end with that code."""
         process = self.start(*words)
         try:
-            out, err = process.communicate(timeout=240)
+            out, err = process.communicate(timeout=600)
         finally:
             process.kill()
         assert process.returncode == code, (words, process.returncode, out, err)
