@@ -144,7 +144,7 @@ def served(environment, *command):
     path = "v1/models" if command[1] == "serve" else ""
     process = environment.start(*command, "--port", str(port))
     try:
-        for _ in range(240):
+        for _ in range(1200):
             time.sleep(0.5)
             assert process.poll() is None, process.communicate()
             with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}") as answer:
