@@ -25,7 +25,10 @@ export OMP_WAIT_POLICY ?= passive
 # takes over some of the other's.
 IN_TWO := -n 2 --dist worksteal
 
-.PHONY: generate test test-all clean
+# The site of the pages in docs/; a link or an anchor that leads nowhere is an error.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+.PHONY: generate test test-all docs clean
 
 generate: $(VENV)/generate.stamp
 	$(BIN)/kara-hf generate $(if $(MODEL),--model $(if $(filter smollm2,$(MODEL)),$(SMOLLM2),$(MODEL)))
@@ -34,14 +37,19 @@ test: $(VENV)/test.stamp
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
+	$(SITE)
 	$(BIN)/python -m pytest $(IN_TWO)
 
 # Slow tests too, among them the sweep over every causal LM class of Transformers; drawn tests draw more examples.
 test-all: test
 	$(BIN)/python -m pytest $(IN_TWO) -m "slow or hypothesis" --hypothesis-profile thorough
 
+docs: $(VENV)/test.stamp
+	$(SITE)
+	@echo "Open site/index.html"
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/torch.stamp:
 	@$(PYTHON) -c '$(HAS_PYTHON)'

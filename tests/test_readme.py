@@ -2,27 +2,18 @@
 
 import inspect
 import re
-import shlex
 from itertools import takewhile
-from pathlib import Path
 
 import pytest
 import transformers
 from packaging.version import Version
+from support.shown import FENCE, README, ROOT, TEXTS, shown, words
 from typer.main import get_command
 
 import kara_hf
 from benchmarks import registry  # noqa: F401  it registers the cases
 from benchmarks.common.case import chosen
 from kara_hf.cli.app import app
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-TEXTS = {
-    str(path.relative_to(ROOT)): path.read_text()
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-}
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 
 
 def prose(text: str) -> str:
@@ -35,21 +26,6 @@ def sentences(text: str) -> list[str]:
     """Of prose, with each cell of a table and each item of a list on its own."""
     parts = re.split(r"\n\s*\n|\n(?=[-#|]|\d+\. )|\|", prose(text))
     return [sentence for part in parts for sentence in re.split(r"(?<=[.:;?!])\**\s+", part.strip())]
-
-
-def shown(command: str) -> list[tuple[str, str]]:
-    """All lines of code in all texts that begin with `command`, with the text that they are in."""
-    found = []
-    for name, text in TEXTS.items():
-        code = [match[1] for match in re.finditer(r"`([^`\n]+)`", FENCE.sub("", text))]
-        code += [line.strip() for line in text.splitlines() if line.startswith("    ")]
-        code += [line.strip() for _, block in FENCE.findall(text) for line in block.splitlines()]
-        found += [(name, line) for line in code if line.startswith(command + " ")]
-    return found
-
-
-def words(line: str) -> list[str]:
-    return shlex.split(line, comments=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- the README

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bundled import BUNDLED_MODEL
     from .cache.caches import KaraCache, KVCompressCache, PoDCache
     from .cache.compressed import CompressedCache
     from .cache.report import CacheReport
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from .policy.sharing import PoDSharing
     from .storage import PoolExhausted
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
+    "BUNDLED_MODEL": "bundled",
     "CacheReport": "cache.report",
     "CompressedCache": "cache.caches",  # where the classes are that its `load` finds
     "KVCompressCache": "cache.caches",
@@ -43,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BUNDLED_MODEL",
     "CacheReport",
     "CompressedCache",
     "KVCompressCache",

@@ -21,9 +21,8 @@ NEEDS = {  # the extra that brings what commands need beside the package itself
     "evaluate, divergence, report": "evaluate",
     "serve": "serve",
     "demo": "demo",
-    "pod explore, pod effect": "",
+    "pod explore, pod effect, pod adapt": "train",
     "--plot of pod explore": "plot",
-    "pod adapt": "train",
     "the harness of lm_eval": "harness",
 }
 

@@ -50,7 +50,7 @@ def write(
     if config.rank:
         options["save_embedding_layers"] = False  # they are not trained, and asking whether they were asks a hub
     model.save_pretrained(str(folder), **options)
-    if tokenizer is not None and not config.rank:
+    if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     sharing.save_pretrained(folder)
     settings = {

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..config import require
+from ..needs import extra
 from .config import ServingConfig
 from .seams import check_version
 
@@ -26,7 +27,7 @@ def run_server(
 
     check_version()
     if not is_serve_available():
-        raise ImportError('serving needs packages that are not installed; pip install "kara_hf[serve]"')
+        raise ImportError(f"serving needs packages that are not installed; run: {extra('serve')}")
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server, utils
 
