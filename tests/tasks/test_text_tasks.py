@@ -33,6 +33,8 @@ TASKS = [
     "frequent-words",
     "stated-once",
     "stated-once:distance=300:facts=1",
+    "table",
+    "conversation",
     "state-recall",
     "state-recall:ask=visit",
     "program-trace",
@@ -140,6 +142,23 @@ def test_distance_runs_from_the_oldest_answer_to_the_question():
     assert made.distance == count("bpe", made.context[made.context.index("The access code of") :])
     ends = [example("niah", 3, length=3000, depth=depth).distance for depth in (100, 50, 0)]
     assert ends[0] < 40 and abs(ends[1] - 1450) < 100 and ends[2] > 2880
+
+
+@given(numbers)
+def test_the_parcel_that_is_asked_for_lies_in_one_row(number):
+    made = example("table", number, length=2500)
+    (order,) = re.findall(r"order (\d+)", made.question)
+    rows = [row.split(" | ") for row in made.context.splitlines() if row.startswith("| ") and row[2].isdigit()]
+    assert len(rows) > 40 and [row[-1].rstrip(" |") for row in rows if row[0] == f"| {order}"] == list(made.answers)
+    assert made.context.count(made.answers[0]) == 1 and made.answers[0] not in made.question
+
+
+@given(numbers, st.integers(1, 8))
+def test_what_is_asked_of_a_conversation_was_said_once(number, facts):
+    made = example("conversation", number, length=2500, facts=facts)
+    said = re.findall(r"(\w+): Before I forget, .*?(\d{5})", made.context)
+    assert len(said) == facts and made.context.count(made.answers[0]) == 1 and made.answers[0] not in made.question
+    assert [name for name, answer in said if answer == made.answers[0] and name in made.question]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bytes"])
@@ -321,6 +340,7 @@ def test_a_tokenizer_without_english_is_refused(made, message):
         ("niah:haystack=7", "haystack='7' is no text file"),
         ("frequent-words:asked=11", "asked=11, alpha=2.0 is not possible"),
         ("frequent-words:alpha=x", "alpha=x is not possible"),
+        ("conversation:facts=9", "facts=9 is not possible; give at most 8"),
         ("stated-once:distance=9", "distance=9 is too short"),
         ("stated-once:length=1000:distance=990", "length=1000 is too short"),
         ("state-recall:ask=door", "ask='door' is not possible; choose stack or visit"),

@@ -8,6 +8,7 @@ scored as there, by the share of what is right that occurs in it.
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import count as count_from
 from random import Random
 from string import ascii_uppercase
 from typing import Any
@@ -200,6 +201,75 @@ def stated_once(haystack: Haystack, *, distance: int, facts: int) -> Drafting:
     return plan
 
 
+def table() -> Drafting:
+    """Rows of a table of parcels, one a unit; on which shelf one of them lies is asked."""
+
+    def plan(rng: Random, count: Count) -> Callable[[int], Draft]:
+        number, shelf, place, seed = *rng.sample(range(10_000, 100_000), 2), rng.random(), rng.random()
+
+        def row(order: int, shelf: int, words: Random) -> str:
+            name, item = f"{words.choice(FIRST_NAMES)} {words.choice(SURNAMES)}", words.choice(NOUNS)
+            return f"| {order} | {name} | {words.choice(ADJECTIVES)} {item} | {shelf} |"
+
+        asked = row(number, shelf, rng)
+
+        def draft(units: int) -> Draft:
+            words = Random(seed)
+            drawn = (words.randrange(10_000, 100_000) for _ in count_from(0))
+            others = (other for other in drawn if other not in (number, shelf))
+            rows = [row(next(others), next(others), words) for _ in range(units)]
+            rows.insert(round(place * units), asked)
+            head = "Read the table of parcels below with care. A question about it comes at its end.\n\n"
+            context = head + "\n".join(["| order | customer | parcel | shelf |", "|---|---|---|---|", *rows])
+            question = _question(f"On which shelf lies the parcel of order {number}?", "the number of the shelf")
+            return _recalled(context, question, (str(shelf),), context.index(asked))
+
+        return draft
+
+    return plan
+
+
+REPLIES = ("Is that so?", "I had not heard.", "Who told you?", "You don't say.", "I remember.", "And then?", "Really?")
+SAID = (
+    ("my locker at the station has the number {number}", "What number does {name}'s locker at the station have?"),
+    ("I booked the table under the number {number}", "Under which number did {name} book the table?"),
+    ("the code of my bicycle lock is {number}", "What is the code of {name}'s bicycle lock?"),
+    ("the ferry that I take has the number {number}", "What is the number of the ferry that {name} takes?"),
+)
+
+
+def conversation(haystack: Haystack, *, facts: int) -> Drafting:
+    """Two people talk, an exchange a unit; each fact is said once, and one of them is asked for."""
+
+    def plan(rng: Random, count: Count) -> Callable[[int], Draft]:
+        names, numbers = rng.sample(FIRST_NAMES, 2), rng.sample(range(10_000, 100_000), facts)
+        pairs = rng.sample([(name, form) for name in names for form in SAID], facts)
+        places, seed = [rng.random() for _ in pairs], rng.random()
+        said = [
+            f"{name}: Before I forget, {form[0].format(number=number)}."
+            for (name, form), number in zip(pairs, numbers, strict=True)
+        ]
+        question = _question(pairs[0][1][1].format(name=pairs[0][0]), "the number")
+
+        def draft(units: int) -> Draft:
+            words = Random(seed)
+            lines = [
+                f"{names[at % 2]}: {sentence}\n{names[1 - at % 2]}: {words.choice(REPLIES)}"
+                for at, sentence in enumerate(haystack.sentences(Random(seed), units))
+            ]
+            for place, fact in sorted(zip(places, said, strict=True), reverse=True):
+                lines.insert(round(place * units), fact)
+            head = (
+                f"Read the conversation of {names[0]} and {names[1]} below. A question about it comes at its end.\n\n"
+            )
+            context = head + "\n".join(lines)
+            return _recalled(context, question, (str(numbers[0]),), context.index(said[0]))
+
+        return draft
+
+    return plan
+
+
 def _checked(task: TextTask) -> TextTask:
     """The task, of which the first example was made: errors come when it is asked for, not in the middle of a run."""
     task.example(0)
@@ -288,6 +358,22 @@ def _stated_once(
     hay = Haystack(str(haystack))
     drafting = stated_once(hay, distance=distance, facts=facts)
     return _checked(TextTask(name, "stated-once", tokenizer, drafting, length, least=1, source=hay.source))
+
+
+@register_task("table")
+def _table(name: str, tokenizer: Any, *, length: int = 4096) -> TextTask:
+    _whole(name, length=length)
+    return _checked(TextTask(name, "table", tokenizer, table(), length))
+
+
+@register_task("conversation", files=("haystack",))
+def _conversation(name: str, tokenizer: Any, *, length: int = 4096, haystack: str = "", facts: int = 4) -> TextTask:
+    _whole(name, length=length, facts=facts)
+    if facts > 2 * len(SAID):
+        raise ValueError(f"task={name!r}: facts={facts} is not possible; give at most {2 * len(SAID)}")
+    hay = Haystack(str(haystack))
+    drafting = conversation(hay, facts=facts)
+    return _checked(TextTask(name, "conversation", tokenizer, drafting, length, source=hay.source))
 
 
 @register_task("state-recall")
