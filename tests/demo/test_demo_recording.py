@@ -12,7 +12,7 @@ from support.marks import few, slow
 from support.tokenizing import tokenizer
 
 from kara_hf.demo.models import Models
-from kara_hf.demo.presets import FULL, KARA, NEEDLE, RANDOM
+from kara_hf.demo.presets import CONVERSATION, FULL, KARA, NEEDLE, RANDOM, STORY, TABLE
 from kara_hf.demo.recorder import CacheRecorder
 from kara_hf.demo.recording import Recording, rounded, runs_of, spread
 
@@ -133,6 +133,9 @@ def test_any_model_and_its_own_words(tmp_path, name, choice):
     agree(recording, seen.get(id(session.runs[0].recording), []))
     assert bool(recording.changes) == (choice != FULL)
     assert "".join(session.to_dict()["prompt"]) == words.decode(session.runs[0].generation.ids[0])
+    for task in (STORY, CONVERSATION, TABLE):
+        (own,) = make(models, model=name, task=task, length=600, choice=choice).runs
+        assert own.generation.example.question and 500 < own.generation.ids.shape[1] < 600
     with pytest.raises(ValueError, match="PoD needs a map"):
         make(models, model=name, task=NEEDLE, length=200, choice="PoD")
 

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
-from support.demo import DEEP, TINY, make
+from support.demo import DEEP, SETTINGS, TINY, make
 
 from kara_hf import PoDSharing
 from kara_hf.demo.models import BUNDLED, Models
-from kara_hf.demo.presets import DEFAULTS, METHOD_PRESETS, OWN
+from kara_hf.demo.presets import BITS, DEFAULTS, METHOD_PRESETS, OWN, TABLE, make_method
 from kara_hf.demo.request import Limits
 from kara_hf.integration.shape import layer_kinds, model_shape
 
@@ -51,6 +51,11 @@ BAD = {
     "a folder as a score": (
         {"settings": {"score": "src/kara_hf"}},
         "score='src/kara_hf' is not possible.*one of blend",
+    ),
+    "bits": ({"settings": {"bits": "3"}}, "bits='3' is not possible: bits must be one of all, 8, 4"),
+    "a table": (
+        {"task": TABLE, "length": 300},
+        "Table is in English, which tiny_reasoner does not know: choose Long tr",
     ),
     "no map": ({"choice": "PoD"}, "PoD needs a map .* tiny_reasoner has none: choose deep_reasoner"),
     "no model": ({"model": ""}, "model='' is not possible: choose tiny_reasoner, deep_reasoner or a hub id"),
@@ -151,3 +156,12 @@ def test_the_bundled_map_is_of_the_bundled_model_and_saves_what_it_was_explored_
 def test_methods_show_the_settings_that_they_have(models):
     for name, choice in METHOD_PRESETS.items():
         assert choice.about and set(choice.settings) <= set(DEFAULTS), name
+
+
+@pytest.mark.parametrize("choice", [name for name, method in METHOD_PRESETS.items() if "bits" in method.settings])
+def test_bits_are_those_of_the_cache(models, choice):
+    loaded = models.load(DEEP if METHOD_PRESETS[choice].shares else TINY)
+    for bits in BITS:
+        method = make_method(choice, {**SETTINGS, "pin": (), "bits": bits}, loaded, 0)
+        assert method.settings.get("bits") == (None if bits == "all" else int(bits))
+        assert (f"{bits} bits" in method.describe()) == (bits != "all")

@@ -11,7 +11,7 @@ from gradio.components import Component
 from .handlers import Handlers
 from .models import BUNDLED, Models
 from .page import make_page, read
-from .presets import DEEP_LENGTHS, DEFAULTS, KARA, METHOD_PRESETS, OWN, SCORES, TASK_PRESETS, TRACE
+from .presets import BITS, DEEP_LENGTHS, DEFAULTS, KARA, METHOD_PRESETS, OWN, SCORES, SUGGESTED, TASK_PRESETS, TRACE
 from .request import PACES, DemoRequest, Limits
 from .sessions import Sessions
 
@@ -111,7 +111,7 @@ def _controls(models: Models, limits: Limits) -> Controls:
         stop = gr.Button("Stop", variant="stop", elem_id="stop")
     status = gr.HTML("", elem_id="status")
     model = gr.Dropdown(
-        models.names,
+        [*models.names, SUGGESTED] if models.hub and SUGGESTED not in models.names else models.names,
         value=models.names[0],
         allow_custom_value=True,
         label="Model",
@@ -174,6 +174,7 @@ def _settings() -> dict[str, Component]:
         "protected": number("protected", "Protected", "Newest that stay"),
         "sinks": number("sinks", "Sinks", "First that stay"),
         "pin": field(gr.Textbox, "pin", "Pinned", "0:20, or system", max_lines=1),
+        "bits": field(gr.Dropdown, "bits", "Bits", "Of what has settled", choices=BITS),
         "observation": number("observation", "Observation", "Queries that vote"),
         "block_size": number("block_size", "Block size", "Slots per block"),
         "score": field(gr.Dropdown, "score", "Score", "What ranks tokens; or a control", choices=SCORES),

@@ -11,6 +11,8 @@ from ..tasks.task import Example, make_task
 from .models import Loaded
 
 TRACE, NEEDLE, OWN = "Long trace", "Needle", "Own text"
+STORY, CONVERSATION, TABLE = "Story", "Conversation", "Table"
+SUGGESTED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the hub: small, and knows English
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class TaskPreset:
 
     Attributes:
         about: what it asks for.
-        bundled: name of the task for the bundled models, with ``{}`` for its length; None: the visitor's own text.
-        english: the same for other models.
+        bundled: name of the task for the bundled models, with ``{}`` for its length; None: it is not theirs.
+        english: the same for other models; None: the visitor's own text.
         length: of the task at first.
         method: that shows most of it, a key of `METHOD_PRESETS`; None: any.
     """
@@ -45,6 +47,27 @@ TASK_PRESETS = {
         "Facts hidden in a long text, some of them asked for at its end. Here the prompt is what has to be compressed.",
         "recall:length={}",
         "niah:length={}",
+        1024,
+        "KV-Compress",
+    ),
+    STORY: TaskPreset(
+        "A long story in English, in which facts about people are stated once. The one in its middle is asked for.",
+        None,
+        "stated-once:length={}",
+        1024,
+        "KV-Compress",
+    ),
+    CONVERSATION: TaskPreset(
+        "Two people talk in English, and one of them mentions a number. It is asked for at the end.",
+        None,
+        "conversation:length={}",
+        1024,
+        "KV-Compress",
+    ),
+    TABLE: TaskPreset(
+        "A table of parcels, of which one row is asked for. All rows look alike, so little tells which one will count.",
+        None,
+        "table:length={}",
         1024,
         "KV-Compress",
     ),
@@ -80,8 +103,8 @@ class MethodPreset:
     shares: bool = False
 
 
-_KARA = ("retention", "window", "recent", "sinks", "pin", "score", "anchor_share", "compress_prompt")
-_KV = ("retention", "protected", "sinks", "pin", "observation", "metric", "block_size")
+_KARA = ("retention", "window", "recent", "sinks", "pin", "bits", "score", "anchor_share", "compress_prompt")
+_KV = ("retention", "protected", "sinks", "pin", "bits", "observation", "metric", "block_size")
 _PUBLISHED = (("votes", "sum"), ("levels", None))  # heads that differ are what there is to see
 FULL, KARA, RANDOM = "Full cache", "Kara", "Random control"
 METHOD_PRESETS = {
@@ -101,6 +124,7 @@ METHOD_PRESETS = {
         "Drops no token: layers that attend alike keep keys of far tokens once. The bundled map is used without the "
         "adaptation that it needs, so that answers may be lost.",
         "pod",
+        ("bits",),
         shares=True,
     ),
     "Kara + PoD": MethodPreset(
@@ -112,7 +136,7 @@ METHOD_PRESETS = {
     RANDOM: MethodPreset(
         "The control: as Kara, with as many tokens, chosen at random. What it loses is what the choice is worth.",
         "kara",
-        ("retention", "window", "recent", "sinks", "pin", "compress_prompt"),
+        ("retention", "window", "recent", "sinks", "pin", "bits", "compress_prompt"),
         fixed=(("score", "random"),),
     ),
     FULL: MethodPreset("Transformers' own cache, which keeps everything.", "full"),
@@ -130,12 +154,14 @@ DEFAULTS: dict[str, Any] = {
     "protected": 8,
     "sinks": 4,
     "pin": "",
+    "bits": "all",
     "observation": 8,
     "metric": "l2",
     "block_size": 4,
 }
 
 
+BITS = ["all", "8", "4"]
 SCORES = ["blend", "bidirectional", "key-difference", "causal", "recency", "random-chunks", "random"]
 
 
@@ -149,7 +175,11 @@ def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int
     given = {name: settings[name] for name in chosen.settings} | dict(chosen.fixed)
     if "score" in given:  # by name alone: a path would read a file
         require(given["score"] in SCORES, "score", given["score"], f"one of {', '.join(SCORES)}")
-    if chosen.name != "full" and chosen.settings:
+    if "bits" in given:
+        bits = given.pop("bits")
+        require(bits in BITS, "bits", bits, f"one of {', '.join(BITS)}")
+        given |= {} if bits == "all" else {"bits": int(bits)}
+    if "retention" in chosen.settings:
         given["seed"] = seed
     if "block_size" not in given and chosen.name != "full":
         given["block_size"] = _block_size(given.get("window", 16))
@@ -172,11 +202,15 @@ def make_example(task: str, length: int, number: int, loaded: Loaded) -> Example
     """Example `number` of a preset that has problems.
 
     Raises:
-        ValueError: the task cannot be so long.
+        ValueError: the task cannot be so long, or the model does not know its words.
     """
     preset = TASK_PRESETS[task]
     name = preset.bundled if loaded.bundled else preset.english
-    assert name is not None
+    if name is None:
+        raise ValueError(
+            f"{task} is in English, which {loaded.name} does not know: choose {TRACE} or {NEEDLE}, or another model, "
+            f"such as {SUGGESTED}"
+        )
     return make_task(name.format(length), loaded.tokenizer).example(number)
 
 
