@@ -134,8 +134,8 @@ def test_any_model_and_its_own_words(tmp_path, name, choice):
     assert bool(recording.changes) == (choice != FULL)
     assert "".join(session.to_dict()["prompt"]) == words.decode(session.runs[0].generation.ids[0])
     for task in (STORY, CONVERSATION, TABLE):
-        (own,) = make(models, model=name, task=task, length=600, choice=choice).runs
-        assert own.generation.example.question and 500 < own.generation.ids.shape[1] < 600
+        (own,) = make(models, model=name, task=task, length=480, choice=choice).runs
+        assert own.generation.example.question and 380 < own.generation.ids.shape[1] < 500
     with pytest.raises(ValueError, match="PoD needs a map"):
         make(models, model=name, task=NEEDLE, length=200, choice="PoD")
 
