@@ -154,7 +154,7 @@ def test_a_stand_in_holds_what_the_model_holds(evaluator, name, rule):
     assert stand_in(build("gemma3")) is None and stand_in(build("deepseek-v3")) is None
     prompts = [evaluator.prompt(make_task(TASK, evaluator.tokenizer), number) for number in range(2)]
     plan = Plan(SharedSettings(16, 4, 4, 4, 2), rule, 0.5, [len(prompt.ids) for prompt in prompts])
-    shown = evaluator._light().most_held(prompts, METHODS[name], plan, 64)
+    shown = evaluator._light.most_held(prompts, METHODS[name], plan, 64)
     meant = evaluator.answer(prompts, METHODS[name], plan, room=64, forced=True).resident_bytes
     assert shown == pytest.approx(meant, rel=0.01)
 

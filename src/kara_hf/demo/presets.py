@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import require
-from ..methods.caches import ConfiguredCache, configured_caches
+from ..methods.caches import CACHES, ConfiguredCache, configured_caches
 from ..tasks import english as text  # noqa: F401
 from ..tasks import reasoner_tasks as bundled  # noqa: F401  they register their tasks
 from ..tasks.task import Example, make_task
@@ -179,7 +179,7 @@ def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int
         bits = given.pop("bits")
         require(bits in BITS, "bits", bits, f"one of {', '.join(BITS)}")
         given |= {} if bits == "all" else {"bits": int(bits)}
-    if "retention" in chosen.settings:
+    if "seed" in CACHES[chosen.name].options:
         given["seed"] = seed
     if "block_size" not in given and chosen.name != "full":
         given["block_size"] = _block_size(given.get("window", 16))

@@ -190,12 +190,9 @@ class Training:
 def progress_bar(shown: bool) -> Progress:
     """A bar on stderr; disabled where it is not shown or there is no terminal."""
     console = Console(stderr=True)
-    text, counts, times = (
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        (TimeElapsedColumn(), TimeRemainingColumn()),
-    )
-    return Progress(text, BarColumn(), counts, *times, console=console, disable=not shown or not console.is_terminal)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    hidden = not shown or not console.is_terminal
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden)
 
 
 def make_optimizer(model: torch.nn.Module, config: AdaptConfig) -> torch.optim.Optimizer:

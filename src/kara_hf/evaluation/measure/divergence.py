@@ -192,7 +192,7 @@ class _Run:
     def measure(self) -> None:
         lengths = sorted(range(len(self.documents)), key=lambda number: len(self.documents[number].ids))
         trial = lengths[len(lengths) // 2]
-        if (light := stand_in(self.model)) is not None:
+        if self._open_works() and (light := stand_in(self.model)) is not None:
             self._make_equal([work for work in self._open_works() if will_do(work.method, work.plan)], light, trial)
         self._make_equal(self._open_works(), self.model, trial)
         for numbers in self._batches(lengths):

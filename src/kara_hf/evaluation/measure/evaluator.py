@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,6 @@ class Evaluator:
         self.pad = pad_token(model, tokenizer)
         self.equal_bytes = EqualBytes(self._trial)
         self._readings = _Readings(model)
-        self._stand_in: Evaluator | None = None
         self._token_bytes: float | None = None
 
     @property
@@ -193,13 +193,13 @@ class Evaluator:
 
     def _trial(self, prompts: Sequence[TokenizedExample], method: Method, plan: Plan, room: int) -> int:
         """Most bytes held while exactly `room` tokens are generated; by a stand-in where that tells, which is cheap."""
-        light = self._light() if will_do(method, plan) else None
+        light = self._light if will_do(method, plan) else None
         return (light or self).most_held(prompts, method, plan, room)
 
     @torch.inference_mode()
     def most_held(self, prompts: Sequence[TokenizedExample], method: Method, plan: Plan, room: int) -> int:
         """Most bytes held while `room` tokens, whatever they are, are decoded behind the prompts: by a cache of this
-        package many in one forward.
+        package many in one forward, those of the prompts over again.
         """
         cache = method.make(self.model, plan)
         if not isinstance(cache, CompressedCache):
@@ -212,23 +212,22 @@ class Evaluator:
             inputs = self._with_questions(prompts, cache, inputs, is_read=False)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         read_prompt(self.model, cache, ids[:, seen:], mask)
-        words, most = self.model.get_input_embeddings().num_embeddings, 0
-        drawn = torch.randint(words, (len(ids), room), generator=torch.Generator().manual_seed(0)).to(ids)
-        seen = 1  # the last token that is generated is not read
+        again = ids[:, torch.arange(room) % ids.shape[1]]
+        seen, most = 1, 0  # the last token that is generated is not read
         with cache.replaying():
             while seen < room:
                 # What brings the last replayable token compresses before it is stored: most is held one token earlier.
-                part = drawn[:, seen : seen + max(1, cache.replayable - 1)]
+                part = again[:, seen : seen + max(1, cache.replayable - 1)]
                 mask = torch.cat([mask, mask.new_ones(part.shape)], 1)
                 read_prompt(self.model, cache, part, mask)
                 seen, most = seen + part.shape[1], max(most, held_bytes(cache))
         return most or held_bytes(cache)
 
+    @cached_property
     def _light(self) -> "Evaluator | None":
         """The same for a model that stands in for this one, if there is one."""
-        if self._stand_in is None and (model := stand_in(self.model)) is not None:
-            self._stand_in = Evaluator(model, self.tokenizer, name=self.name, weights="", limit=self.limit)
-        return self._stand_in
+        model = stand_in(self.model)
+        return model and Evaluator(model, self.tokenizer, name=self.name, weights="", limit=self.limit)
 
     @torch.inference_mode()
     def token_bytes(self) -> float:
