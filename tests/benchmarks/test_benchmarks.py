@@ -26,13 +26,18 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def contents(folder):
+    """What lies in a folder and the folders below it, bytes by path."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def smoke(tmp_path, *names):
     """Rows of a smoke run by case, and what it printed."""
-    before = {path: path.read_bytes() for path in RESULTS.iterdir()}
+    before = contents(RESULTS)
     done = invoke("run", *names, "--smoke", "--out", tmp_path / "rows.json")
     assert done.exit_code == 0, done.output[-4000:]
     assert "none of these numbers means anything" in done.output
-    assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
+    assert contents(RESULTS) == before
     found = {}
     for row in load_rows(tmp_path / "rows.json"):
         assert {"command", "device", "versions", "code", "date"} <= row["provenance"].keys() and row["dtype"]
@@ -99,10 +104,10 @@ def test_answers_of_the_kit_are_not_asked_for_again(tmp_path):
     command = ["run", "quality.eviction", *(part for size in sizes for part in ("--set", size))]
     first = invoke(*command)
     assert first.exit_code == 0 and first.output.count("| snapkv |") == 2, first.output
-    files = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.jsonl")}
+    files = contents(tmp_path / "results")
     assert len(files) == 11
     assert invoke(*command).exit_code == 0
-    assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.jsonl")} == files
+    assert contents(tmp_path / "results") == files
 
 
 @pytest.mark.parametrize("name", ["windows", "bits"])
