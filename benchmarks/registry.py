@@ -15,6 +15,7 @@ MODULES = (
     "speed.demo",
     "kvpress.speed",
     "kvpress.tasks",
+    "peers.packages",
     "quality.requests",
     "quality.divergence",
     "gpu.checks",

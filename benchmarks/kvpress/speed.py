@@ -12,13 +12,14 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from ..common.case import Job, register
+from ..common.environment import KVPRESS, TORCH, environment, run_worker, source_of
 from ..common.models import random_llama
 from ..common.race import case_name, tokens
 from ..common.rows import Row
 from ..common.run import Run
 from ..speed.kv_compress import SPEED, speed_aims
-from .environment import ENVIRONMENT, TORCH, environment, run_worker, source_of
 
+WORKER = ("-m", "benchmarks.kvpress.worker")
 PRESS = {"window": 64, "interval": 128, "target": 512}
 
 
@@ -26,7 +27,7 @@ PRESS = {"window": 64, "interval": 128, "target": 512}
     "kvpress.speed",
     "the same decode loops by kvpress, in an environment of its own",
     SPEED,
-    sizes={"prompts": (2048, 8192), "new": (512, 256), "repeats": 3, "env": str(ENVIRONMENT), "torch_package": TORCH}
+    sizes={"prompts": (2048, 8192), "new": (512, 256), "repeats": 3, "env": str(KVPRESS.folder), "torch_package": TORCH}
     | PRESS,
     smoke={"prompts": (160,), "new": (24,), "repeats": 1, "window": 4, "interval": 8, "target": 64},
     aims=speed_aims,
@@ -34,8 +35,8 @@ PRESS = {"window": 64, "interval": 128, "target": 512}
 def speed_jobs(
     run: Run, prompts: list[int], new: list[int], repeats: int, env: str, torch_package: str, **press: int
 ) -> Iterator[Job]:
-    python = environment(Path(env).absolute(), torch_package)
-    source = source_of(python)
+    python = environment(KVPRESS, Path(env).absolute(), torch_package)
+    source = source_of(KVPRESS, python)
     for prompt, count in zip(prompts, new, strict=True):
         job = {"kind": "speed", "threads": 1, "prompt": prompt, "repeats": repeats, "press": press}
         yield Job({"label": case_name(prompt, count)}, partial(measured, python, job, count), source=source)
@@ -45,7 +46,7 @@ def measured(python: Path, job: Row, new: int) -> list[Row]:
     """A row for each press."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), job["prompt"], new)
-        return list(run_worker(python, Path(folder), job))
+        return list(run_worker(python, Path(folder), job, WORKER))
 
 
 @torch.no_grad()

@@ -20,11 +20,12 @@ from rich.progress import track
 
 from ..common.case import Job, register
 from ..common.console import console
+from ..common.environment import KVPRESS, TORCH, environment, run_worker, source_of
 from ..common.models import TINY
 from ..common.rows import Row
 from ..common.run import Run
 from ..quality.kit import COLUMNS, RESULTS, evaluator_of, folder_of, rows_of, shared_settings_of, tasks_of
-from .environment import ENVIRONMENT, TORCH, environment, run_worker, source_of
+from .speed import WORKER
 from .worker import decodes
 
 RULES = ("before", "after")
@@ -43,7 +44,7 @@ METHODS = ("full", "SnapKV", "AdaKV(SnapKV)", "Decoding(SnapKV)", "Decoding(Knor
         "rules": ("before",),
         "n": 200,
         "out": str(RESULTS),
-        "env": str(ENVIRONMENT),
+        "env": str(KVPRESS.folder),
         "torch_package": TORCH,
     },
     smoke={"n": 2, "tasks": "trace:generated=48", "budgets": (0.5,)},
@@ -63,11 +64,11 @@ def task_jobs(
     torch_package: str,
 ) -> Iterator[Job]:
     cells = cells_of(methods, budgets, rules)
-    python = environment(Path(env).absolute(), torch_package)
+    python = environment(KVPRESS, Path(env).absolute(), torch_package)
     evaluator = evaluator_of(model, device="cpu")  # it reads prompts and grades, the worker generates
     for task in tasks_of(tasks, evaluator.tokenizer):
         measure = partial(measured, run, python, evaluator, task, cells, model, n, out)
-        yield Job({"model": evaluator.name, "task": task.name}, measure, source=source_of(python))
+        yield Job({"model": evaluator.name, "task": task.name}, measure, source=source_of(KVPRESS, python))
 
 
 def cells_of(methods: Sequence[str], budgets: Sequence[float], rules: Sequence[str]) -> list[Row]:
@@ -110,7 +111,12 @@ def answer_task(python: Path, evaluator: Any, task: Any, cells: list[Row], model
         raise ValueError(f"task {task.name!r} has no question apart from its context; leave out the rule 'after'")
     job = job_for(evaluator, model)
     files = files_of(
-        evaluator, task, cells, model, out, source_of(python, job["device"], job["threads"]) | {"dtype": job["dtype"]}
+        evaluator,
+        task,
+        cells,
+        model,
+        out,
+        source_of(KVPRESS, python, job["device"], job["threads"]) | {"dtype": job["dtype"]},
     )
     lacking = [
         cell | {"missing": [i for i in range(len(prompts)) if i not in file.done]}
@@ -121,7 +127,7 @@ def answer_task(python: Path, evaluator: Any, task: Any, cells: list[Row], model
         return
     job |= {"cells": lacking, "examples": [as_asked(prompt, evaluator.tokenizer) for prompt in prompts]}
     with tempfile.TemporaryDirectory() as scratch:
-        rows = run_worker(python, Path(scratch), job)
+        rows = run_worker(python, Path(scratch), job, WORKER)
         for row in track(rows, description=task.name, total=total, console=console, transient=True):
             place, prompt = row.pop("cell"), prompts[row.pop("number")]
             answer = Answers(**row | {"tokens": [row["tokens"]], "allocated_bytes": math.nan})

@@ -6,12 +6,9 @@ random tokens; positions beyond those that a model knows cost as much memory as 
 
 import gc
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +20,12 @@ from kara_hf.integration.generation import for_generate
 
 from ..common.aims import Aim, judge
 from ..common.case import Job, register
+from ..common.memory import STATM, MostResident
 from ..common.race import FULL
 from ..common.rows import Row
 from ..common.run import Run, Skip
 from .bits import small_lm
 
-STATM = Path("/proc/self/statm")  # of Linux: pages of a process, resident ones second
 MOST = 1.15  # aim: of the budget's bytes, beside one chunk
 AT_ONCE, CHUNKS = "at once", "in chunks"
 KV, KARA = "KVCompressCache", "KaraCache"
@@ -106,25 +103,3 @@ def measured(name: str, model_name: str, smoke: bool, prompt: int, budget: int, 
         "seconds": time.perf_counter() - start,
         "beside_chunk": (most - (size or 0) * token) / (budget * token),
     }
-
-
-class MostResident:
-    """By how much the resident memory of this process grew at most within a block, in bytes."""
-
-    def __enter__(self) -> "MostResident":
-        self.grown, self._before, self._over = 0, _resident(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.01):
-            self.grown = max(self.grown, _resident() - self._before)
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-
-def _resident() -> int:
-    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

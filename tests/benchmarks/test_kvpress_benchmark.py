@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.kvpress import environment as environment_module
+from benchmarks.common import environment as environment_module
+from benchmarks.common.environment import KVPRESS, TORCH
 from benchmarks.kvpress import tasks, worker
 from benchmarks.quality import kit
 from kara_hf.evaluation.measure.evaluator import Request
@@ -29,9 +30,9 @@ def test_an_environment_does_not_take_a_folder_that_is_something_else(tmp_path, 
     )
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and no environment"):
-        environment_module.environment(tmp_path, environment_module.TORCH)
-    (tmp_path / "installed.json").write_text(json.dumps([environment_module.TORCH, *environment_module.REQUIRED]))
-    assert environment_module.environment(tmp_path, environment_module.TORCH) == tmp_path / "bin" / "python"
+        environment_module.environment(KVPRESS, tmp_path)
+    (tmp_path / "installed.json").write_text(json.dumps([TORCH, *KVPRESS.packages]))
+    assert environment_module.environment(KVPRESS, tmp_path) == tmp_path / "bin" / "python"
 
 
 def test_an_environment_is_finished_only_when_everything_is_installed(tmp_path, monkeypatch):
@@ -44,11 +45,8 @@ def test_an_environment_is_finished_only_when_everything_is_installed(tmp_path, 
 
     monkeypatch.setattr(environment_module.subprocess, "run", run)
     with pytest.raises(subprocess.CalledProcessError):
-        environment_module.environment(tmp_path / "env", "torch==1")
-    assert calls[1][-1] == "torch==1" and calls[2][-len(environment_module.REQUIRED) - 1 :] == [
-        "torch==1",
-        *environment_module.REQUIRED,
-    ]
+        environment_module.environment(KVPRESS, tmp_path / "env", "torch==1")
+    assert calls[1][-1] == "torch==1" and calls[2][-len(KVPRESS.packages) - 1 :] == ["torch==1", *KVPRESS.packages]
     assert not (tmp_path / "env" / "installed.json").exists()
 
 
@@ -140,7 +138,7 @@ def without_worker(monkeypatch):
     """The worker's part done here, by a press of this file; gives the jobs."""
     jobs = []
 
-    def run_worker(python, folder, job):
+    def run_worker(python, folder, job, command):
         jobs.append(job)
         yield from worker.answers(job)
 
