@@ -8,17 +8,22 @@ STATM = Path("/proc/self/statm")  # of Linux: pages of a process, resident ones 
 
 
 class MostResident:
-    """By how much the resident memory of this process grew at most within a block, in bytes."""
+    """The most resident memory of this process within a block, in bytes, and by how much it `grew` at most."""
 
     def __enter__(self) -> "MostResident":
-        self.grown, self._before, self._over = 0, resident(), threading.Event()
+        self.before = self.most = resident()
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def _watch(self) -> None:
         while not self._over.wait(0.01):
-            self.grown = max(self.grown, resident() - self._before)
+            self.most = max(self.most, resident())
+
+    @property
+    def grown(self) -> int:
+        return self.most - self.before
 
     def __exit__(self, *error: object) -> None:
         self._over.set()

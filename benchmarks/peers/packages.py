@@ -7,6 +7,7 @@ the quantised file of the model (``gguf=FILE``), whose weights the others have w
 its own full cache.
 """
 
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -58,12 +59,12 @@ def peer_of(method: str) -> str:
 def speed_aims(rows: Sequence[Row]) -> list[Aim]:
     """Aim: where kvpress holds as many tokens to the end, decoding is at least as fast."""
     found = []
-    shapes = {(row["prompt"], row["batch"]) for row in rows if "speedup" in row}
-    for prompt, batch in sorted(shapes):
-        of = {row["method"]: row for row in rows if (row.get("prompt"), row.get("batch")) == (prompt, batch)}
-        theirs = [row["speedup"] for name, row in of.items() if THEN in name and "speedup" in row]
-        if theirs and "speedup" in of.get(KV, {}):
-            ratio = of[KV]["speedup"] / max(theirs)
+    mine = [row for row in rows if row["case"] == "peers" and "speedup" in row]
+    for prompt, batch in sorted({(row["prompt"], row["batch"]) for row in mine}):
+        of = {row["method"]: row["speedup"] for row in mine if (row["prompt"], row["batch"]) == (prompt, batch)}
+        theirs = [speedup for name, speedup in of.items() if THEN in name]
+        if theirs and KV in of:
+            ratio = of[KV] / max(theirs)
             found.append((ratio, f"{ratio:.2f} at {prompt} tokens, batch {batch}"))
     return [judge("decoding at equal kept tokens, beside kvpress's presses", found, least=1.0)]
 
@@ -197,22 +198,34 @@ def measured(asked: Asked, python: Path | None, names: Sequence[str], job: Row) 
         raise Skip(f"{STATM} is not there to read a process's memory from")
     if names[0].startswith("OpenVINO") and not job["gguf"]:
         raise Skip("OpenVINO opens a file of quantised weights; name it with --set gguf=FILE")
-    rows: list[Row] = []
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            (row,) = run_worker(python, Path(folder), job | {"method": name}, WORKER)
-        rows.append({"method": name} | row)
-    full = rows[0]
-    return [
-        {name: value for name, value in row.items() if name != "tokens"}
+    rows: list[Row] = [{"method": name} | found(python, job | {"method": name}) for name in names]
+    full = rows[0] if "tokens" in rows[0] else None
+    return [row if "reason" in row else with_ratios(asked, row, full) | {"kept": job["kept"]} for row in rows]
+
+
+def found(python: Path | None, job: Row) -> Row:
+    """What a worker says of one cache; or why it says nothing."""
+    if job["method"] == "randkv" and len(job["ids"]) > 1:
+        return {"status": "skipped", "reason": "randkv 0.1.0 takes one sequence"}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            (row,) = run_worker(python, Path(folder), job, WORKER)
+        except subprocess.CalledProcessError as error:
+            return {"status": "failed", "reason": f"its process ended with {error.returncode}; it says why above"}
+    return row
+
+
+def with_ratios(asked: Asked, row: Row, full: Row | None) -> Row:
+    """A cache's row beside its package's full cache, and its answers graded; without the tokens."""
+    beside = {} if full is None else {"speedup": full["step_ms"] / row["step_ms"]}
+    beside |= {} if full is None else {"agreed": agreed(row["tokens"], full["tokens"])}
+    return (
+        row
+        | beside
         | {
             "tokens": asked.length,
-            "kept": job["kept"],
-            "speedup": full["step_ms"] / row["step_ms"],
             "held_mb": row["held_bytes"] / 1e6,
             "process_mb": row["process_bytes"] / 1e6,
             "found": asked.right(row["tokens"]),
-            "agreed": agreed(row["tokens"], full["tokens"]),
         }
-        for row in rows
-    ]
+    )

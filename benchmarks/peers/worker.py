@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.memory import MostResident, resident
+from ..common.memory import MostResident
 
 Row = dict[str, Any]
 FULL, KARA, KV, QUANTIZED = "DynamicCache", "KaraCache", "KVCompressCache", "QuantizedCache"
@@ -34,12 +34,14 @@ class Decoded:
         first: seconds to the first token.
         steps: seconds of each further step.
         held: bytes that its cache holds while it decodes, as it counts them; the median over the steps.
+        process: most bytes of the process that were in memory from the prompt on.
     """
 
     tokens: list[list[int]]
     first: float
     steps: list[float]
     held: float
+    process: int
 
 
 @dataclass
@@ -73,7 +75,7 @@ def decode(model: Any, cut: Cut, ids: Any, new: int) -> Decoded:
 
     given = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     tokens, steps, held, first = [], [], [], 0.0
-    with torch.inference_mode(), contextlib.ExitStack() as stack:
+    with MostResident() as memory, torch.inference_mode(), contextlib.ExitStack() as stack:
         for number in range(new):
             start = time.perf_counter()
             seen = 0 if number == 0 else ids.shape[1] + number - 1
@@ -91,7 +93,7 @@ def decode(model: Any, cut: Cut, ids: Any, new: int) -> Decoded:
             else:
                 steps.append(seconds)
                 held.append(cut.held())
-    return Decoded(torch.cat(tokens, 1).tolist(), first, steps, statistics.median(held))
+    return Decoded(torch.cat(tokens, 1).tolist(), first, steps, statistics.median(held), memory.most)
 
 
 def ours(model: Any, name: str, job: Row) -> Cut:
@@ -182,14 +184,15 @@ def of_openvino(name: str, job: Row) -> Decoded:
         config.max_new_tokens, config.ignore_eos, config.do_sample = new, True, False
         handles = [pipeline.add_request(i, ov.Tensor(np.array([row], np.int64)), config) for i, row in enumerate(rows)]
         seconds, held = [], []
-        while pipeline.has_non_finished_requests():
-            start = time.perf_counter()
-            pipeline.step()
-            seconds.append(time.perf_counter() - start)
-            now = pipeline.get_metrics()
-            held.append(now.kv_cache_size_in_bytes * now.cache_usage / 100)
+        with MostResident() as memory:
+            while pipeline.has_non_finished_requests():
+                start = time.perf_counter()
+                pipeline.step()
+                seconds.append(time.perf_counter() - start)
+                now = pipeline.get_metrics()
+                held.append(now.kv_cache_size_in_bytes * now.cache_usage / 100)
         tokens = [[int(token) for token in handle.read_all()[0].generated_ids] for handle in handles]
-        return Decoded(tokens, seconds[0], seconds[1:], statistics.median(held))
+        return Decoded(tokens, seconds[0], seconds[1:], statistics.median(held), memory.most)
 
     run([row[:WARM_UP] for row in job["ids"]], 4)
     return run(job["ids"], job["new"])
@@ -206,15 +209,14 @@ def decoded(name: str, job: Row) -> Decoded:
 
 def measured(job: Row) -> Row:
     """The row of one cache, with the tokens that it generated."""
-    with MostResident() as memory:
-        before, found = resident(), decoded(job["method"], job)
+    found = decoded(job["method"], job)
     return {
         "tokens": found.tokens,
         "first_s": found.first,
         "step_ms": 1e3 * statistics.median(found.steps),
         "tokens_per_s": len(found.tokens) * len(found.steps) / sum(found.steps),
         "held_bytes": found.held,
-        "process_bytes": before + memory.grown,
+        "process_bytes": found.process,
     }
 
 

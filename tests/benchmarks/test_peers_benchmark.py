@@ -1,6 +1,7 @@
 """Other packages beside this one: prompts of one length, what is graded, and what a worker says of a cache."""
 
 import contextlib
+import subprocess
 
 import pytest
 import torch
@@ -67,13 +68,30 @@ def test_rows_stand_beside_the_full_cache_of_their_own_package(asked, full, monk
         yield full | {"step_ms": steps[job["method"]]}
 
     monkeypatch.setattr(packages, "run_worker", run_worker)
-    rows = packages.measured(asked, None, list(steps), JOB)
+    rows = packages.measured(asked, None, list(steps), JOB | {"ids": asked.ids})
     assert [row["speedup"] for row in rows] == [1.0, 2.0]
     assert all(row["found"] == 2 and row["agreed"] == 12 and row["tokens"] == asked.length for row in rows)
-    shape = {"prompt": 160, "batch": 2}
+    shape = {"case": "peers", "prompt": 160, "batch": 2}
     mine = [shape | {"method": worker.KV, "speedup": 1.5}]
-    (aim,) = packages.speed_aims([shape | row for row in rows] + mine)
+    failed = [shape | {"status": "failed"}, {"case": "serving"}]
+    (aim,) = packages.speed_aims([shape | row for row in rows] + mine + failed)
     assert aim.verdict == "missed" and aim.detail == "0.75 at 160 tokens, batch 2"
+
+
+def test_a_cache_that_fails_leaves_the_rows_of_others(asked, full, monkeypatch):
+    def run_worker(python, folder, job, command):
+        if job["method"] == "OpenVINO":
+            raise subprocess.CalledProcessError(3, command)
+        yield full
+
+    monkeypatch.setattr(packages, "run_worker", run_worker)
+    failed, alone = packages.measured(
+        asked, None, ["OpenVINO", "OpenVINO H2O"], JOB | {"gguf": "file", "ids": asked.ids}
+    )
+    assert failed["status"] == "failed" and "ended with 3" in failed["reason"]
+    assert alone["found"] == 2 and "speedup" not in alone
+    beside, skipped = packages.measured(asked, None, ["randkv DynamicCache", "randkv"], JOB | {"ids": asked.ids})
+    assert beside["speedup"] == 1 and skipped["status"] == "skipped" and "one sequence" in skipped["reason"]
 
 
 def test_openvino_needs_a_file(asked):
