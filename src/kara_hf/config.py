@@ -121,6 +121,9 @@ class KaraConfig(Settings):
             that is kept whole left out: a window then seals once what stays open behind it is that share of what is
             held after. Queries, if the score needs them, are held of all open tokens, which then grow with the
             sequence.
+        floor: tokens that a head holds at least, a prompt that is kept whole left out: a window seals once it leaves so
+            many, newer ones among them. The begin of an answer is then whole, at no more bytes than a long one ends
+            with. Ours.
         sinks: first tokens of a sequence that are kept whatever their score: language models lay the attention that
             they need nowhere on these, and fall apart without (arXiv 2309.17453). They are among the tokens that their
             window keeps; where they are more than that, the window keeps them and no others.
@@ -148,6 +151,7 @@ class KaraConfig(Settings):
     retention: float = 0.25
     window: int = 128
     recent: int | float = 0.5
+    floor: int = 0
     sinks: int = 4
     pin: Pins = ()
     score: str = "blend"
@@ -183,7 +187,9 @@ class KaraConfig(Settings):
             self.recent,
             "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)",
         )
-        require(is_int(self.sinks) and self.sinks >= 0, "sinks", self.sinks, "a whole number of tokens from 0 on")
+        for name in ("floor", "sinks"):
+            value = getattr(self, name)
+            require(is_int(value) and value >= 0, name, value, "a whole number of tokens from 0 on")
         require(
             self.queries is None or (is_int(self.queries) and self.queries >= 1),
             "queries",

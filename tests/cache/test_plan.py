@@ -38,7 +38,12 @@ def held(cache, tokens, prompt):
     return [max(column) for column in zip(*found, strict=True)]
 
 
-KARA = {"all": {"retention": 1.0}, "quarter": {"retention": 0.25}, "number": {"retention": 0.5, "recent": 20}}
+KARA = {
+    "all": {"retention": 1.0},
+    "quarter": {"retention": 0.25},
+    "number": {"retention": 0.5, "recent": 20},
+    "floor": {"floor": 90},
+}
 BUDGETS = {"third": {"retention": 0.3}, "tokens": {"retention": None, "max_cache_tokens": 128}}
 BITS = pytest.mark.parametrize("bits", [None, 4, slow(8)])
 

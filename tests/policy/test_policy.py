@@ -44,6 +44,8 @@ BAD_SETTINGS = [
     ("window", 1, "a whole number of tokens from 2 on"),
     ("window", 256.0, "a whole number of tokens from 2 on"),
     ("window", 250, "a multiple of block_size=16, so that sealing it frees whole blocks; round it or lower block_size"),
+    ("floor", -1, "a whole number of tokens from 0 on"),
+    ("floor", 0.5, "a whole number of tokens from 0 on"),
     ("recent", -1, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
     ("recent", 1.5, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
     ("recent", 1.0, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
@@ -495,6 +497,31 @@ def test_where_recent_tokens_are_a_share_retention_is_of_all_tokens(share, reten
     held = sequence.kept + sequence.open
     rounding = 0.5 / 128 / (1 - share)  # of a window's tokens, of which recent ones are a share again
     assert abs(held / sequence.tokens - retention) <= rounding + 130 / sequence.tokens
+
+
+@given(
+    recent=st.one_of(st.integers(0, 40), st.floats(0.05, 0.8)),
+    retention=st.floats(0.3, 0.9),
+    floor=st.integers(0, 200),
+    sinks=st.sampled_from([0, 4]),
+)
+def test_what_a_window_leaves_is_never_below_the_floor(recent, retention, floor, sinks):
+    """And a sequence that has outgrown it holds what it holds without one."""
+    settings = {"window": 16, "retention": retention, "recent": recent, "sinks": sinks}
+    policy, plain = KaraPolicy(KaraConfig(floor=floor, **settings)), KaraPolicy(KaraConfig(**settings))
+    sequence, other = Counted(0, 0), Counted(0, 0)
+    for tokens in range(1, 1601):
+        sequence = Counted(tokens, sequence.open + 1, sequence.kept)
+        assert sequence.open <= policy.open_limit(sequence) + 1
+        for seal in policy.due(sequence):
+            assert policy.certain(sequence) == seal.recent
+            sequence = Counted(tokens, sequence.open - 16, sequence.kept + seal.keep)
+            assert sequence.kept + sequence.open >= floor
+        assert policy.newest(sequence) >= min(sequence.open, floor - sequence.kept)
+        other = Counted(tokens, other.open + 1, other.kept)
+        for seal in plain.due(other):
+            other = Counted(tokens, other.open - 16, other.kept + seal.keep)
+    assert sequence == other and sequence.kept > floor
 
 
 # ---------------------------------------------------------------------------------------------------------------- sinks

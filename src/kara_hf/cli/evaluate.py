@@ -54,6 +54,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Sequences generated together, in each process.")] = 16,
     window: options.Window = None,
     recent: options.Recent = None,
+    floor: options.Floor = None,
     block_size: options.BlockSize = None,
     observation: options.Observation = None,
     sinks: options.Sinks = None,
@@ -92,6 +93,7 @@ def evaluate(
         given = {
             "window": window,
             "recent": options.count_or_share(recent),
+            "floor": floor,
             "block_size": block_size,
             "observation": observation,
         }

@@ -72,6 +72,13 @@ def generate(
             f"[default: {KaraConfig.recent}; bundled model: 32].",
         ),
     ] = None,
+    floor: Annotated[
+        int | None,
+        typer.Option(
+            help="kara: tokens that a head holds at least, so that the begin of an answer stays whole; kv-compress: "
+            "further tokens that every head keeps at least [default: 0]."
+        ),
+    ] = None,
     score: Annotated[
         str | None,
         typer.Option(
@@ -199,6 +206,7 @@ def generate(
             "retention": retention,
             "window": window,
             "recent": count_or_share(recent),
+            "floor": floor,
             "score": score,
             "votes": votes,
             "anchor_share": anchor_share,

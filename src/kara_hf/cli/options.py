@@ -48,6 +48,12 @@ Recent = Annotated[
         f"[default: {KaraConfig.recent}; bundled model: 32].",
     ),
 ]
+Floor = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that window methods hold at least, so that the begin of an answer stays whole [default: 0]."
+    ),
+]
 BlockSize = Annotated[int | None, typer.Option(help="Slots per block of memory [default: 16; bundled model: 4].")]
 Observation = Annotated[
     int | None, typer.Option(help="Last prompt queries that vote in eviction methods [default: 32; bundled model: 8].")

@@ -27,6 +27,9 @@ def serve(
     recent: Annotated[
         float, typer.Option(metavar="N|SHARE", help="Newest tokens, always kept whole, or a share of those held.")
     ] = KaraConfig.recent,
+    floor: Annotated[
+        int, typer.Option(help="Tokens that a request holds at least behind its prompt.")
+    ] = KaraConfig.floor,
     sinks: Annotated[int, typer.Option(help="First tokens of a request, always kept.")] = KaraConfig.sinks,
     pin: Annotated[
         str,
@@ -78,6 +81,7 @@ def serve(
             retention=retention,
             window=window,
             recent=count_or_share(recent),
+            floor=floor,
             sinks=sinks,
             pin=parse_pins(pin),
             score=score,

@@ -160,7 +160,9 @@ class Kara(Compressed):
     def warm_up(self) -> WarmUp:
         """One window is sealed within a prompt."""
         recent = self.config.recent if isinstance(self.config.recent, int) else self.config.window
-        return WarmUp(self.config.window + recent, 4, {"compress_prompt": True, "max_bytes": None, "pin": ()})
+        return WarmUp(
+            self.config.window + recent, 4, {"compress_prompt": True, "floor": 0, "max_bytes": None, "pin": ()}
+        )
 
 
 class KVCompress(Compressed):

@@ -35,6 +35,7 @@ class SharedSettings:
 
     Attributes:
         window, recent: of the window methods; `recent`, tokens or a share, is protected by the eviction methods too.
+        floor: tokens that window methods hold at least.
         block_size: slots per block.
         sinks: first tokens that window and eviction methods always keep where prompts are compressed.
         observation: last prompt queries that vote in eviction methods.
@@ -42,6 +43,7 @@ class SharedSettings:
 
     window: int = KaraConfig.window
     recent: int | float = KaraConfig.recent
+    floor: int = KaraConfig.floor
     block_size: int = KaraConfig.block_size
     sinks: int = KaraConfig.sinks
     observation: int = 32
@@ -106,6 +108,7 @@ def window_settings(plan: Plan) -> dict[str, Any]:
         "retention": plan.share,
         "window": plan.shared.window,
         "recent": plan.shared.recent,
+        "floor": plan.shared.floor,
         "sinks": plan.shared.sinks,
         "block_size": plan.shared.block_size,
         "compress_prompt": plan.rule != PROMPT_KEPT,
@@ -199,7 +202,7 @@ METHODS: dict[str, Method] = {
         Method("kara", windows(**KARA), "KaraCache as it comes"),
         Method(
             "kara-published",
-            windows("bidirectional", anchor_share=KaraConfig.anchor_share, recent=32),
+            windows("bidirectional", anchor_share=KaraConfig.anchor_share, recent=32, floor=0),
             "Kara as published: bidirectional attention of all queries, Token2Chunk, 32 recent tokens",
         ),
         Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),

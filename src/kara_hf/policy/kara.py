@@ -88,11 +88,13 @@ class KaraPolicy:
         return max(self.config.kept_per_window, len(self.staying_of(start, pins)))
 
     def recent_of(self, kept: int) -> int:
-        """R: tokens that stay whole behind sealed windows of `kept` slots; of a share, the fewest that make it up."""
+        """R: tokens that stay whole behind sealed windows of `kept` slots, of a share the fewest that make it up; or
+        what the slots lack to the floor.
+        """
         recent = self.config.recent
         if isinstance(recent, float):
-            return math.ceil(recent * kept / (1 - recent) - 1e-9)
-        return recent
+            recent = math.ceil(recent * kept / (1 - recent) - 1e-9)
+        return max(recent, self.config.floor - kept)
 
     def open_limit(self, sequence: Counts) -> int:
         """Open tokens that a sequence can have before a window is due: W + R - 1."""
@@ -107,7 +109,7 @@ class KaraPolicy:
         recent = self.config.recent
         if isinstance(recent, float):
             recent = math.ceil(recent * (sequence.kept + sequence.open) - 1e-9)
-        return min(recent, sequence.open)
+        return min(max(recent, self.config.floor - sequence.kept), sequence.open)
 
     def due(self, sequence: Counts, unsure: int = 0) -> list[Seal]:
         """The windows to seal, oldest first: one while W + R or more tokens are open. None where everything is kept.
