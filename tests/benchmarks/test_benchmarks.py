@@ -131,7 +131,17 @@ def test_gpu(tmp_path):
     assert (alone["followers"], halved["followers"]) == (0.0, 0.5)
     assert halved["seen"] == alone["seen"] and halved["nominal_bytes"] < alone["nominal_bytes"]
     ops = {each["op"] for each in rows["gpu.checks"] if each["status"] == "passed"}
-    assert ops == {"append", "attend", "attend_shared", "merge", "window_scores", "compact", "decode", "pod"}
+    assert ops == {
+        "append",
+        "attend",
+        "attend_rounded",
+        "attend_shared",
+        "merge",
+        "window_scores",
+        "compact",
+        "decode",
+        "pod",
+    }
     assert "skipped: not available on a CPU" in output
 
 

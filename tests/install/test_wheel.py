@@ -28,8 +28,10 @@ from kara_hf.tasks.reasoner import make_problem
 EXTRAS = ("", "demo", "evaluate", "harness", "plot", "serve", "train")
 
 # What the commands that are shown call their models and texts: folders and files of these names.
-MODELS = ("M", "MODEL", "my-model", "Qwen/Qwen3-4B", "Qwen/Qwen2.5-Coder-0.5B-Instruct", "models/qwen2.5-coder-0.5b")
+MODELS = ("M", "MODEL", "my-model", "Qwen/Qwen3-4B", "Qwen/Qwen2.5-Coder-0.5B-Instruct")
+MODELS += ("models/qwen2.5-coder-0.5b", "models/qwen2.5-coder-1.5b")
 TEXTS = ("book.txt", "essays/one.txt", "texts/one.txt", "text.jsonl", "questions.jsonl", "TEXT/text.jsonl")
+TEXTS += ("data/five_solved.jsonl",)
 
 # Values that make a command short. They replace what is shown, or are added.
 SAMPLES = {"--length": "96", "--recent": "16", "--sinks": "4", "--samples": "2"}
@@ -124,8 +126,11 @@ def installed(request, wheel, tmp_path_factory):
     for name in MODELS[1:]:
         (environment.folder / name).parent.mkdir(exist_ok=True)
         (environment.folder / name).symlink_to(model)
-    (environment.folder / "sharing").mkdir()
-    shutil.copy(ASSETS / "deep_reasoner" / "pod_sharing.json", environment.folder / "sharing")
+    for name in ("sharing", "first", "second"):
+        (environment.folder / name).mkdir()
+        shutil.copy(ASSETS / "deep_reasoner" / "pod_sharing.json", environment.folder / name)
+    (environment.folder / "benchmarks" / "results").mkdir(parents=True)
+    (environment.folder / "benchmarks" / "results" / "answers").symlink_to(ROOT / "benchmarks" / "results" / "answers")
     problems = [make_problem("trace", length=300, seed=number) for number in range(8)]
     texts = [f"{problem.prompt} {problem.completion}" for problem in problems]
     rows = [json.dumps({"text": text, "question": text}) for text in texts]

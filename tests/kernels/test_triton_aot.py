@@ -147,8 +147,11 @@ def shipped():
                 constants = configs.lead_scores_config(dtype.itemsize, size) | {"SOFTCAP": dtype == torch.float32}
                 yield f"lead_scores-{size}-{kind}", attend_shared.lead_scores_kernel, dtype, constants
             for every in {torch.float16: (True,), torch.bfloat16: (False,)}.get(dtype, (True, False)):
-                constants = configs.score_config(dtype, size) | {"SOFTCAP": every, "CAUSAL": every}
-                for kernel in (window_scores.query_totals_kernel, window_scores.key_means_kernel):
+                for kernel, config in (
+                    (window_scores.query_totals_kernel, configs.totals_config),
+                    (window_scores.key_means_kernel, configs.means_config),
+                ):
+                    constants = config(dtype, size) | {"SOFTCAP": every, "CAUSAL": every}
                     yield f"{kernel.__name__}-{size}-{kind}-{every}", kernel, dtype, constants
             for name, constants in variants(sink_logits=["sink_logits"], totals=["totals"]):
                 constants |= configs.merge_config(size)

@@ -462,7 +462,8 @@ def test_soak(model, engines, count):
             inputs, generation_config=generation(6), continuous_batching_config=pool(blocks=800, batch=512)
         )
     assert len(out) == count and all(len(r.generated_tokens) == 6 and r.error is None for r in out.values())
-    assert serving.metrics.windows >= count
+    # One that is preempted begins again, with what it has said as a part of its prompt.
+    assert serving.metrics.windows >= count - serving.metrics.preemptions
     ended(engines[-1])
 
 

@@ -1,6 +1,7 @@
 """The sweep over every causal LM: `check` on each class, in a process of its own, and the page made of the result.
 
 python tests/support/sweep.py run [CLASS ...]     all classes, or some: docs/architectures.json, then the page
+python tests/support/sweep.py show [CLASS ...]    prints rows, a line for each class, and writes nothing
 python tests/support/sweep.py write-docs          docs/architectures.md from docs/architectures.json
 """
 
@@ -70,6 +71,10 @@ def write(rows: dict[str, Any]) -> None:
 
 
 def main(command: str = "", *names: str) -> None:
+    if command == "show":
+        for _ in run(names or classes()):
+            pass
+        return
     if command == "run":
         rows = read()["classes"] if names and RESULT.exists() else {}
         for name, row in run(names or classes()):

@@ -105,6 +105,7 @@ class MethodPreset:
 
 _KARA = ("retention", "window", "recent", "sinks", "pin", "bits", "score", "anchor_share", "compress_prompt")
 _KV = ("retention", "protected", "sinks", "pin", "bits", "observation", "metric", "block_size")
+_ALL_QUERIES = (("queries", None),)  # what the bundled models need: a few tell little of their keys
 _PUBLISHED = (("votes", "sum"), ("levels", None))  # heads that differ are what there is to see
 FULL, KARA, RANDOM = "Full cache", "Kara", "Random control"
 METHOD_PRESETS = {
@@ -112,6 +113,7 @@ METHOD_PRESETS = {
         "Cuts what is generated into windows. Once a window is complete, every head keeps its share of it, for good.",
         "kara",
         _KARA,
+        fixed=_ALL_QUERIES,
     ),
     "KV-Compress": MethodPreset(
         "One budget for all heads of all layers: a head that needs more keeps more. The prompt is cut too.",
@@ -128,7 +130,7 @@ METHOD_PRESETS = {
         shares=True,
     ),
     "Kara + PoD": MethodPreset(
-        "Kara, on shared keys: one choice for all layers of a group.", "kara", _KARA, shares=True
+        "Kara, on shared keys: one choice for all layers of a group.", "kara", _KARA, fixed=_ALL_QUERIES, shares=True
     ),
     "KV-Compress + PoD": MethodPreset(
         "KV-Compress, on shared keys: the heads of leads compete.", "kv-compress", _KV, 0.5, _PUBLISHED, shares=True

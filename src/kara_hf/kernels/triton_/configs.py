@@ -74,10 +74,11 @@ ATTEND_ROUNDED = {
 OBSERVE = {"TILE_QUERIES": 4, "TILE_SLOTS": 128, "num_warps": 4}
 
 # bytes of an element
-SCORES = {
+TOTALS = {
     2: _unspilled({"TILE": 64, "CHUNK": 64, "num_warps": 4, "num_stages": 2}),
-    4: {"TILE": 32, "CHUNK": 32, "num_warps": 4, "num_stages": 2},
+    4: _unspilled({"TILE": 32, "CHUNK": 32, "num_warps": 4, "num_stages": 2}),
 }
+MEANS = TOTALS | {4: {"TILE": 32, "CHUNK": 32, "num_warps": 4, "num_stages": 2}}
 
 
 def padded(size: int) -> int:
@@ -120,9 +121,14 @@ def lead_scores_config(itemsize: int, size: int) -> Constants:
     return _unspilled(ATTEND[itemsize, padded(size), True]) | {"PAD": padded(size)}
 
 
-def score_config(dtype: torch.dtype, size: int) -> Constants:
-    """Of both kernels of `window_scores`."""
-    return SCORES[dtype.itemsize] | {"PAD": padded(size)}
+def totals_config(dtype: torch.dtype, size: int) -> Constants:
+    """Of `query_totals_kernel`."""
+    return TOTALS[dtype.itemsize] | {"PAD": padded(size)}
+
+
+def means_config(dtype: torch.dtype, size: int) -> Constants:
+    """Of `key_means_kernel`."""
+    return MEANS[dtype.itemsize] | {"PAD": padded(size)}
 
 
 def copy_config(size: int) -> Constants:

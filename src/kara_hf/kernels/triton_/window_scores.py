@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..precision import common_dtype
 from .common import NOTHING, attention_logits, on_its_device
-from .configs import score_config
+from .configs import means_config, totals_config
 
 
 @triton.jit(do_not_specialize=["window", "count"])
@@ -172,7 +172,6 @@ def window_scores(
     if not scores.numel():
         return scores
     totals = queries.new_empty(batch, query_heads, count, dtype=torch.float32)
-    constants = score_config(queries.dtype, size)
     settings = (
         scaling,
         softcap or 1.0,
@@ -184,8 +183,10 @@ def window_scores(
         count,
         size,
     )
-    constants |= {"SOFTCAP": softcap is not None, "CAUSAL": causal}
-    tiles = [triton.cdiv(number, constants["TILE"]) for number in (count, window)]
-    query_totals_kernel[batch * query_heads, tiles[0]](queries, keys, totals, *settings, **constants)
-    key_means_kernel[batch * heads, tiles[1]](queries, keys, totals, scores, *settings, **constants)
+    flags = {"SOFTCAP": softcap is not None, "CAUSAL": causal}
+    of_totals, of_means = (config(queries.dtype, size) | flags for config in (totals_config, means_config))
+    programs = batch * query_heads, triton.cdiv(count, of_totals["TILE"])
+    query_totals_kernel[programs](queries, keys, totals, *settings, **of_totals)
+    programs = batch * heads, triton.cdiv(window, of_means["TILE"])
+    key_means_kernel[programs](queries, keys, totals, scores, *settings, **of_means)
     return scores
