@@ -75,8 +75,8 @@ def generate(
     floor: Annotated[
         int | None,
         typer.Option(
-            help="kara: tokens that a head holds at least, so that the begin of an answer stays whole; kv-compress: "
-            "further tokens that every head keeps at least [default: 0]."
+            help="kara, kv-compress: tokens that a head holds at least: for kara newer ones among them, so that the "
+            "begin of an answer stays whole; for kv-compress further ones [default: 0]."
         ),
     ] = None,
     score: Annotated[
