@@ -217,15 +217,12 @@ def found(python: Path | None, job: Row) -> Row:
 
 def with_ratios(asked: Asked, row: Row, full: Row | None) -> Row:
     """A cache's row beside its package's full cache, and its answers graded; without the tokens."""
-    beside = {} if full is None else {"speedup": full["step_ms"] / row["step_ms"]}
-    beside |= {} if full is None else {"agreed": agreed(row["tokens"], full["tokens"])}
-    return (
-        row
-        | beside
-        | {
-            "tokens": asked.length,
-            "held_mb": row["held_bytes"] / 1e6,
-            "process_mb": row["process_bytes"] / 1e6,
-            "found": asked.right(row["tokens"]),
-        }
-    )
+    told = {
+        "tokens": asked.length,
+        "held_mb": row["held_bytes"] / 1e6,
+        "process_mb": row["process_bytes"] / 1e6,
+        "found": asked.right(row["tokens"]),
+    }
+    if full is not None:
+        told |= {"speedup": full["step_ms"] / row["step_ms"], "agreed": agreed(row["tokens"], full["tokens"])}
+    return row | told
