@@ -46,6 +46,7 @@ SIZES: Row = {
     "prompt": 256,
     "window": 128,
     "dtype": "",
+    "sharing": "",
     "out": "runs/divergence",
 }
 SMOKE: Row = {"methods": ("random", "kara, 32 recent"), "budgets": (0.5,), "documents": 1, "tokens": 200, "prompt": 40}
@@ -86,6 +87,8 @@ def divergence_jobs(run: Run, **sizes: Any) -> Iterator[Job]:
     model = sizes["model"] or str(BUNDLED_MODEL)
     dtype = sizes["dtype"] or ("auto" if run.cuda else "float32")
     labels = {"model": Path(model).name, "data": name, "dtype": dtype, "length": sizes["tokens"]}
+    if sizes["sharing"]:
+        labels["sharing"] = Path(sizes["sharing"]).name
     yield Job(labels, partial(measured, run, model, dtype, data, name, sizes))
 
 
@@ -93,8 +96,10 @@ def measured(run: Run, model: str, dtype: str, data: str, name: str, sizes: Row)
     from kara_hf.evaluation import Document, divergence, make_method
     from kara_hf.evaluation.measure.identity import weights_of
     from kara_hf.evaluation.report.divergence_summary import Divergences
+    from kara_hf.integration.adapter import load_adapter
     from kara_hf.integration.loading import LoadedModel
     from kara_hf.methods.registry import SharedSettings
+    from kara_hf.policy.sharing import PoDSharing
     from kara_hf.probing.data import PROBLEMS, token_samples, whole_documents
 
     known = variants()
@@ -103,6 +108,10 @@ def measured(run: Run, model: str, dtype: str, data: str, name: str, sizes: Row)
     weights = weights_of(loaded.model, model)
     if not run.cuda and dtype != "float32":
         multiply_in_float32(loaded.model)
+    place = sizes["sharing"]
+    sharing = PoDSharing.from_pretrained(place) if place else None
+    if sharing is not None:
+        load_adapter(loaded.model, place, sharing)
     given: dict[str, Any] = {"length": sizes["tokens"], "count": sizes["documents"], "text_column": sizes["column"]}
     if sizes["pack"] or data.startswith(PROBLEMS):
         texts = list(token_samples(data, loaded.tokenizer, seed=None, **given))
@@ -120,6 +129,7 @@ def measured(run: Run, model: str, dtype: str, data: str, name: str, sizes: Row)
             weights=weights,
             rules=["query-aware"],
             shared=SharedSettings(window=sizes["window"]),
+            sharing=sharing,
         )
         asked = {method.name for method in methods}
         here = frame["task"].str.contains(f"{name}, {sizes['tokens']} tokens", regex=False)

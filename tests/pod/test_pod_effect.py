@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from kara_hf import PoDSharing
 from kara_hf.cli.app import app
 from kara_hf.integration.attach import is_attached
-from kara_hf.pod.effect import Effect, SharingPath, joined, search
+from kara_hf.pod.effect import Effect, Join, SharingPath, joined, search
 from kara_hf.pod.forward import SharedForward
 
 NEAR = {"sinks": 2, "recent": 10}
@@ -70,6 +70,16 @@ def test_it_stops_as_soon_as_enough_is_saved_and_smaller_savings_lie_on_the_way(
     assert 0.05 <= less.saving(400) < 0.2
     with pytest.raises(ValueError, match=r"saving=0\.45 is not possible at 400 tokens, where at most 0\.2"):
         path.group_for(0.45, 400)
+
+
+def test_of_all_that_save_enough_the_least_harmful_is_taken(measured):
+    """A later join may mend what an earlier one did."""
+    path = measured[2]
+    layers = [(1, 0.1), (2, 0.3), (3, 0.2)]
+    path = replace(path, joins=tuple(Join(layer, (0, 1), divergence) for layer, divergence in layers))
+    two = path.sharing(2).saving(400)
+    assert path.group_for(two, 400).lead == path.sharing(3).lead
+    assert path.group_for(path.sharing(1).saving(400), 400).lead == path.sharing(1).lead
 
 
 def test_whole_layers_join(measured):

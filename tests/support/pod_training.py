@@ -23,13 +23,12 @@ def build_model(**changes):
         intermediate_size=48,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=64,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
-        **changes,
+        **{"num_key_value_heads": 2, **changes},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

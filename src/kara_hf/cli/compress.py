@@ -62,9 +62,15 @@ def compress(
         text = file.read_text()
         require(bool(text.strip()), "file", str(file), "a file with some text")
 
+        from ..integration.adapter import has_adapter
         from ..integration.loading import LoadedModel
         from ..methods.caches import configured_caches
 
+        if sharing is not None and has_adapter(sharing):
+            raise ValueError(
+                f"sharing={sharing!r} is not possible: it has an adapter, which whoever asks {out} would have to put "
+                "into the model; pass the adapter's folder with --model, here and there"
+            )
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         method = configured_caches([cache], given, {})[cache]
         place = model or str(BUNDLED_MODEL)

@@ -106,6 +106,7 @@ def divergence(
         from ..evaluation.measure.traces import own_traces as make_traces
         from ..evaluation.report.divergence_summary import Divergences
         from ..evaluation.report.write import write_divergence
+        from ..integration.adapter import load_adapter
         from ..integration.loading import LoadedModel, find_device
         from ..methods.registry import SharedSettings, make_method
         from ..methods.rules import SINGLE_TEXT_RULES, rule_named
@@ -139,6 +140,8 @@ def divergence(
         kind = dtype or ("float32" if find_device(device).type == "cpu" else "auto")
         loaded = LoadedModel(place, device=device, dtype=kind, trust_remote_code=trust_remote_code)
         weights = weights_of(loaded.model, place)
+        if sharing is not None:
+            load_adapter(loaded.model, sharing, settings["sharing"])
         path = Path(text).expanduser()
         told: dict[str, Any] = {"name": loaded.name, "weights": weights, "data": path.name if path.exists() else text}
         console = Console(stderr=True)

@@ -84,6 +84,7 @@ def evaluate(
         from ..evaluation.measure.identity import weights_of
         from ..evaluation.measure.processes import Rank
         from ..evaluation.measure.request import Request
+        from ..integration.adapter import load_adapter
         from ..integration.loading import LoadedModel
         from ..methods.registry import SharedSettings, make_method
         from ..policy.sharing import PoDSharing
@@ -116,6 +117,8 @@ def evaluate(
         runner = LoadedModel(place, device=rank.device, dtype=dtype, trust_remote_code=trust_remote_code)
         runner.tokenizer.padding_side = "left"
         weights = weights_of(runner.model, place)
+        if sharing is not None:
+            load_adapter(runner.model, sharing, request.sharing)
         evaluator = Evaluator(runner.model, runner.tokenizer, name=runner.name, weights=weights, limit=runner.limit)
         wanted = [make_task(name, runner.tokenizer) for name in task_names]
         columns = (

@@ -164,7 +164,7 @@ def generate(
         typer.Option(
             metavar="DIR",
             help="kara, kv-compress, pod: folder or hub id of the sharing map that `kara-hf pod explore` or `adapt` "
-            "wrote; pod needs one.",
+            "wrote; pod needs one. An adapter there is put into the model, and is on with these caches alone.",
         ),
     ] = None,
     max_bytes: Annotated[
@@ -249,8 +249,10 @@ def generate(
             answer(loaded, from_, prompt, max_new_tokens=max_new_tokens, stream=stream, chat=not no_chat)
             return
 
+        from ..integration.adapter import load_adapter
         from ..integration.generation import ignored
         from ..methods.caches import configured_caches
+        from ..policy.sharing import PoDSharing
         from ..tasks.reasoner import make_problem
         from .runs import compare
 
@@ -260,6 +262,8 @@ def generate(
         problem = None if prompt or model else make_problem(**BUNDLED_PROBLEM)
         place = model or str(BUNDLED_MODEL)
         loaded = LoadedModel(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        if sharing is not None:
+            load_adapter(loaded.model, sharing, PoDSharing.from_pretrained(sharing))
         text = problem.prompt if problem else prompt or PROMPT
         ids = loaded.encode(text, chat=not no_chat, system=system)
         if pin is not None:

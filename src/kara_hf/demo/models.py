@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundled import ASSETS, BUNDLED_MODEL
+from ..integration.adapter import load_adapter
 from ..integration.attach import attach
 from ..integration.loading import LoadedModel, find_device, is_folder
 from ..policy.sharing import FILE, PoDSharing
@@ -48,6 +49,8 @@ class Loaded:
         self.encode, self.pins = runner.encode, runner.pins
         beside = Path(place) / FILE
         self.sharing = sharing or (str(beside) if beside.is_file() else None)
+        if sharing is not None:
+            load_adapter(self.model, sharing, PoDSharing.from_pretrained(sharing))
         self.turn = FifoLock()
         take_over_settings(self.model, self.tokenizer, name)
         try:

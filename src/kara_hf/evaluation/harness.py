@@ -21,6 +21,7 @@ except ImportError as error:
     raise ImportError("lm-evaluation-harness cannot be imported; run: pip install 'kara_hf[harness]'") from error
 
 from ..config import is_number, require
+from ..integration.adapter import load_adapter
 from ..integration.generation import check_used, for_generate, greedy, only
 from ..methods.registry import METHODS, Method, Plan, SharedSettings, make_method, needs_of
 from ..methods.rules import SINGLE_TEXT_RULES, rule_named
@@ -94,6 +95,8 @@ class KaraLM(HFLM):
         self.plan = make_plan(self.method, budget, rule, seed, sharing, shared)
         self._held: list[float] = []
         super().__init__(pretrained, **settings)
+        if sharing is not None:
+            load_adapter(self.model, sharing, self.plan.sharing)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: also the bytes of a sequence's cache at the end of its answer."""

@@ -145,6 +145,13 @@ def _full(model: Any, plan: Plan) -> Cache:
     return DynamicCache(config=model.config)
 
 
+def _adapted(model: Any, plan: Plan) -> Cache:
+    """The full cache of the model that was adapted to the plan's sharing; see `kara_hf.integration.adapter`."""
+    cache = _full(model, plan)
+    cache.sharing = plan.sharing  # type: ignore[attr-defined]
+    return cache
+
+
 def _float8(model: Any, plan: Plan) -> Cache:
     detach(model)
     return Float8Cache(model.config)
@@ -238,6 +245,7 @@ METHODS: dict[str, Method] = {
         ),
         Method("streaming-llm", evictions(metric="recency", levels=1), "sinks, or the kept prompt, and the newest"),
         Method("pod", _pod(), "shared keys of distant tokens", budgeted=False, shares=True),
+        Method("full-adapted", _adapted, "the full cache of the model that PoD adapted", budgeted=False, shares=True),
         Method("8bit", _all_in(bits=8), "all tokens, in 8 bits once they have settled", budgeted=False),
         Method("4bit", _all_in(bits=4), "the same in 4 bits", budgeted=False),
         Method("4bit-2bit", _all_in(key_bits=4, value_bits=2), "the same, values in 2 bits", budgeted=False),
@@ -247,11 +255,18 @@ METHODS: dict[str, Method] = {
         Method("random-4bit", windows("random", bits=4), "random tokens in 4 bits", random=True),
         Method("kv-compress-4bit", evictions(bits=4), "kv-compress, and what a pass leaves in 4 bits"),
         Method("streaming-llm-4bit", evictions(metric="recency", levels=1, bits=4), "streaming-llm in 4 bits"),
-        Method("pod-4bit", _pod(4), "shared keys of distant tokens, in 4 bits", budgeted=False, shares=True),
+        Method("pod-8bit", _pod(8), "shared keys of distant tokens, in 8 bits", budgeted=False, shares=True),
+        Method("pod-4bit", _pod(4), "the same in 4 bits", budgeted=False, shares=True),
         Method(
             "kara+pod",
             lambda model, plan: KaraCache(model, **window_settings(plan), sharing=plan.sharing),
             "Kara on shared keys",
+            shares=True,
+        ),
+        Method(
+            "kv-compress+pod",
+            lambda model, plan: KVCompressCache(model, **eviction_settings(plan), sharing=plan.sharing),
+            "KV-Compress on shared keys",
             shares=True,
         ),
         Method("float8", _float8, "all tokens in 8-bit floating point", budgeted=False),

@@ -70,16 +70,19 @@ class SharingPath:
         return replace(joined(self.nothing, [(join.layer, join.heads) for join in taken]), origin=about)
 
     def group_for(self, saving: float, tokens: int) -> PoDSharing:
-        """The first sharing on the path that saves at least `saving` of a full cache of `tokens`.
+        """Of the sharings on the path that save at least `saving` of a full cache of `tokens`, that of least effect:
+        two groups that have become one may do less harm than before.
 
         Raises:
             ValueError: no sharing on the path does.
         """
         check_saving(saving, tokens)
-        for count in range(len(self.joins) + 1):
-            if (found := self.sharing(count)).saving(tokens) >= saving:
-                return replace(found, origin={**found.origin, "saving": saving, "at_tokens": tokens})
-        raise cannot_save(saving, tokens, self.sharing(len(self.joins)))
+        sharings = [self.sharing(count) for count in range(len(self.joins) + 1)]
+        enough = [sharing for sharing in sharings if sharing.saving(tokens) >= saving]
+        if not enough:
+            raise cannot_save(saving, tokens, sharings[-1])
+        found = min(enough, key=lambda sharing: sharing.origin["divergence"])
+        return replace(found, origin={**found.origin, "saving": saving, "at_tokens": tokens})
 
     def save(self, folder: str | Path) -> None:
         """Writes `pod_effect.json` into `folder`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from ..bundled import place_of
 from ..config import Settings, is_int, is_number, require
 from ..hub import find_file, push_file
 
@@ -160,7 +161,8 @@ class PoDSharing(Settings):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> Self:
-        """Reads what `save_pretrained` wrote: from a folder, from the file itself, or from a model hub.
+        """Reads what `save_pretrained` wrote: from a folder, from the file itself, or from a model hub; or what comes
+        with this package, by its name.
 
         Args:
             hub: `revision`, `token` and whatever else `huggingface_hub.hf_hub_download` takes.
@@ -171,7 +173,7 @@ class PoDSharing(Settings):
             ValueError: the file is of a newer format, or what it says is not possible.
         """
         remedy = "make one with `kara-hf pod explore` or `kara-hf pod adapt`"
-        path = find_file(name_or_path, FILE, "sharing", remedy, **hub)
+        path = find_file(place_of(str(name_or_path)), FILE, "sharing", remedy, **hub)
         return cls.from_json(path.read_text())
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> None:

@@ -1,0 +1,67 @@
+"""The adapter that a model learned for a sharing map (PoD): on in forwards whose cache shares by it, off in others."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import find_adapter_config_file
+
+from ..bundled import place_of
+from ..needs import Package, check_needs, extra
+from .attach import decoder_config
+from .shape import layer_kinds, model_shape
+
+
+def has_adapter(place: str) -> bool:
+    """Whether an adapter lies beside a sharing map, in a folder or a repository of a hub."""
+    return find_adapter_config_file(place_of(place)) is not None
+
+
+def load_adapter(model: PreTrainedModel, place: str, sharing: Any) -> bool:
+    """Puts the adapter at `place` into `model`, if there is one; a model that has an adapter already is left as it is.
+
+    From then on the model is what it was, but in a forward with a cache whose `sharing` equals this one.
+
+    Args:
+        model: a Transformers causal LM, whose weights the adapter was trained on.
+        place: folder, hub id, or the name of what comes with this package.
+        sharing: the map there.
+
+    Returns:
+        Whether it was put in.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: the map is of another model.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False) or not has_adapter(place):
+        return False
+    config = decoder_config(model)
+    sharing.check(model_shape(config), layer_kinds(config))
+    check_needs({"": [Package("peft", extra("train"))]})
+    model.load_adapter(place_of(place), adapter_name="pod")
+    model.base_model.register_forward_pre_hook(_Switch(model, sharing), with_kwargs=True)
+    return True
+
+
+class _Switch:
+    """A forward hook that switches the adapter of a model."""
+
+    def __init__(self, model: PreTrainedModel, sharing: Any):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.sharing = sharing
+        self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self.on = True
+        self.turn(False)
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caches = (value for value in (*kwargs.values(), *args) if isinstance(value, Cache))
+        self.turn(any(getattr(cache, "sharing", None) == self.sharing for cache in caches))
+
+    def turn(self, on: bool) -> None:
+        if on == self.on:
+            return
+        for layer in self.layers:
+            layer.enable_adapters(enabled=on)
+        self.on = on
