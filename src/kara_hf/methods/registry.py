@@ -148,7 +148,7 @@ def _full(model: Any, plan: Plan) -> Cache:
 def _adapted(model: Any, plan: Plan) -> Cache:
     """The full cache of the model that was adapted to the plan's sharing; see `kara_hf.integration.adapter`."""
     cache = _full(model, plan)
-    cache.sharing = plan.sharing  # type: ignore[attr-defined]
+    cache.sharing = plan.sharing
     return cache
 
 
