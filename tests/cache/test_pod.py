@@ -187,13 +187,13 @@ def attention_cases(draw):
     }
 
 
-@given(attention_cases())
-def test_the_gate_is_one_softmax(case):
+def given_attention(case):
+    """Tensors and settings of both functions."""
     heads, group, tokens, new = case["heads"], case["group"], case["tokens"], case["new"]
     make = torch.Generator().manual_seed(case["seed"])
 
     def draw(*shape):
-        return torch.randn(*shape, generator=make)
+        return torch.randn(*shape, generator=make, requires_grad=True)
 
     positions = torch.arange(tokens, dtype=torch.int32).expand(2, -1).clone()
     positions[1] = (positions[1] - case["padding"]).clamp(min=-1)
@@ -214,7 +214,27 @@ def test_the_gate_is_one_softmax(case):
         "sink_logits": draw(heads * group) if case["sink_logits"] else None,
         "skip": case["skip"],
     }
+    return given, settings
+
+
+@given(attention_cases())
+def test_the_gate_is_one_softmax(case):
+    given, settings = given_attention(case)
     close(shared_attention(*given, **settings), shared_attention_reference(*given, **settings), 1e-5)
+
+
+@given(attention_cases())
+def test_its_gradient_is_that_of_the_gate(case):
+    given, settings = given_attention(case)
+    wanted = [part for part in (*given, settings["sink_logits"]) if part is not None]
+    found = []
+    for op in (shared_attention, shared_attention_reference):
+        out = op(*given, **settings)
+        seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        gradients = torch.autograd.grad((out * seed).sum(), wanted, allow_unused=True)
+        found.append([torch.zeros_like(p) if g is None else g for g, p in zip(gradients, wanted, strict=True)])
+    for got, expected in zip(*found, strict=True):
+        close(got, expected, 1e-5)
 
 
 def test_many_queries_are_taken_in_chunks(monkeypatch, model):

@@ -23,13 +23,15 @@ where nothing is seen. Differentiable in all that is float; softmax and accumula
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from .attend import QUERY_CHUNK
 from .dense import grouped_logits, grouped_sinks, row_logits, weighted, weights_of
-from .precision import as_sdpa
+from .precision import as_sdpa, common_dtype
 from .rows import Proximal
 
 KEPT_LOGITS = 2**25  # of one layer, that are held for the gradient
@@ -158,18 +160,125 @@ def _attend(
     padding = at < 0  # sees nothing, but a softmax needs something
     seen = ((place >= 0) & (place <= at)) | padding
     distant = proximal.distant(at, place).expand(-1, keys.shape[1], -1, -1)[:, followers, None]
-    logits = grouped_logits(query, keys, scaling, softcap)
-    shared = grouped_logits(lead_query, lead_keys, scaling, softcap)
-    if len(followers) == keys.shape[1]:
-        logits = torch.where(distant, shared, logits)
+    hidden = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))[:, :, None]
+    ways = _Ways(followers, distant, hidden, scaling, softcap, skip)
+    out: torch.Tensor = _Attention.apply(query, keys, values, lead_query, lead_keys, sink_logits, ways)
+    return out.masked_fill(padding, 0.0)
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """How logits become weights.
+
+    Attributes:
+        followers: ``[F]`` int64.
+        distant: which logits of theirs are their leads', ``[B, F, 1, S, T]`` bool.
+        hidden: -inf where a query sees nothing, ``[B, 1 or H, 1, S, T]`` float32; the rest is 0.
+        scaling, softcap, skip: as in `shared_attention`.
+    """
+
+    followers: torch.Tensor
+    distant: torch.Tensor
+    hidden: torch.Tensor
+    scaling: float
+    softcap: float | None
+    skip: float | None
+
+
+class _Attention(torch.autograd.Function):
+    """Attention with a gradient of its own: of all that is as large as the logits one tensor is kept, and the products
+    of the backward pass are those of the operands' dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        lead_query: torch.Tensor,
+        lead_keys: torch.Tensor,
+        sink_logits: torch.Tensor | None,
+        ways: _Ways,
+    ) -> torch.Tensor:
+        weights, sloped = _weights(query, keys, lead_query, lead_keys, sink_logits, ways)
+        kept = common_dtype(query, keys, values, lead_query, lead_keys)
+        ctx.save_for_backward(query, keys, values, lead_query, lead_keys, sink_logits, weights.to(kept), sloped)
+        ctx.ways = ways
+        if ways.skip is not None:
+            weights = _skip(weights, ways)
+        return weighted(weights, values, query.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, keys, values, lead_query, lead_keys, sink_logits, kept, sloped = ctx.saved_tensors
+        ways, dtype = ctx.ways, kept.dtype
+        of_out = _grouped(gradients[0], keys.shape[1])
+        used, weights = kept, kept.float()
+        if ways.skip is not None:
+            with torch.enable_grad():
+                before = weights.requires_grad_()
+                after = _skip(before, ways)
+            used, weights = after.detach().to(dtype), weights.detach()
+        of_values = used.flatten(2, 3).transpose(-1, -2) @ of_out.to(dtype)
+        slope = (of_out.float() @ values.float().transpose(-1, -2)).view_as(kept)
+        if ways.skip is not None:
+            (slope,) = torch.autograd.grad(after, before, slope)
+        mean = torch.linalg.vecdot(weights, slope)[..., None]
+        of_sinks = None
+        if sink_logits is not None:  # one token more, whose value is nothing
+            of_sinks = ((weights.sum(-1, keepdim=True) - 1) * mean).sum((0, 3, 4)).view_as(sink_logits)
+            of_sinks = of_sinks.to(sink_logits.dtype)
+        slope = slope.sub_(mean).mul_(weights)
+        if sloped is not None:
+            slope *= sloped
+        near = slope.to(dtype)
+        every = len(ways.followers) == keys.shape[1]
+        far = torch.where(ways.distant, near if every else near[:, ways.followers], 0.0)
+        near = near.sub_(far) if every else near.index_add_(1, ways.followers, far, alpha=-1)
+        of_query, of_keys = _of_product(near, query, keys, ways.scaling)
+        of_lead_query, of_lead_keys = _of_product(far, lead_query, lead_keys, ways.scaling)
+        return of_query, of_keys, of_values.to(values.dtype), of_lead_query, of_lead_keys, of_sinks, None
+
+
+def _weights(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    lead_query: torch.Tensor,
+    lead_keys: torch.Tensor,
+    sink_logits: torch.Tensor | None,
+    ways: _Ways,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights ``[B, H, G, S, T]`` float32 before any skip, and the slope of the softcap there, if there is one."""
+    logits = grouped_logits(query, keys, ways.scaling, ways.softcap)
+    shared = grouped_logits(lead_query, lead_keys, ways.scaling, ways.softcap)
+    if len(ways.followers) == keys.shape[1]:
+        logits = torch.where(ways.distant, shared, logits)
     else:
-        logits = logits.index_copy(1, followers, torch.where(distant, shared, logits[:, followers]))
-    # added in place, and not filled in, which would copy the logits and in the backward pass their gradient
-    logits = logits.add_(torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))[:, :, None])
-    weights = weights_of(logits, grouped_sinks(sink_logits, keys.shape[1]))
-    if skip is not None:
-        weights = weights.index_copy(1, followers, skipped(weights[:, followers], distant, skip))
-    return weighted(weights, values, query.dtype).masked_fill(padding, 0.0)
+        logits = logits.index_copy(1, ways.followers, torch.where(ways.distant, shared, logits[:, ways.followers]))
+    sloped = None if ways.softcap is None else 1 - (logits / ways.softcap) ** 2
+    logits += ways.hidden
+    return weights_of(logits, grouped_sinks(sink_logits, keys.shape[1])), sloped
+
+
+def _skip(weights: torch.Tensor, ways: _Ways) -> torch.Tensor:
+    assert ways.skip is not None
+    return weights.index_copy(1, ways.followers, skipped(weights[:, ways.followers], ways.distant, ways.skip))
+
+
+def _grouped(query: torch.Tensor, heads: int) -> torch.Tensor:
+    """``[B, H * G, S, D]`` as ``[B, H, G * S, D]``."""
+    return query.reshape(query.shape[0], heads, -1, query.shape[-1])
+
+
+def _of_product(
+    slope: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of queries and keys, by that of their scaled products ``[B, H, G, S, T]``."""
+    of_products = slope.flatten(2, 3)
+    of_query = of_products @ keys.to(slope.dtype)
+    of_keys = of_products.transpose(-1, -2) @ _grouped(query, keys.shape[1]).to(slope.dtype)
+    return (of_query * scaling).view_as(query).to(query.dtype), (of_keys * scaling).to(keys.dtype)
 
 
 def skipped(weights: torch.Tensor, distant: torch.Tensor, skip: float) -> torch.Tensor:
