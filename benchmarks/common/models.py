@@ -1,4 +1,4 @@
-"""The models of benchmarks on a CPU: one of random weights, and those that come with the package."""
+"""The models of benchmarks on a CPU: one of random weights, the bundled one, and a deep one of the tests."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import kara_hf
-
-ASSETS = Path(kara_hf.__file__).parent / "assets"
-TINY, DEEP = ASSETS / "tiny_reasoner", ASSETS / "deep_reasoner"
+DEEP = Path(__file__).parents[2] / "tests" / "data" / "deep_reasoner"  # its layers are alike, three by three
 
 
 def random_llama(layers: int = 4, heads: int = 2) -> Any:

@@ -3,19 +3,19 @@
 import socket
 
 import pytest
+from support.demo import both
 from support.demo_browser import SLOW, WIDE
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'kara_hf[demo]'")
 
 from kara_hf.demo.app import launch
-from kara_hf.demo.models import Models
 from kara_hf.demo.request import Limits
 from kara_hf.demo.sessions import Sessions
 
 
 @pytest.fixture(scope="session")
 def models():
-    return Models(device="cpu")
+    return both()
 
 
 @pytest.fixture(scope="module")

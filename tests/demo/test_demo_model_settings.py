@@ -47,7 +47,7 @@ def expected(models):
 def test_settings_that_come_with_a_model_change_nothing(expected, tmp_path, case):
     models = with_settings(tmp_path / "hostile", **HOSTILE[case])
     loaded = models.load("hostile")
-    loaded.bundled = True  # as it was trained: without a chat template
+    loaded.own_words = True  # as it was trained: without a chat template
     for run, wanted in zip(finished(make(models, model="hostile", **PROMPT)).runs, expected, strict=True):
         recording = run.recording
         assert recording.tokens == wanted.tokens and recording.end["reason"] == "end", recording.end

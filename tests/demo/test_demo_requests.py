@@ -1,16 +1,18 @@
 """What visitors may ask for, and which models they may choose."""
 
+import copy
 import json
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from support.demo import DEEP, SETTINGS, TINY, make
+from support.demo import DEEP, DEEP_FOLDER, SETTINGS, TINY, make
 
-from kara_hf import PoDSharing
+from kara_hf import KaraConfig, KVCompressConfig, PoDSharing
+from kara_hf.demo.app import _show_choice, _show_model
 from kara_hf.demo.models import BUNDLED, Models
-from kara_hf.demo.presets import BITS, DEFAULTS, METHOD_PRESETS, OWN, TABLE, make_method
+from kara_hf.demo.presets import BITS, DEFAULTS, KARA, METHOD_PRESETS, OWN, SMALL_DEFAULTS, TABLE, TRACE, make_method
 from kara_hf.demo.request import Limits
 from kara_hf.integration.shape import layer_kinds, model_shape
 
@@ -57,7 +59,7 @@ BAD = {
         {"task": TABLE, "length": 300},
         "Table is in English, which tiny_reasoner does not know: choose Long tr",
     ),
-    "no map": ({"choice": "PoD"}, "PoD needs a map .* tiny_reasoner has none: choose deep_reasoner"),
+    "no map": ({"choice": "PoD"}, "PoD needs a map .* tiny_reasoner has none: choose HuggingFaceTB/"),
     "no model": ({"model": ""}, "model='' is not possible: choose tiny_reasoner, deep_reasoner or a hub id"),
     "a folder": ({"model": "/etc"}, "model='/etc' is not possible: .* named when the demo is started"),
     "a folder above": ({"model": "../main"}, "model='../main' is not possible"),
@@ -81,7 +83,7 @@ def test_an_unknown_model_is_named_soon(models):
     with pytest.raises(OSError, match="model='nobody/has-this' cannot be loaded: the hub"):
         make(models, model="nobody/has-this")
     assert time.perf_counter() - begun < 20
-    with pytest.raises(ValueError, match="this demo offers tiny_reasoner, deep_reasoner only"):
+    with pytest.raises(ValueError, match="this demo offers tiny_reasoner only"):
         Models(hub=False).load("nobody/has-this")
 
 
@@ -123,8 +125,8 @@ def test_named_folders_can_be_chosen_and_no_others(tmp_path):
     for name in ("mine", "hidden"):
         shutil.copytree(BUNDLED[TINY], tmp_path / name)
     models = Models([str(tmp_path / "mine")], device="cpu")
-    assert models.names == ["mine", TINY, DEEP]
-    assert models.load("mine") is models.load("mine") and not models.load("mine").bundled
+    assert models.names == ["mine", TINY]
+    assert models.load("mine") is models.load("mine")
     for name in (str(tmp_path / "mine"), str(tmp_path / "hidden"), "hidden"):
         with pytest.raises((ValueError, OSError)):
             models.load(name)
@@ -146,8 +148,8 @@ def test_code_of_a_model_runs_only_if_a_flag_says_so(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_bundled_map_is_of_the_bundled_model_and_saves_what_it_was_explored_for(models):
-    sharing, config = PoDSharing.from_pretrained(BUNDLED[DEEP]), models.load(DEEP).model.config
+def test_a_map_is_of_its_model_and_saves_what_it_was_explored_for(models):
+    sharing, config = PoDSharing.from_pretrained(DEEP_FOLDER), models.load(DEEP).model.config
     sharing.check(model_shape(config), layer_kinds(config))
     assert sharing.model == model_shape(config)
     assert sharing.saving(sharing.origin["at_tokens"]) >= sharing.origin["saving"] == 0.25
@@ -155,7 +157,7 @@ def test_the_bundled_map_is_of_the_bundled_model_and_saves_what_it_was_explored_
 
 def test_methods_show_the_settings_that_they_have(models):
     for name, choice in METHOD_PRESETS.items():
-        assert choice.about and set(choice.settings) <= set(DEFAULTS), name
+        assert choice.about and set(choice.settings) <= set(SMALL_DEFAULTS), name
 
 
 @pytest.mark.parametrize("choice", [name for name, method in METHOD_PRESETS.items() if "bits" in method.settings])
@@ -165,3 +167,34 @@ def test_bits_are_those_of_the_cache(models, choice):
         method = make_method(choice, {**SETTINGS, "pin": (), "bits": bits}, loaded, 0)
         assert method.settings.get("bits") == (None if bits == "all" else int(bits))
         assert (f"{bits} bits" in method.describe()) == (bits != "all")
+
+
+def test_settings_begin_with_what_suits_the_model(models):
+    """The bundled model's own, and for others what the caches do where nothing is said."""
+    names = list(DEFAULTS)
+    of_pod = dict(zip(names, _show_choice(names, models, TRACE, "Kara + PoD", TINY)[3:], strict=True))
+    assert _show_choice(names, models, TRACE, "Kara + PoD", TINY)[1]["value"] == DEEP == models.with_map
+    assert of_pod["window"]["value"] == KaraConfig.window and of_pod["recent"]["value"] == KaraConfig.recent
+    kept = dict(zip(names, _show_choice(names, models, TRACE, "Random control", TINY)[3:], strict=True))
+    assert [name for name in names if "value" in kept[name]] == ["retention"]  # the visitor's own stay
+    for model, defaults in ((TINY, SMALL_DEFAULTS), ("org/other", DEFAULTS)):
+        shown = dict(zip(names, _show_model(names, KARA, model), strict=True))
+        assert {name: shown[name]["value"] for name in names} == defaults | {"retention": 0.4}
+    assert Models(hub=False).with_map is None and Models().with_map.endswith("SmolLM2-135M-Instruct")
+
+
+def test_a_language_model_gets_the_caches_as_they_come(models):
+    """Nothing but what the page shows."""
+    loaded = replace_words(models.load(TINY))
+    for choice, config in (("Kara", KaraConfig), ("KV-Compress", KVCompressConfig)):
+        settings = DEFAULTS | {"pin": (), "retention": config.retention or 0.25, "recent": 0.5, "protected": 0.5}
+        made = make_method(choice, settings, loaded, 0).config
+        assert made == config(retention=settings["retention"])
+    assert make_method("Kara", DEFAULTS | {"pin": (), "recent": 32.0}, loaded, 0).config.recent == 32
+
+
+def replace_words(loaded):
+    """The same model, as one that knows English."""
+    other = copy.copy(loaded)
+    other.own_words = False
+    return other

@@ -12,7 +12,7 @@ from support.demo import finished, make
 from kara_hf.cli.generate import BUNDLED_SETTINGS
 from kara_hf.demo.control import FifoLock
 from kara_hf.demo.generation import GumbelNoise
-from kara_hf.demo.presets import DEFAULTS, FULL, KARA, METHOD_PRESETS, RANDOM, TASK_PRESETS, TRACE
+from kara_hf.demo.presets import FULL, KARA, METHOD_PRESETS, RANDOM, SMALL_DEFAULTS, TASK_PRESETS, TRACE
 from kara_hf.demo.runs import TokenTexts
 from kara_hf.demo.sessions import Sessions
 
@@ -31,8 +31,8 @@ def test_both_caches_get_the_same_and_the_answer_is_checked(models):
 def test_what_is_shown_at_first_tells_the_story(models):
     """As docs/demo.md says: the first problem survives Kara, set as `kara-hf generate` sets it, and not chance."""
     shown = {name: BUNDLED_SETTINGS[name] for name in METHOD_PRESETS[KARA].settings if name in BUNDLED_SETTINGS}
-    assert shown.items() <= DEFAULTS.items() and "score" in shown
-    first = {"length": TASK_PRESETS[TRACE].length, "settings": DEFAULTS}
+    assert shown.items() <= SMALL_DEFAULTS.items() and "score" in shown
+    first = {"length": TASK_PRESETS[TRACE].length, "settings": SMALL_DEFAULTS}
     kara, random = finished(make(models, beside=True, **first)), finished(make(models, choice=RANDOM, **first))
     assert [run.recording.end["score"] for run in (*kara.runs, *random.runs)] == [1, 1, 0]
 

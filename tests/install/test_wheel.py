@@ -20,11 +20,11 @@ from support.installed import ROOT, Environment, build_wheel
 from support.shown import FENCE, README, shown, words
 
 from kara_hf import __version__
-from kara_hf.bundled import ASSETS
 from kara_hf.cli.doctor import NEEDS
 from kara_hf.needs import extra as remedy
 from kara_hf.tasks.reasoner import make_problem
 
+DEEP = ROOT / "tests" / "data" / "deep_reasoner"
 EXTRAS = ("", "demo", "evaluate", "harness", "plot", "serve", "train")
 
 # What the commands that are shown call their models and texts: folders and files of these names.
@@ -119,7 +119,7 @@ def installed(request, wheel, tmp_path_factory):
     """A fresh environment, the extra in it, and the models and texts that are spoken of."""
     environment = Environment(tmp_path_factory.mktemp("stranger"), wheel, request.param)
     model = environment.folder / MODELS[0]
-    shutil.copytree(ASSETS / "deep_reasoner", model)
+    shutil.copytree(DEEP, model)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
@@ -128,7 +128,7 @@ def installed(request, wheel, tmp_path_factory):
         (environment.folder / name).symlink_to(model)
     for name in ("sharing", "first", "second"):
         (environment.folder / name).mkdir()
-        shutil.copy(ASSETS / "deep_reasoner" / "pod_sharing.json", environment.folder / name)
+        shutil.copy(DEEP / "pod_sharing.json", environment.folder / name)
     (environment.folder / "benchmarks" / "results").mkdir(parents=True)
     (environment.folder / "benchmarks" / "results" / "answers").symlink_to(ROOT / "benchmarks" / "results" / "answers")
     problems = [make_problem("trace", length=300, seed=number) for number in range(8)]

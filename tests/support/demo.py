@@ -1,11 +1,22 @@
 """Sessions of the demo without a page."""
 
-from kara_hf.demo.models import BUNDLED
-from kara_hf.demo.presets import DEFAULTS, KARA, TRACE
+from pathlib import Path
+
+from kara_hf.demo.models import BUNDLED, Models
+from kara_hf.demo.presets import KARA, SMALL_DEFAULTS, TRACE
 from kara_hf.demo.request import DemoRequest, Limits, open_session
 
-TINY, DEEP = BUNDLED
-SETTINGS = {**DEFAULTS, "window": 16, "recent": 8, "protected": 8, "observation": 4}
+(TINY,) = BUNDLED
+DEEP_FOLDER = Path(__file__).parents[1] / "data" / "deep_reasoner"  # a small model that has a map
+DEEP = DEEP_FOLDER.name
+SETTINGS = {**SMALL_DEFAULTS, "window": 16, "recent": 8, "protected": 8, "observation": 4}
+
+
+def both():
+    """The bundled model, which is chosen at first, and the one with a map."""
+    models = Models([str(DEEP_FOLDER)], device="cpu")
+    models.places = dict(reversed(models.places.items()))
+    return models
 
 
 def request(**changes):

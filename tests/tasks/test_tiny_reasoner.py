@@ -20,6 +20,7 @@ from kara_hf.tasks.task import make_task
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(kara_hf.__file__).parent / "assets" / "tiny_reasoner"
+DEEP = Path(__file__).parents[1] / "data" / "deep_reasoner"
 
 
 def load_script(path):
@@ -173,7 +174,7 @@ def test_a_deepened_model_does_about_the_same_in_smaller_steps(trainer, model):
 
 
 def test_the_deep_model_is_small_and_solves_test_problems(tokenizer):
-    folder = FOLDER.parent / "deep_reasoner"
+    folder = DEEP
     assert sum(path.stat().st_size for path in folder.iterdir()) < 16 * 2**20
     deep = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert deep.config.num_hidden_layers == 12
@@ -181,10 +182,10 @@ def test_the_deep_model_is_small_and_solves_test_problems(tokenizer):
     assert right >= 9
 
 
-def test_the_bundled_map_follows_from_how_alike_the_layers_attend():
+def test_its_map_follows_from_how_alike_the_layers_attend():
     """The similarity was measured on training problems of 512 tokens."""
-    similarity = LayerSimilarity.load(Path(__file__).parents[1] / "data" / "deep_reasoner")
+    similarity = LayerSimilarity.load(DEEP)
     sharing = similarity.group_for(0.25, 512, sinks=4, recent=60)
-    bundled = PoDSharing.from_pretrained(FOLDER.parent / "deep_reasoner")
+    bundled = PoDSharing.from_pretrained(DEEP)
     assert sharing.lead == bundled.lead and (bundled.sinks, bundled.recent) == (4, 60)
     assert 0.25 <= bundled.saving(512) < 0.27

@@ -14,7 +14,7 @@ def demo(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Folder or hub id to be chosen beside the bundled models; repeat it for more. No other folder can be."
+            help="Folder or hub id to be chosen beside the bundled model; repeat it for more. No other folder can be."
         ),
     ] = None,
     sharing: Annotated[

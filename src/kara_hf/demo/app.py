@@ -9,9 +9,9 @@ import gradio as gr
 from gradio.components import Component
 
 from .handlers import Handlers
-from .models import BUNDLED, Models
+from .models import BUNDLED, SUGGESTED, Models
 from .page import make_page, read
-from .presets import BITS, DEEP_LENGTHS, DEFAULTS, KARA, METHOD_PRESETS, OWN, SCORES, SUGGESTED, TASK_PRESETS, TRACE
+from .presets import BITS, KARA, METHOD_PRESETS, OWN, SCORES, TASK_PRESETS, TRACE, defaults_of
 from .request import PACES, DemoRequest, Limits
 from .sessions import Sessions
 
@@ -127,7 +127,7 @@ def _controls(models: Models, limits: Limits) -> Controls:
     choice = gr.Dropdown(list(METHOD_PRESETS), value=KARA, label="Method", info=about, elem_id="choice")
     beside = gr.Checkbox(True, label="Full cache beside it", elem_id="beside")
     with gr.Row(elem_id="settings"):
-        settings = _settings()
+        settings = _settings(defaults_of(models.names[0]))
     with gr.Accordion("Sampling, limits, speed", open=False):
         pace = gr.Radio(list(PACES), value="100 tokens/s", label="Show at", elem_id="pace")
         most = f"0: enough for the task; at most {limits.new:,}"
@@ -156,22 +156,25 @@ def _controls(models: Models, limits: Limits) -> Controls:
     )
 
 
-def _settings() -> dict[str, Component]:
-    """The settings of all methods, by name; those of the first one are visible."""
+def _settings(values: dict[str, Any]) -> dict[str, Component]:
+    """The settings of all methods, by name, and what they begin with; those of the first one are visible."""
 
     def field(kind: Callable[..., Component], name: str, label: str, info: str | None, **options: Any) -> Component:
         visible = name in METHOD_PRESETS[KARA].settings
-        return kind(value=DEFAULTS[name], label=label, info=info, visible=visible, elem_id=f"set-{name}", **options)
+        return kind(value=values[name], label=label, info=info, visible=visible, elem_id=f"set-{name}", **options)
 
     def number(name: str, label: str, info: str) -> Component:
         return field(gr.Number, name, label, info, precision=0)
 
+    def newest(name: str, label: str, info: str) -> Component:
+        return field(gr.Number, name, label, f"{info}; below 1 a share", step=0.1)
+
     return {
         "retention": field(gr.Number, "retention", "Retention", "Share kept", step=0.05),
         "window": number("window", "Window", "Judged together"),
-        "recent": number("recent", "Recent", "Always whole"),
+        "recent": newest("recent", "Recent", "Always whole"),
         "anchor_share": field(gr.Number, "anchor_share", "Anchor share", "1: top-k", step=0.1),
-        "protected": number("protected", "Protected", "Newest that stay"),
+        "protected": newest("protected", "Protected", "Newest that stay"),
         "sinks": number("sinks", "Sinks", "First that stay"),
         "pin": field(gr.Textbox, "pin", "Pinned", "0:20, or system", max_lines=1),
         "bits": field(gr.Dropdown, "bits", "Bits", "Of what has settled", choices=BITS),
@@ -230,30 +233,42 @@ def _connect(app: gr.Blocks, controls: Controls, handlers: Handlers, limits: Lim
     task, choice, model, settings = controls.task, controls.choice, controls.model, controls.settings
     shown, given = [choice, model, controls.length, *settings.values()], [task, choice, model]
     updated = [task, controls.number, controls.text, *shown]
-    task.input(partial(_show_task, list(settings)), given, updated, **at_once)
-    choice.input(partial(_show_choice, list(settings)), given, shown, **at_once)
+    for control, show, changed in ((task, _show_task, updated), (choice, _show_choice, shown)):
+        control.input(partial(show, list(settings), handlers.models), given, changed, **at_once)
+    model.input(partial(_show_model, list(settings)), [choice, model], list(settings.values()), **at_once)
 
 
-def _show_task(settings: list[str], task: str, choice: str, model: str) -> tuple[Any, ...]:
+def _show_task(settings: list[str], models: Models, task: str, choice: str, model: str) -> tuple[Any, ...]:
     """What changes on the page when a task is chosen: its own fields, and the method that shows most of it."""
     preset, own = TASK_PRESETS[task], task == OWN
     suggested = choice if preset.method is None or METHOD_PRESETS[choice].shares else preset.method
     fields = gr.update(visible=not own), gr.update(visible=own)
-    return gr.update(info=preset.about), *fields, *_show_choice(settings, task, suggested, model)
+    return gr.update(info=preset.about), *fields, *_show_choice(settings, models, task, suggested, model)
 
 
-def _show_choice(settings: list[str], task: str, choice: str, model: str) -> tuple[Any, ...]:
-    """What changes when a method is chosen: its settings, and for PoD the model, with what it can follow."""
-    chosen, (small, deep) = METHOD_PRESETS[choice], BUNDLED
-    if chosen.shares and model == small:
-        model = deep
-    elif not chosen.shares and model == deep:
-        model = small
-    length = DEEP_LENGTHS.get(task) if model == deep else TASK_PRESETS[task].length
-    shown = gr.update(visible=False) if task == OWN else gr.update(value=length, visible=True)
-    updates = {each: gr.update(visible=each in chosen.settings) for each in settings}
-    updates["retention"] = gr.update(visible="retention" in chosen.settings, value=chosen.retention)
-    return gr.update(value=choice, info=chosen.about), gr.update(value=model), shown, *updates.values()
+def _show_choice(settings: list[str], models: Models, task: str, choice: str, model: str) -> tuple[Any, ...]:
+    """What changes when a method is chosen: its settings, and for PoD the model, if a bundled one has no map."""
+    chosen, before = METHOD_PRESETS[choice], model
+    if chosen.shares and model in BUNDLED:
+        model = models.with_map or model
+    shown = gr.update(visible=False) if task == OWN else gr.update(value=TASK_PRESETS[task].length, visible=True)
+    fields = _fields(settings, choice, {} if model == before else defaults_of(model))
+    return gr.update(value=choice, info=chosen.about), gr.update(value=model), shown, *fields
+
+
+def _show_model(settings: list[str], choice: str, model: str) -> tuple[Any, ...]:
+    """What changes when a model is chosen: what the settings begin with."""
+    return _fields(settings, choice, defaults_of(model))
+
+
+def _fields(settings: list[str], choice: str, values: dict[str, Any]) -> tuple[Any, ...]:
+    """The settings that a method has, those of `values` with another value, and with the share that it begins with."""
+    chosen = METHOD_PRESETS[choice]
+    values = {**values, "retention": chosen.retention}
+    changed = ({"value": values[each]} if each in values else {} for each in settings)
+    return tuple(
+        gr.update(visible=each in chosen.settings, **value) for each, value in zip(settings, changed, strict=True)
+    )
 
 
 def launch(models: Models, limits: Limits, sessions: Sessions | None = None, **options: Any) -> gr.Blocks:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundled import ASSETS, BUNDLED_MODEL
+from ..bundled import BUNDLED_MODEL
 from ..integration.adapter import load_adapter
 from ..integration.attach import attach
 from ..integration.loading import LoadedModel, find_device, is_folder
@@ -15,7 +15,9 @@ from ..policy.sharing import FILE, PoDSharing
 from .control import FifoLock
 from .generation import take_over_settings
 
-BUNDLED = {folder.name: folder for folder in (BUNDLED_MODEL, ASSETS / "deep_reasoner")}
+BUNDLED = {BUNDLED_MODEL.name: BUNDLED_MODEL}
+SUGGESTED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the hub: small, and knows English
+MAPS = {SUGGESTED: "smollm2-135m-pod"}  # of what layers share, with the adapter for it; they come with the package
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 KEPT = 3  # models from a hub that stay loaded
 SMALL = 50_000_000  # parameters, below which several threads slow a step down
@@ -28,11 +30,11 @@ class Loaded:
     Args:
         name: what it was chosen by.
         place: folder or hub id.
-        sharing: folder or hub id with a map for PoD; None: the one beside the model, if there is one.
+        sharing: folder or hub id with a map for PoD; None: the one beside the model, or of `MAPS`, if there is one.
         options: of `kara_hf.integration.loading.LoadedModel`.
 
     Attributes:
-        bundled: whether it knows only the words of its own problems.
+        own_words: whether it knows only the words of its own problems, as the bundled one.
         limit: positions that it has.
         turn: held by the run whose step it is.
         threads: that a step runs on, on a CPU.
@@ -44,13 +46,14 @@ class Loaded:
 
     def __init__(self, name: str, place: str, sharing: str | None, **options: Any):
         runner = LoadedModel(place, **options)
-        self.name, self.bundled = name, name in BUNDLED
+        self.name = name
         self.model, self.tokenizer, self.limit = runner.model, runner.tokenizer, runner.limit
         self.encode, self.pins = runner.encode, runner.pins
-        beside = Path(place) / FILE
-        self.sharing = sharing or (str(beside) if beside.is_file() else None)
-        if sharing is not None:
-            load_adapter(self.model, sharing, PoDSharing.from_pretrained(sharing))
+        unknown = self.tokenizer.unk_token_id
+        self.own_words = unknown is not None and unknown in self.tokenizer("Any text in English")["input_ids"]
+        self.sharing = sharing or (place if has_map(place) else MAPS.get(name))
+        if self.sharing is not None:
+            load_adapter(self.model, self.sharing, PoDSharing.from_pretrained(self.sharing))
         self.turn = FifoLock()
         take_over_settings(self.model, self.tokenizer, name)
         try:
@@ -96,6 +99,12 @@ class Models:
     def names(self) -> list[str]:
         return list(self.places)
 
+    @property
+    def with_map(self) -> str | None:
+        """A model that has a map for PoD: of those named when the demo was started, or the suggested one."""
+        named = (name for name, place in self.places.items() if name in self.sharing or has_map(place))
+        return next(named, SUGGESTED if self.hub else None)
+
     def load(self, name: str) -> Loaded:
         """The model of that name, loaded if it is not yet.
 
@@ -125,6 +134,11 @@ class Models:
                 for each in [each for each in self._loaded if each not in self.places][:-KEPT]:
                     del self._loaded[each]
             return loaded
+
+
+def has_map(place: str) -> bool:
+    """Whether a folder has a map for PoD."""
+    return (Path(place) / FILE).is_file()
 
 
 def on_hub(name: str) -> str:

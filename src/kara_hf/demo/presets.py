@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import require
+from ..config import KaraConfig, KVCompressConfig, require
 from ..methods.caches import CACHES, ConfiguredCache, configured_caches
 from ..tasks import english as text  # noqa: F401
 from ..tasks import reasoner_tasks as bundled  # noqa: F401  they register their tasks
 from ..tasks.task import Example, make_task
-from .models import Loaded
+from .models import BUNDLED, SUGGESTED, Loaded
 
 TRACE, NEEDLE, OWN = "Long trace", "Needle", "Own text"
 STORY, CONVERSATION, TABLE = "Story", "Conversation", "Table"
-SUGGESTED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the hub: small, and knows English
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class TaskPreset:
 
     Attributes:
         about: what it asks for.
-        bundled: name of the task for the bundled models, with ``{}`` for its length; None: it is not theirs.
+        bundled: name of the task for the bundled model, with ``{}`` for its length; None: it is not theirs.
         english: the same for other models; None: the visitor's own text.
         length: of the task at first.
         method: that shows most of it, a key of `METHOD_PRESETS`; None: any.
@@ -72,7 +71,7 @@ TASK_PRESETS = {
         "KV-Compress",
     ),
     OWN: TaskPreset(
-        "Any text, to be continued. The bundled models know only the words of their own problems; for English choose "
+        "Any text, to be continued. The bundled model knows only the words of its own problems; for English choose "
         "another model.",
         None,
         None,
@@ -92,6 +91,7 @@ class MethodPreset:
         settings: which settings are shown for it.
         retention: with which it is shown at first.
         fixed: settings that it always has.
+        small: the same with the bundled model alone.
         shares: whether it needs a map for PoD.
     """
 
@@ -100,12 +100,13 @@ class MethodPreset:
     settings: tuple[str, ...] = ()
     retention: float = 0.4
     fixed: tuple[tuple[str, Any], ...] = ()
+    small: tuple[tuple[str, Any], ...] = ()
     shares: bool = False
 
 
 _KARA = ("retention", "window", "recent", "sinks", "pin", "bits", "score", "anchor_share", "compress_prompt")
 _KV = ("retention", "protected", "sinks", "pin", "bits", "observation", "metric", "block_size")
-_ALL_QUERIES = (("queries", None),)  # what the bundled models need: a few tell little of their keys
+_ALL_QUERIES = (("queries", None),)  # what the bundled model needs: a few tell little of their keys
 _PUBLISHED = (("votes", "sum"), ("levels", None))  # heads that differ are what there is to see
 FULL, KARA, RANDOM = "Full cache", "Kara", "Random control"
 METHOD_PRESETS = {
@@ -113,27 +114,32 @@ METHOD_PRESETS = {
         "Cuts what is generated into windows. Once a window is complete, every head keeps its share of it, for good.",
         "kara",
         _KARA,
-        fixed=_ALL_QUERIES,
+        small=_ALL_QUERIES,
     ),
     "KV-Compress": MethodPreset(
         "One budget for all heads of all layers: a head that needs more keeps more. The prompt is cut too.",
         "kv-compress",
         _KV,
         retention=0.25,
-        fixed=_PUBLISHED,
+        small=_PUBLISHED,
     ),
     "PoD": MethodPreset(
-        "Drops no token: layers that attend alike keep keys of far tokens once. The bundled map is used without the "
-        "adaptation that it needs, so that answers may be lost.",
+        "Drops no token: layers that attend alike keep keys of far tokens once. Without an adapter for its map a model "
+        "loses answers.",
         "pod",
         ("bits",),
         shares=True,
     ),
     "Kara + PoD": MethodPreset(
-        "Kara, on shared keys: one choice for all layers of a group.", "kara", _KARA, fixed=_ALL_QUERIES, shares=True
+        "Kara, on shared keys: one choice for all layers of a group.", "kara", _KARA, small=_ALL_QUERIES, shares=True
     ),
     "KV-Compress + PoD": MethodPreset(
-        "KV-Compress, on shared keys: the heads of leads compete.", "kv-compress", _KV, 0.5, _PUBLISHED, shares=True
+        "KV-Compress, on shared keys: the heads of leads compete.",
+        "kv-compress",
+        _KV,
+        retention=0.5,
+        small=_PUBLISHED,
+        shares=True,
     ),
     RANDOM: MethodPreset(
         "The control: as Kara, with as many tokens, chosen at random. What it loses is what the choice is worth.",
@@ -143,10 +149,8 @@ METHOD_PRESETS = {
     ),
     FULL: MethodPreset("Transformers' own cache, which keeps everything.", "full"),
 }
-# Tokens that the deep bundled model can follow; see its card.
-DEEP_LENGTHS = {TRACE: 300, NEEDLE: 512}
-# What settings begin with: those of `kara-hf generate` with the bundled model, and blocks that fit its short texts.
-DEFAULTS: dict[str, Any] = {
+# What settings begin with, with the bundled model: those of `kara-hf generate` there, and blocks that fit short texts.
+SMALL_DEFAULTS: dict[str, Any] = {
     "retention": 0.4,
     "window": 64,
     "recent": 32,
@@ -163,6 +167,18 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+# With others: what the caches do where nothing is said.
+DEFAULTS: dict[str, Any] = SMALL_DEFAULTS | {
+    **{name: getattr(KVCompressConfig, name) for name in ("protected", "observation", "block_size")},
+    **{name: getattr(KaraConfig, name) for name in ("window", "recent", "score", "anchor_share")},
+}
+
+
+def defaults_of(model: str) -> dict[str, Any]:
+    """What the settings of a model begin with, by its name."""
+    return SMALL_DEFAULTS if model in BUNDLED else DEFAULTS
+
+
 BITS = ["all", "8", "4"]
 SCORES = ["blend", "bidirectional", "key-difference", "causal", "recency", "random-chunks", "random"]
 
@@ -175,6 +191,10 @@ def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int
     """
     chosen = METHOD_PRESETS[choice]
     given = {name: settings[name] for name in chosen.settings} | dict(chosen.fixed)
+    given |= dict(chosen.small) if loaded.own_words else {}
+    for name in {"recent", "protected"} & given.keys():  # a share below 1, and tokens from there on
+        number = given[name]
+        given[name] = int(number) if isinstance(number, float) and number.is_integer() else number
     if "score" in given:  # by name alone: a path would read a file
         require(given["score"] in SCORES, "score", given["score"], f"one of {', '.join(SCORES)}")
     if "bits" in given:
@@ -188,7 +208,7 @@ def make_method(choice: str, settings: dict[str, Any], loaded: Loaded, seed: int
     if chosen.shares:
         if loaded.sharing is None:
             raise ValueError(
-                f"{choice} needs a map of layers that share keys, and {loaded.name} has none: choose deep_reasoner, or "
+                f"{choice} needs a map of layers that share keys, and {loaded.name} has none: choose {SUGGESTED}, or "
                 "start the demo with --model and --sharing of a map that `kara-hf pod explore` made"
             )
         given["sharing"] = loaded.sharing
@@ -207,7 +227,7 @@ def make_example(task: str, length: int, number: int, loaded: Loaded) -> Example
         ValueError: the task cannot be so long, or the model does not know its words.
     """
     preset = TASK_PRESETS[task]
-    name = preset.bundled if loaded.bundled else preset.english
+    name = preset.bundled if loaded.own_words else preset.english
     if name is None:
         raise ValueError(
             f"{task} is in English, which {loaded.name} does not know: choose {TRACE} or {NEEDLE}, or another model, "

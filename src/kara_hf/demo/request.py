@@ -93,7 +93,7 @@ def open_session(request: DemoRequest, models: Models, limits: Limits, paused: b
     require(warm, "temperature", request.temperature, "a number from 0 to 2")
     generation = Generation(ids, min(new, room), float(request.temperature or 0), seed, example)
     methods = {FULL: make_method(FULL, {}, loaded, seed)} if request.beside else {}
-    pins = loaded.pins(request.settings["pin"] or "", text, chat=not loaded.bundled)
+    pins = loaded.pins(request.settings["pin"] or "", text, chat=not loaded.own_words)
     methods[request.choice] = make_method(request.choice, {**request.settings, "pin": pins}, loaded, seed)
     return Session(task, loaded, methods, generation, paused=paused, pace=PACES[request.pace])
 
@@ -113,11 +113,11 @@ def _encode(text: str, loaded: Loaded, limits: Limits) -> torch.Tensor:
     """Token ids ``[1, S]`` of a prompt."""
     most = LETTERS * limits.prompt
     require(len(text) <= most, "prompt", _start(text), f"{most:,} letters long at most, not {len(text):,}")
-    ids = loaded.encode(text, chat=not loaded.bundled)
+    ids = loaded.encode(text, chat=not loaded.own_words)
     tokens = ids.shape[1]
     require(tokens > 0, "prompt", _start(text), "some text that the tokenizer knows")
     require(tokens <= limits.prompt, "prompt", _start(text), f"{limits.prompt:,} tokens at most, not {tokens:,}")
-    if loaded.bundled and (ids == loaded.tokenizer.unk_token_id).any():
+    if loaded.own_words and (ids == loaded.tokenizer.unk_token_id).any():
         known = loaded.tokenizer.get_vocab()
         unknown = [word for word in text.split() if word not in known][:5]
         raise ValueError(

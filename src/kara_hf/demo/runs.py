@@ -102,7 +102,7 @@ class RecordedRun(threading.Thread):
         end: dict[str, Any] = {"reason": "end" if len(new) < self.generation.max_new_tokens else "limit"}
         if example is not None:
             text = self.loaded.tokenizer.decode(new, skip_special_tokens=True)
-            answer = final_answer(text) if self.loaded.bundled else text.strip()[-TAIL:]
+            answer = final_answer(text) if self.loaded.own_words else text.strip()[-TAIL:]
             end |= {"answer": answer, "expected": ", ".join(example.answers), "score": example.score(text)}
         return end
 

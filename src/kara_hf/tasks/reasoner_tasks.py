@@ -1,4 +1,4 @@
-"""The tasks of the bundled models' own language, as tasks of the evaluation kit."""
+"""The tasks of the bundled model's own language, as tasks of the evaluation kit."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ FIRST_SEED = 40_000  # of the test split; other seeds of it were looked at while
 
 @dataclass(frozen=True)
 class ReasonerTask:
-    """Problems in the words of the bundled models, see `kara_hf.tasks.reasoner`; disjoint from their training.
+    """Problems in the words of the bundled model, see `kara_hf.tasks.reasoner`; disjoint from their training.
 
     Attributes:
         kind: a key of the reasoner's tasks.
@@ -71,7 +71,7 @@ def _register(kind: str) -> None:
         ids = tokenizer(problem.prompt)["input_ids"]
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             raise ValueError(
-                f"task={name!r} is written in the words of the bundled models, which this tokenizer does not know; "
+                f"task={name!r} is written in the words of the bundled model, which this tokenizer does not know; "
                 "choose a task in English, such as niah"
             )
         return task

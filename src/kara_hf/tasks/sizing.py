@@ -131,7 +131,7 @@ class TextTask:
             return
         raise ValueError(
             f"task={self.name!r} is in English, and {lost} this tokenizer, whose vocabulary is made for other text; "
-            "choose a task in its own words, such as trace for the bundled models, or a model that reads English"
+            "choose a task in its own words, such as trace for the bundled model, or a model that reads English"
         )
 
 
