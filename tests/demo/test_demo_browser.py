@@ -108,6 +108,19 @@ def test_what_is_drawn_is_what_the_cache_holds(visit, sessions, last_reports, tm
         and "evicted when" in tip
     )
 
+    # the same by keys, which a screen reader tells
+    page.locator(".kh-text").last.focus()
+    page.keyboard.press("Home")
+    for _ in range(evicted):
+        page.keyboard.press("ArrowRight")
+    assert page.locator(".kh-tip").inner_text() == tip and "evicted" in tip.splitlines()
+    assert page.locator(".kh-spoken[role=status]").inner_text() == ", ".join(tip.splitlines())
+    assert page.locator(".t[data-at]").count() == 1
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("() => player.panes[1].cursor") == max(0, evicted - 64)
+    page.keyboard.press("Escape")
+    assert page.locator(".kh-tip").is_hidden() and page.locator(".t[data-at]").count() == 0
+
     # the timeline
     for generated in (1, 50, 90):
         page.locator(".kh-slider").evaluate(

@@ -1,12 +1,18 @@
 """The adapter beside a sharing map: on where keys are shared by that map, and nowhere else."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from support.pod_training import QUICK, SHARED, build_model, numbers
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kara_hf import KaraCache, PoDCache
+from kara_hf import KaraCache, PoDCache, PoDSharing
+from kara_hf.bundled import place_of
+from kara_hf.demo.models import MAPS
 from kara_hf.integration.adapter import load_adapter
 from kara_hf.integration.generation import for_forward
 from kara_hf.methods.registry import Plan, SharedSettings, make_method
@@ -14,6 +20,15 @@ from kara_hf.methods.rules import QUERY_AWARE
 from kara_hf.pod.adapt import AdaptConfig, adapt
 
 IDS = numbers(1)[0][None]
+SMOLLM2 = {
+    "vocab_size": 512,  # the adapter leaves embeddings alone
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+}
 
 
 def logits(model, cache=None):
@@ -67,3 +82,23 @@ def test_a_map_of_another_model_is_refused_before_anything_is_put_in(adapted):
     with pytest.raises(ValueError, match="made for another model"):
         load_adapter(model, str(folder), sharing)
     assert not getattr(model, "_hf_peft_config_loaded", False) and not model.base_model._forward_pre_hooks
+
+
+def test_the_bundled_adapter_fits_the_model_that_it_names(tmp_path):
+    """Every weight of it finds its layer in a model of those sizes."""
+    folder = Path(place_of("smollm2-135m-pod"))
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert MAPS == {named: folder.name}
+    sharing = PoDSharing.from_pretrained(folder.name)
+    assert sharing.saving(2048) >= 0.25 and sharing.prefill == "pod"
+    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).eval()
+    assert load_adapter(model, folder.name, sharing)
+    found = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert len(found) == len(saved) == 2 * 7 * SMOLLM2["num_hidden_layers"]
+    assert all(weight.abs().sum() > 0 for weight in found.values())
+    ids = torch.arange(1, 300)[None]
+    cache = PoDCache(model, sharing)
+    with torch.no_grad():
+        assert model(ids, **for_forward(model, cache)).logits.isfinite().all()
+    assert cache.report().nominal_bytes < cache.report().full_bytes

@@ -151,7 +151,9 @@ class Pane {
     this.figures = make("p", "kh-figures", "", head);
     this.text = make("div", "kh-text", undefined, this.node);
     this.text.tabIndex = 0;
-    this.text.setAttribute("aria-label", "tokens, coloured by state");
+    this.text.setAttribute("role", "group");
+    this.text.setAttribute("aria-label", "tokens, coloured by state; arrow keys go from one to the next and tell of it");
+    this.cursor = -1;  // position of the token that the keys have reached
     this.spans = []; this.shown = []; this.blocks = []; this.visible = 0;
     this.stick = true;
     this.text.addEventListener("scroll", () => {
@@ -164,6 +166,29 @@ class Pane {
       });
     }
     this.text.addEventListener("pointerleave", () => player.hideTip());
+    this.text.addEventListener("keydown", event => this.press(event));
+    this.text.addEventListener("blur", () => { this.point(-1); player.hideTip(); });
+  }
+
+  // The keys that go from token to token; what hovering shows is shown and spoken of each.
+  press(event) {
+    const last = this.visible - 1, at = this.cursor;
+    const to = {ArrowRight: at + 1, ArrowLeft: at < 0 ? last : at - 1, ArrowDown: at + BLOCK, ArrowUp: at - BLOCK,
+      Home: 0, End: last}[event.key];
+    if (event.key === "Escape") { this.point(-1); this.player.hideTip(); }
+    if (to === undefined || last < 0 || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    this.point(Math.max(0, Math.min(last, to)));
+    const span = this.spans[this.cursor];
+    span.scrollIntoView({block: "nearest"});
+    this.player.showTip(this, this.cursor, span);
+    this.player.speak();
+  }
+
+  point(p) {
+    if (this.cursor >= 0) this.spans[this.cursor].removeAttribute("data-at");
+    this.cursor = p;
+    if (p >= 0) this.spans[p].setAttribute("data-at", "");
   }
 
   draw(run, generated, scope) {
@@ -432,6 +457,8 @@ class Player {
     this.chunkChart = new Chart(this.charts, "Lengths of surviving chunks");
     this.tip = make("div", "kh-tip", undefined, root);
     this.tip.hidden = true;
+    this.spoken = make("div", "kh-spoken", "", root);  // what a screen reader says when keys go to a token
+    this.spoken.setAttribute("role", "status");
     this.entries = {};
     for (const kind of NAMES) {
       const entry = make("span", "kh-entry", undefined, this.legend);
@@ -584,6 +611,7 @@ class Player {
     const seen = this.main.seenAt(generated);
     const paused = this.paused && !this.done ? ", paused" : "";
     this.moment.textContent = `token ${count(generated)} of ${count(this.generated)}${paused}`;
+    this.slider.setAttribute("aria-valuetext", this.moment.textContent);
     for (const [index, kind] of NAMES.entries()) {
       const number = counts[index];
       this.entries[kind].textContent = ` ${number % 1 && number < 10 ? number.toFixed(1) : count(number)}`;
@@ -730,6 +758,7 @@ class Player {
     const run = this.runs[pane.index], seen = run.seenAt(this.at ?? this.generated), rows = this.rows(run);
     const held = rows.filter(row => run.alive(row, p, seen)), lines = [];
     lines.push(`position ${count(p)}${p < run.head.prompt ? ", prompt" : `, token ${count(p - run.head.prompt + 1)} generated`}`);
+    lines.push(KINDS[NAMES[pane.shown[p] >> 8]]);
     const layer = this.layer.value === "" ? "all layers" : `layer ${this.layer.value}`;
     if (p >= seen) lines.push("not in the cache yet");
     else if (rows.length) {
@@ -757,6 +786,7 @@ class Player {
   }
 
   hideTip() { this.tip.hidden = true; }
+  speak() { this.spoken.textContent = [...this.tip.children].map(line => line.textContent).join(", "); }
 
   // What is drawn of a run at a moment, as numbers: for tests, and for whoever opens the console.
   state(index = this.runs.length - 1, generated = this.at ?? this.generated) {
