@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from kara_hf.bundled import BUNDLED_MODEL
+
+TINY = BUNDLED_MODEL
 DEEP = Path(__file__).parents[2] / "tests" / "data" / "deep_reasoner"  # its layers are alike, three by three
 
 

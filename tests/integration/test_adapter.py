@@ -76,6 +76,11 @@ def test_a_map_without_an_adapter_changes_nothing(tmp_path):
     assert not model.base_model._forward_pre_hooks
 
 
+def test_a_map_that_is_named_as_a_file_brings_what_lies_beside_it(adapted):
+    folder, sharing = adapted
+    assert load_adapter(build_model(), str(folder / "pod_sharing.json"), sharing)
+
+
 def test_a_map_of_another_model_is_refused_before_anything_is_put_in(adapted):
     folder, sharing = adapted
     model = build_model(num_key_value_heads=4)

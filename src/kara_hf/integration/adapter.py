@@ -1,5 +1,6 @@
 """The adapter that a model learned for a sharing map (PoD): on in forwards whose cache shares by it, off in others."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,7 +15,7 @@ from .shape import layer_kinds, model_shape
 
 def has_adapter(place: str) -> bool:
     """Whether an adapter lies beside a sharing map, in a folder or a repository of a hub."""
-    return find_adapter_config_file(place_of(place)) is not None
+    return find_adapter_config_file(_folder(place)) is not None
 
 
 def load_adapter(model: PreTrainedModel, place: str, sharing: Any) -> bool:
@@ -24,7 +25,7 @@ def load_adapter(model: PreTrainedModel, place: str, sharing: Any) -> bool:
 
     Args:
         model: a Transformers causal LM, whose weights the adapter was trained on.
-        place: folder, hub id, or the name of what comes with this package.
+        place: folder or a map in it, hub id, or the name of what comes with this package.
         sharing: the map there.
 
     Returns:
@@ -39,9 +40,15 @@ def load_adapter(model: PreTrainedModel, place: str, sharing: Any) -> bool:
     config = decoder_config(model)
     sharing.check(model_shape(config), layer_kinds(config))
     check_needs({"": [Package("peft", extra("train"))]})
-    model.load_adapter(place_of(place), adapter_name="pod")
+    model.load_adapter(_folder(place), adapter_name="pod")
     model.base_model.register_forward_pre_hook(_Switch(model, sharing), with_kwargs=True)
     return True
+
+
+def _folder(place: str) -> str:
+    """Where an adapter is looked for: beside a map that is named itself."""
+    path = Path(place)
+    return str(path.parent) if path.is_file() else place_of(place)
 
 
 class _Switch:

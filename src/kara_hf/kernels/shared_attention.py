@@ -202,9 +202,10 @@ class _Attention(torch.autograd.Function):
         ways: _Ways,
     ) -> torch.Tensor:
         weights, sloped = _weights(query, keys, lead_query, lead_keys, sink_logits, ways)
-        kept = common_dtype(query, keys, values, lead_query, lead_keys)
-        ctx.save_for_backward(query, keys, values, lead_query, lead_keys, sink_logits, weights.to(kept), sloped)
-        ctx.ways = ways
+        if any(ctx.needs_input_grad):
+            kept = weights.to(common_dtype(query, keys, values, lead_query, lead_keys))
+            ctx.save_for_backward(query, keys, values, lead_query, lead_keys, sink_logits, kept, sloped)
+            ctx.ways = ways
         if ways.skip is not None:
             weights = _skip(weights, ways)
         return weighted(weights, values, query.dtype)
