@@ -86,7 +86,7 @@ def test_a_map_of_another_model_is_refused_before_anything_is_put_in(adapted):
     model = build_model(num_key_value_heads=4)
     with pytest.raises(ValueError, match="made for another model"):
         load_adapter(model, str(folder), sharing)
-    assert not getattr(model, "_hf_peft_config_loaded", False) and not model.base_model._forward_pre_hooks
+    assert not getattr(model, "peft_config", None) and not model.base_model._forward_pre_hooks
 
 
 def test_the_bundled_adapter_fits_the_model_that_it_names(tmp_path):

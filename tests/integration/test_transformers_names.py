@@ -31,6 +31,7 @@ IMPORTED = {
     "masking_utils.sdpa_mask": "says who sees whom by a mask of a model's own",
     "modeling_utils.ALL_ATTENTION_FUNCTIONS": "the model's own attention function is looked up there",
     "pipelines.PIPELINE_REGISTRY": "importing kvpress adds a pipeline, which is taken out again",
+    "utils.find_adapter_config_file": "whether an adapter lies in a folder or a repository",
     "utils.import_utils.is_serve_available": "whether the server's packages are there",
     "utils.logging": "a command is quiet",
 }

@@ -35,7 +35,7 @@ def load_adapter(model: PreTrainedModel, place: str, sharing: Any) -> bool:
         ImportError: PEFT is not installed.
         ValueError: the map is of another model.
     """
-    if getattr(model, "_hf_peft_config_loaded", False) or not has_adapter(place):
+    if getattr(model, "peft_config", None) or not has_adapter(place):
         return False
     config = decoder_config(model)
     sharing.check(model_shape(config), layer_kinds(config))
