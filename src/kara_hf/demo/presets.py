@@ -12,6 +12,7 @@ from .models import BUNDLED, SUGGESTED, Loaded
 
 TRACE, NEEDLE, OWN = "Long trace", "Needle", "Own text"
 STORY, CONVERSATION, TABLE = "Story", "Conversation", "Table"
+ASKED = "KV-Compress, question known"
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class TaskPreset:
 
 TASK_PRESETS = {
     TRACE: TaskPreset(
-        "A chain of sums, solved line by line: every line needs values from lines far back. What a method drops there, "
-        "it cannot look up again.",
+        "A chain of sums or of assignments, worked out line by line: every line needs values from lines far back. What "
+        "a method drops there, it cannot look up again.",
         "trace:generated={}",
         "program-trace:generated={}",
         600,
@@ -47,32 +48,31 @@ TASK_PRESETS = {
         "recall:length={}",
         "niah:length={}",
         1024,
-        "KV-Compress",
+        ASKED,
     ),
     STORY: TaskPreset(
         "A long story in English, in which facts about people are stated once. The one in its middle is asked for.",
         None,
         "stated-once:length={}",
         1024,
-        "KV-Compress",
+        ASKED,
     ),
     CONVERSATION: TaskPreset(
         "Two people talk in English, and one of them mentions a number. It is asked for at the end.",
         None,
         "conversation:length={}",
         1024,
-        "KV-Compress",
+        ASKED,
     ),
     TABLE: TaskPreset(
         "A table of parcels, of which one row is asked for. All rows look alike, so little tells which one will count.",
         None,
         "table:length={}",
         1024,
-        "KV-Compress",
+        ASKED,
     ),
     OWN: TaskPreset(
-        "Any text, to be continued. The bundled model knows only the words of its own problems; for English choose "
-        "another model.",
+        "Any text, to be continued: with the bundled model in the words of its own problems, with others in any.",
         None,
         None,
         400,
@@ -117,11 +117,19 @@ METHOD_PRESETS = {
         small=_ALL_QUERIES,
     ),
     "KV-Compress": MethodPreset(
-        "One budget for all heads of all layers: a head that needs more keeps more. The prompt is cut too.",
+        "Cuts the prompt too, to one budget, again and again. Half of it goes to the newest tokens.",
         "kv-compress",
         _KV,
         retention=0.25,
-        small=_PUBLISHED,
+    ),
+    ASKED: MethodPreset(
+        "The same as published: one budget for all heads of all layers, in which a head that needs more keeps more, "
+        "and few tokens are kept for being new. For a question at the end of the prompt.",
+        "kv-compress",
+        tuple(name for name in _KV if name != "protected"),
+        retention=0.25,
+        fixed=(*_PUBLISHED, ("protected", 32)),
+        small=(("protected", 8),),
     ),
     "PoD": MethodPreset(
         "Drops no token: layers that attend alike keep keys of far tokens once. Without an adapter for its map a model "
