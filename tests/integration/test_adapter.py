@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from kara_hf import KaraCache, PoDCache, PoDSharing
 from kara_hf.bundled import place_of
 from kara_hf.demo.models import MAPS
+from kara_hf.evaluation.measure.identity import method_identity
 from kara_hf.integration.adapter import load_adapter
 from kara_hf.integration.generation import for_forward
 from kara_hf.methods.registry import Plan, SharedSettings, make_method
@@ -58,6 +59,23 @@ def test_only_caches_that_share_by_its_map_see_it(adapted):
         assert torch.equal(logits(model, KaraCache(model)), logits(base, KaraCache(base)))
         assert not torch.equal(shares, logits(base, PoDCache(base, sharing)))
         assert torch.equal(logits(model, PoDCache(model, SHARED)), logits(base, PoDCache(base, SHARED)))
+
+
+def test_results_of_two_adapters_of_one_map_are_told_apart(adapted, tmp_path):
+    folder, sharing = adapted
+    other = adapt(build_model(), SHARED, numbers(), AdaptConfig(**QUICK | {"lr": 0.05}), tmp_path)
+    assert other.sharing == sharing
+    pod, full = make_method("pod"), make_method("full")
+
+    def of(place, method):
+        model = build_model()
+        assert place is None or load_adapter(model, str(place), sharing)
+        return method_identity(method, Plan(SharedSettings(), QUERY_AWARE, 1.0, [], sharing=sharing), model)
+
+    assert of(folder, pod) == of(folder, pod) != of(tmp_path, pod)
+    assert of(folder, pod).keys() == of(tmp_path, pod).keys() == {"sharing", "adapter"}
+    assert of(None, pod).keys() == {"sharing"}
+    assert of(folder, full) == {}
 
 
 def test_a_model_that_has_an_adapter_keeps_it(adapted):

@@ -10,7 +10,10 @@ from transformers.utils import find_adapter_config_file
 from ..bundled import place_of
 from ..needs import Package, check_needs, extra
 from .attach import decoder_config
+from .identity import fingerprint
 from .shape import layer_kinds, model_shape
+
+ADAPTER = "pod"  # as the model calls it
 
 
 def has_adapter(place: str) -> bool:
@@ -40,9 +43,18 @@ def load_adapter(model: PreTrainedModel, place: str, sharing: Any) -> bool:
     config = decoder_config(model)
     sharing.check(model_shape(config), layer_kinds(config))
     check_needs({"": [Package("peft", extra("train"))]})
-    model.load_adapter(_folder(place), adapter_name="pod")
+    model.load_adapter(_folder(place), adapter_name=ADAPTER)
     model.base_model.register_forward_pre_hook(_Switch(model, sharing), with_kwargs=True)
     return True
+
+
+def adapter_identity(model: Any) -> str | None:
+    """What tells the adapter that `load_adapter` put in from others; None: there is none."""
+    if ADAPTER not in (getattr(model, "peft_config", None) or {}):
+        return None
+    from peft import get_peft_model_state_dict
+
+    return fingerprint(sorted(get_peft_model_state_dict(model, adapter_name=ADAPTER).items()))[:16]
 
 
 def _folder(place: str) -> str:

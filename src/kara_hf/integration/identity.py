@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,13 +27,18 @@ def forward_identity(model: Any) -> dict[str, Any]:
 
 
 def weights_fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """A digest of every weight of a model; see `fingerprint`."""
+    return fingerprint(model.named_parameters(), dtype)
+
+
+def fingerprint(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None) -> str:
     """A digest of names, shapes, dtypes and `SAMPLE` numbers of every weight, the same on every device.
 
     Another training has moved some of these numbers; that a few others were edited does not show. With a `dtype` the
-    numbers are read in it, and a model that was loaded in another dtype without loss has the same digest.
+    numbers are read in it, and what was loaded in another dtype without loss has the same digest.
     """
     total = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in weights:
         total.update(f"{name} {tuple(weight.shape)} {dtype or weight.dtype}".encode())
         if weight.numel() and not weight.is_meta:
             flat = getattr(weight, "to_local", lambda weight=weight: weight)().detach().flatten()

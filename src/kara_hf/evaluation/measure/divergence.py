@@ -181,7 +181,7 @@ class _Run:
             cell = Cell(name, weights, TASK + data, rule, method.name, budget, request.equal, seed)
             plan = Plan(request.shared, rule, budget, [], seed, request.sharing)
             fixed = {"shared": asdict(request.shared), "step": step, "model": of_model}
-            work = Work(cell, method, plan, fixed | method_identity(method, plan))
+            work = Work(cell, method, plan, fixed | method_identity(method, plan, model))
             found = stored_settings(out, cell, LINES)
             if found is not None:
                 self._open(work, found.get("share"))

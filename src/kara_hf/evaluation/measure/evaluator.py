@@ -313,7 +313,7 @@ class Evaluator:
         plan = Plan(request.shared, rule, budget, [], seed, request.sharing)
         share = self.equal_bytes.share(trial, method, plan, request) if method.budgeted else 1.0
         plan = replace(plan, share=share)
-        settings = {"share": share, **of_run, **method_identity(method, plan)}
+        settings = {"share": share, **of_run, **method_identity(method, plan, self.model)}
         origin = provenance(str(self.model.device)) | {"dtype": of_run["model"]["dtype"]}
         cell = Cell(self.name, self.weights, task, rule, method.name, budget, request.equal, seed)
         label = f"{task} {rule} {method.name}" + (f" {100 * budget:g} %" if method.budgeted else "")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...integration.adapter import adapter_identity
 from ...integration.generation import GREEDY, end_tokens
 from ...integration.identity import forward_identity, short_digest
 from ...methods.registry import Method, Plan
@@ -35,12 +36,13 @@ def task_identity(task: Task, first: TokenizedExample) -> dict[str, Any]:
     return {"first": short_digest(asked)} | ({"source": source} if source else {})
 
 
-def method_identity(method: Method, plan: Plan) -> dict[str, Any]:
-    """Of the files that a method reads."""
-    found: dict[str, Any] = {}
-    if method.shares and plan.sharing is not None:
-        found["sharing"] = short_digest(plan.sharing.to_json().encode())
-    return found
+def method_identity(method: Method, plan: Plan, model: Any) -> dict[str, Any]:
+    """Of the files that a method reads: a sharing map, and the adapter that the model learned for it."""
+    if not method.shares or plan.sharing is None:
+        return {}
+    found = {"sharing": short_digest(plan.sharing.to_json().encode())}
+    adapter = adapter_identity(model)
+    return found | ({"adapter": adapter} if adapter else {})
 
 
 def weights_of(model: Any, place: str | Path) -> str:
