@@ -280,7 +280,7 @@ def test_other_methods_and_shared_keys(visit, sessions):
     page = visit()
     pace(page, "full speed")
     page.get_by_label("Needle").click()
-    page.wait_for_function("() => document.querySelector('#choice input').value === 'KV-Compress, question known'")
+    page.wait_for_function("() => document.querySelector('#choice input').value === 'KV-Compress, published'")
     fill(page, "length", 240)
     run(page)
     kept = page.evaluate("() => player.state().kept")

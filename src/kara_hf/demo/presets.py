@@ -12,7 +12,7 @@ from .models import BUNDLED, SUGGESTED, Loaded
 
 TRACE, NEEDLE, OWN = "Long trace", "Needle", "Own text"
 STORY, CONVERSATION, TABLE = "Story", "Conversation", "Table"
-ASKED = "KV-Compress, question known"
+ASKED = "KV-Compress, published"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ METHOD_PRESETS = {
         retention=0.25,
     ),
     ASKED: MethodPreset(
-        "The same as published: one budget for all heads of all layers, in which a head that needs more keeps more, "
+        "As it was published: one budget for all heads of all layers, in which a head that needs more keeps more, "
         "and few tokens are kept for being new. For a question at the end of the prompt.",
         "kv-compress",
         tuple(name for name in _KV if name != "protected"),
