@@ -23,8 +23,8 @@ class KaraCache(CompressedCache):
         window: tokens in a window; a multiple of `block_size`. Sealed once `recent` more tokens stand behind it.
         recent: newest tokens that are always kept whole; or a share, in (0, 1), of the tokens held behind a prompt that
             is kept whole, which grows with the sequence (ours).
-        floor: tokens that a head holds at least behind such a prompt, so that the begin of an answer stays whole
-            (ours).
+        floor: tokens that a head holds at least behind such a prompt, so that the begin of an answer stays whole; None:
+            one window where `recent` is a share, otherwise 0 (ours).
         sinks: first tokens of a sequence that are kept wherever the window that holds them seals, whatever the score:
             without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
         pin: stretches ``(start, end)`` of true positions that are never evicted, in every sequence, as the sinks are;
@@ -60,7 +60,7 @@ class KaraCache(CompressedCache):
         retention: float = KaraConfig.retention,
         window: int = KaraConfig.window,
         recent: int | float = KaraConfig.recent,
-        floor: int = KaraConfig.floor,
+        floor: int | None = KaraConfig.floor,
         sinks: int = KaraConfig.sinks,
         pin: Iterable[tuple[int, int]] = (),
         score: str | Path = KaraConfig.score,

@@ -76,7 +76,8 @@ def generate(
         int | None,
         typer.Option(
             help="kara, kv-compress: tokens that a head holds at least: for kara newer ones among them, so that the "
-            "begin of an answer stays whole; for kv-compress further ones [default: 0]."
+            "begin of an answer stays whole [default: one window where --recent is a share]; for kv-compress further "
+            "ones [default: 0]."
         ),
     ] = None,
     score: Annotated[

@@ -28,7 +28,11 @@ def serve(
         float, typer.Option(metavar="N|SHARE", help="Newest tokens, always kept whole, or a share of those held.")
     ] = KaraConfig.recent,
     floor: Annotated[
-        int, typer.Option(help="Tokens that a request holds at least behind its prompt.")
+        int | None,
+        typer.Option(
+            help="Tokens that a request holds at least behind its prompt [default: one window where --recent is a "
+            "share]."
+        ),
     ] = KaraConfig.floor,
     sinks: Annotated[int, typer.Option(help="First tokens of a request, always kept.")] = KaraConfig.sinks,
     pin: Annotated[

@@ -35,7 +35,7 @@ class SharedSettings:
 
     Attributes:
         window, recent: of the window methods; `recent`, tokens or a share, is protected by the eviction methods too.
-        floor: tokens that window methods hold at least.
+        floor: tokens that window methods hold at least; None: as `kara_hf.KaraConfig`.
         block_size: slots per block.
         sinks: first tokens that window and eviction methods always keep where prompts are compressed.
         observation: last prompt queries that vote in eviction methods.
@@ -43,7 +43,7 @@ class SharedSettings:
 
     window: int = KaraConfig.window
     recent: int | float = KaraConfig.recent
-    floor: int = KaraConfig.floor
+    floor: int | None = KaraConfig.floor
     block_size: int = KaraConfig.block_size
     sinks: int = KaraConfig.sinks
     observation: int = 32

@@ -94,7 +94,7 @@ class KaraPolicy:
         recent = self.config.recent
         if isinstance(recent, float):
             recent = math.ceil(recent * kept / (1 - recent) - 1e-9)
-        return max(recent, self.config.floor - kept)
+        return max(recent, self.config.least_held - kept)
 
     def open_limit(self, sequence: Counts) -> int:
         """Open tokens that a sequence can have before a window is due: W + R - 1."""
@@ -109,7 +109,7 @@ class KaraPolicy:
         recent = self.config.recent
         if isinstance(recent, float):
             recent = math.ceil(recent * (sequence.kept + sequence.open) - 1e-9)
-        return min(max(recent, self.config.floor - sequence.kept), sequence.open)
+        return min(max(recent, self.config.least_held - sequence.kept), sequence.open)
 
     def due(self, sequence: Counts, unsure: int = 0) -> list[Seal]:
         """The windows to seal, oldest first: one while W + R or more tokens are open. None where everything is kept.
