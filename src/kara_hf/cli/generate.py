@@ -75,9 +75,9 @@ def generate(
     floor: Annotated[
         int | None,
         typer.Option(
-            help="kara, kv-compress: tokens that a head holds at least: for kara newer ones among them, so that the "
-            "begin of an answer stays whole [default: one window where --recent is a share]; for kv-compress further "
-            "ones [default: 0]."
+            help="kara, kv-compress: tokens that a head holds at least, for kara newer ones among them, so that the "
+            "begin of an answer stays whole [default: a window where the recent ones are a share]; for kv-compress "
+            "further ones [default: 0]."
         ),
     ] = None,
     score: Annotated[
