@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 
 Pins = tuple[tuple[int, int], ...]  # stretches of true positions from a first to a last, which is not in; ascending
 
+LEAST_TOKENS = 128  # that a share of a short sequence leaves of it where nothing else is said
+
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     """Raises ValueError naming the setting, its value and what would be accepted."""
@@ -257,6 +259,9 @@ class KVCompressConfig(Settings):
         max_cache_tokens: C, most tokens per KV head and layer that a sequence holds once its prompt was compressed,
             partly filled blocks counted whole.
         retention: share that is kept of the tokens beyond `least_blocks`, in (0, 1].
+        min_cache_tokens: tokens per KV head and layer, on average, that a `retention` leaves at least, so that a short
+            sequence is not cut to a share of little. None: `LEAST_TOKENS` where `protected` is a share, otherwise 0.
+            Ours.
         observation: w, last prompt queries that vote on what is kept; None: all of them, and no pooling.
         protected: newest cached tokens that are never evicted, from 1 on; or a share, in (0, 1), of what a row may hold
             on average behind its sinks and pins, which grows with the sequence where the budget does (`retention`).
@@ -290,6 +295,7 @@ class KVCompressConfig(Settings):
 
     max_cache_tokens: int | None = None
     retention: float | None = None
+    min_cache_tokens: int | None = None
     observation: int | None = 32
     protected: int | float = 0.5
     sinks: int = 4
@@ -349,6 +355,16 @@ class KVCompressConfig(Settings):
             require(
                 is_number(self.retention) and 0 < self.retention <= 1, "retention", self.retention, "a number in (0, 1]"
             )
+        given = self.min_cache_tokens
+        fits = given is None or (is_int(given) and given >= 0 and self.max_cache_tokens is None)
+        require(fits, "min_cache_tokens", given, "a whole number from 0 on, and goes with retention alone, or None")
+
+    @property
+    def least_held(self) -> int:
+        """Tokens per row that a `retention` leaves at least: `min_cache_tokens`, or what None stands for."""
+        if self.min_cache_tokens is not None:
+            return self.min_cache_tokens
+        return LEAST_TOKENS if self.retention is not None and isinstance(self.protected, float) else 0
 
     def check_budget(self, pins: Pins) -> None:
         """Raises ValueError, with the numbers, if `max_cache_tokens` cannot hold `pins` beside what has to stay."""

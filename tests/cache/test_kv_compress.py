@@ -979,7 +979,7 @@ def test_the_mean_of_votes_is_their_sum_by_who_could_vote(observation):
         torch.testing.assert_close(mean[b, 0, :seen] * count, total[b, 0, :seen])
 
 
-@pytest.mark.parametrize("limit", [slow({"max_cache_tokens": 40}), {"retention": 0.4}], ids=str)
+@pytest.mark.parametrize("limit", [slow({"max_cache_tokens": 40}), {"retention": 0.4, "min_cache_tokens": 0}], ids=str)
 def test_a_share_protected_is_exact_and_as_alone(limit):
     made = {"block_size": 4, **limit}  # else as it comes: votes are means, and heads hold as much
     assert check("llama", [3, 0], lambda model: KVCompressCache(model, **made), [24] + [1] * 20, first=True) > 0

@@ -52,6 +52,8 @@ BAD_SETTINGS = [
     ("votes", "max", "'sum' or 'mean'"),
     ("floor", -16, "a whole number from 0 on"),
     ("accumulate", 1, "True or False"),
+    ("min_cache_tokens", -1, "a whole number from 0 on, and goes with retention alone"),
+    ("min_cache_tokens", 0.5, "a whole number from 0 on, and goes with retention alone"),
     ("continual", "no", "True or False"),
     ("levels", 0, "a whole number from 1 on or None"),
     ("levels", True, "a whole number from 1 on or None"),
@@ -75,6 +77,34 @@ def test_a_bad_setting_is_named_with_its_value_and_the_remedy(name, value, expec
 
 def test_every_setting_is_checked():
     assert {name for name, _, _ in BAD_SETTINGS} == {field.name for field in fields(KVCompressConfig)}
+
+
+def test_least_tokens_go_with_a_share_and_not_with_a_cap():
+    assert KVCompressConfig(retention=0.5).least_held == 128, "where the protected ones are a share"
+    assert KVCompressConfig(retention=0.5, protected=32).least_held == 0, "as published"
+    assert KVCompressConfig(retention=0.5, min_cache_tokens=40, protected=32).least_held == 40
+    assert KVCompressConfig(max_cache_tokens=256).least_held == 0
+    with pytest.raises(ValueError, match=r"^min_cache_tokens=64 is not possible: .* goes with retention alone"):
+        KVCompressConfig(max_cache_tokens=256, min_cache_tokens=64)
+
+
+@given(
+    least=st.integers(0, 300),
+    tokens=st.integers(1, 3000),
+    rows=st.integers(1, 8),
+    retention=st.floats(0.05, 1),
+    protected=st.one_of(st.integers(1, 80), st.floats(0.1, 0.9)),
+    block_size=st.sampled_from([1, 4, 16]),
+)
+def test_a_share_of_a_short_sequence_leaves_the_least(least, tokens, rows, retention, protected, block_size):
+    """All of it, where it has no more; and a long one is left what it is left without."""
+    chosen = {"retention": retention, "protected": protected, "block_size": block_size}
+    policy, plain = (KVCompressPolicy(KVCompressConfig(min_cache_tokens=each, **chosen)) for each in (least, 0))
+    full = -(-tokens // block_size)
+    budget, without = int(policy.budget_blocks(tokens, rows)), int(plain.budget_blocks(tokens, rows))
+    assert budget == max(without, rows * min(full, -(-least // block_size)))
+    assert policy.newest(tokens, ()) >= plain.newest(tokens, ())
+    assert (full - budget / rows) * block_size <= max(0, tokens - least) + block_size - 1
 
 
 @pytest.mark.parametrize("chosen", [{}, {"max_cache_tokens": 128, "retention": 0.5}], ids=["none", "both"])

@@ -113,6 +113,8 @@ class KVCompressCache(CompressedCache):
         model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
         max_cache_tokens: tokens per KV head and layer that a sequence holds at most, on average, while it decodes.
         retention: share of the tokens that is kept, in (0, 1].
+        min_cache_tokens: with `retention`: tokens per KV head and layer that it leaves at least, on average; None: 128
+            where `protected` is a share, otherwise 0 (ours).
         observation: prompt queries that vote on what is kept, the last ones; None for all, without pooling.
         protected: newest tokens that are never evicted, or a share, in (0, 1), of what a row may hold on average behind
             its sinks (ours).
@@ -150,6 +152,7 @@ class KVCompressCache(CompressedCache):
         *,
         max_cache_tokens: int | None = None,
         retention: float | None = None,
+        min_cache_tokens: int | None = None,
         observation: int | None = KVCompressConfig.observation,
         protected: int | float = KVCompressConfig.protected,
         sinks: int = KVCompressConfig.sinks,
@@ -174,6 +177,7 @@ class KVCompressCache(CompressedCache):
         config = KVCompressConfig(
             max_cache_tokens=max_cache_tokens,
             retention=retention,
+            min_cache_tokens=min_cache_tokens,
             observation=observation,
             protected=protected,
             sinks=sinks,

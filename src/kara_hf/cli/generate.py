@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..bundled import BUNDLED_MODEL
-from ..config import KaraConfig, KVCompressConfig, parse_pins, require
+from ..config import LEAST_TOKENS, KaraConfig, KVCompressConfig, parse_pins, require
 from .display import show_runs
 from .options import (
     Device,
@@ -109,6 +109,13 @@ def generate(
     max_cache_tokens: Annotated[
         int | None,
         typer.Option(help="kv-compress: tokens per KV head and layer, on average, instead of --retention."),
+    ] = None,
+    min_cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="kv-compress: tokens per KV head and layer, on average, that --retention leaves at least "
+            f"[default: {LEAST_TOKENS} where the protected ones are a share]."
+        ),
     ] = None,
     observation: Annotated[
         str | None,
@@ -215,6 +222,7 @@ def generate(
             "prefill_chunk": prefill_chunk,
             "seed": seed,
             "max_cache_tokens": max_cache_tokens,
+            "min_cache_tokens": min_cache_tokens,
             "protected": count_or_share(protected),
             "sinks": sinks,
             "metric": metric,

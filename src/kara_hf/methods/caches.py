@@ -189,7 +189,13 @@ class KVCompress(Compressed):
         """A prompt is cut, and a block later what is decoded; half of it, as a budget might allow all of so little."""
         size = self.config.block_size
         retention = 1 if self.config.retention == 1 else 0.5
-        changes = {"max_cache_tokens": None, "retention": retention, "max_bytes": None, "pin": ()}
+        changes = {
+            "max_cache_tokens": None,
+            "retention": retention,
+            "min_cache_tokens": 0,
+            "max_bytes": None,
+            "pin": (),
+        }
         return WarmUp((self.config.least_blocks_with(0) + 4) * size, size + 2, changes)
 
 

@@ -35,7 +35,7 @@ class SharedSettings:
 
     Attributes:
         window, recent: of the window methods; `recent`, tokens or a share, is protected by the eviction methods too.
-        floor: tokens that window methods hold at least; None: as `kara_hf.KaraConfig`.
+        floor: tokens that window and eviction methods hold at least; None: as `kara_hf.KaraConfig`.
         block_size: slots per block.
         sinks: first tokens that window and eviction methods always keep where prompts are compressed.
         observation: last prompt queries that vote in eviction methods.
@@ -47,6 +47,11 @@ class SharedSettings:
     block_size: int = KaraConfig.block_size
     sinks: int = KaraConfig.sinks
     observation: int = 32
+
+    @property
+    def least_held(self) -> int:
+        """Tokens that each method holds at least behind a prompt that is kept whole."""
+        return KaraConfig(window=self.window, recent=self.recent, floor=self.floor, block_size=1).least_held
 
 
 @dataclass(frozen=True)
@@ -120,11 +125,13 @@ def eviction_settings(plan: Plan) -> dict[str, Any]:
     """Settings of `KVCompressCache` as all eviction methods have them. A prompt that is kept is all sinks: of a batch,
     as many tokens as the longest prompt has.
     """
+    kept = max(plan.prompts) if plan.rule == PROMPT_KEPT else 0
     return {
         "retention": plan.share,
+        "min_cache_tokens": kept + plan.shared.least_held,
         "observation": plan.shared.observation,
         "protected": plan.shared.recent or 1,
-        "sinks": max(plan.prompts) if plan.rule == PROMPT_KEPT else plan.shared.sinks,
+        "sinks": kept or plan.shared.sinks,
         "block_size": plan.shared.block_size,
         "seed": plan.seed,
     }
@@ -199,6 +206,8 @@ def _press(name: str) -> Callable[[Any, Plan], Cache]:
     return make
 
 
+# KV-Compress (arXiv 2410.00161).
+_PUBLISHED: dict[str, Any] = {"votes": "sum", "protected": 32, "levels": None, "min_cache_tokens": 0}
 # What `KaraCache` is asked for where nothing is said.
 KARA = {name: getattr(KaraConfig, name) for name in ("score", "queries", "anchor_share")}
 
@@ -229,14 +238,14 @@ METHODS: dict[str, Method] = {
         Method("kv-compress", evictions(), "KVCompressCache as it comes"),
         Method(
             "kv-compress-published",
-            evictions(votes="sum", protected=32, levels=None),
+            evictions(**_PUBLISHED),
             "KV-Compress as published: votes summed up, heads differ, 32 newest protected",
         ),
         Method("kv-compress-ragged", evictions(levels=None), "kv-compress, and heads may differ"),
         Method("kv-compress-chunked", evictions(prefill_chunk=512), "kv-compress, its prompt cut as it is read"),
         Method(
             "kv-compress-published-chunked",
-            evictions(votes="sum", protected=32, levels=None, prefill_chunk=512),
+            evictions(**_PUBLISHED, prefill_chunk=512),
             "kv-compress-published, its prompt cut as it is read",
         ),
         Method("kara-chunked", windows(**KARA, prefill_chunk=512), "kara, its prompt read in chunks"),

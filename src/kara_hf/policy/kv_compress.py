@@ -54,8 +54,8 @@ class KVCompressPolicy:
         """Blocks that the `rows` R rows of a sequence may hold in all once `tokens` were seen.
 
         With `max_cache_tokens` C: as many as C * R tokens fill. With `retention` r: the ``least_blocks`` of every row
-        and the share r, rounded up, of all further blocks that the full cache would have; at least one block more than
-        ``least_blocks`` for every row, which new tokens need.
+        and the share r, rounded up, of all further blocks that the full cache would have; at least what
+        `min_cache_tokens` fill, and one block more than ``least_blocks`` for every row, which new tokens need.
 
         Args:
             tokens: int or ``[B]`` integer; ``[B]`` with `pins`.
@@ -74,7 +74,11 @@ class KVCompressPolicy:
         ).reshape(full.shape)
         certain = np.minimum(full, least)
         share = np.ceil((full - certain) * rows * config.retention).astype(np.int64)
-        return np.maximum(certain * rows + share, np.minimum(full, least + 1) * rows)
+        return np.maximum(certain * rows + share, np.minimum(full, self._least_of(least)) * rows)
+
+    def _least_of(self, certain: int | np.ndarray) -> np.ndarray:
+        """Blocks of a row, on average, that a `retention` leaves of those there are, if so many are `certain`."""
+        return np.maximum(certain + 1, -(-self.config.least_held // self.config.block_size))
 
     def newest(self, tokens: int, pins: Pins = ()) -> int:
         """Newest tokens that are protected once `tokens` were seen: of a share at most as many as leave every row a
@@ -90,7 +94,7 @@ class KVCompressPolicy:
         assert config.retention is not None
         full, least = -(-tokens // config.block_size), config.least_blocks_with(pinned)
         certain = min(full, least)
-        blocks = max(certain + int((full - certain) * config.retention), min(full, least + 1))
+        blocks = max(certain + int((full - certain) * config.retention), min(full, int(self._least_of(least))))
         most = (blocks - 1) * config.block_size - aside - config.floor
         return max(1, min(most, round(config.protected * (blocks * config.block_size - aside))))
 
