@@ -21,7 +21,7 @@ from kara_hf.serving.server import count_blocks
 if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
     pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)
 
-WHOLE = {"retention": 1.0}  # of traces
+WHOLE = {"retention": 1.0, "floor": 0}  # of traces; prompts are short
 LONG = {"shortest": 40, "longest": 70}
 TOKENS = 16
 
@@ -131,6 +131,18 @@ def test_equals_plain_torch_with_windows_behind(audited):
         assert batch(model, inputs, config=pool(batch=48)) == expected
     assert serving.metrics.prompts == 4 and serving.metrics.windows == 4 * ((40 - 1 - 3) // 8)
     ended(audited[-1])
+
+
+def test_a_share_of_a_short_prompt_leaves_the_floor():
+    config = ServingConfig.of(window=64, prompt_retention=0.25)
+    kept = {tokens: config.of_prompt(tokens) for tokens in (60, 64, 65, 100, 1000)}
+    assert {tokens: each and each.max_cache_tokens for tokens, each in kept.items()} == {
+        60: None,
+        64: None,
+        65: 64,
+        100: 64,
+        1000: 250,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- the blocks
