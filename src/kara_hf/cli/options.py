@@ -51,8 +51,8 @@ Recent = Annotated[
 Floor = Annotated[
     int | None,
     typer.Option(
-        help="Tokens that window methods hold at least, so that the begin of an answer stays whole [default: one "
-        "window where --recent is a share]."
+        help="Tokens that window and eviction methods hold at least, so that the begin of an answer stays whole "
+        "[default: one window where --recent is a share]."
     ),
 ]
 BlockSize = Annotated[int | None, typer.Option(help="Slots per block of memory [default: 16; bundled model: 4].")]
