@@ -74,7 +74,9 @@ class RowFile:
         return [row for row in self.rows if (labels | {"case": case}).items() <= row.items()]
 
     def put(self, case: str, labels: Row, rows: list[Row]) -> None:
-        """Writes `rows` in place of those of the case that have these labels."""
+        """Writes `rows` in place of those of the case that have these labels; what other runs wrote since stays."""
+        if self.path is not None:
+            self.rows = load_rows(self.path)
         old = self.of(case, labels)
         self.rows = [row for row in self.rows if not any(row is each for each in old)] + as_read(rows)
         if self.path is not None:

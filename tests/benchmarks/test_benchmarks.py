@@ -313,6 +313,15 @@ def test_what_the_kit_keeps_is_in_no_file(tmp_path):
     assert len(run.rows) == 1 and not (tmp_path / "rows.json").exists()
 
 
+def test_two_runs_at_once_lose_no_row(tmp_path):
+    one, other = (RowFile(tmp_path / "rows.json") for _ in range(2))
+    row = {"case": "some", "status": "measured"}
+    one.put("some", {"data": "a"}, [row | {"data": "a"}])
+    other.put("some", {"data": "b"}, [row | {"data": "b"}])
+    one.put("some", {"data": "a"}, [row | {"data": "a", "number": 2}])
+    assert RowFile(tmp_path / "rows.json").rows == [row | {"data": "b"}, row | {"data": "a", "number": 2}]
+
+
 def test_the_rows_that_are_kept_make_tables():
     for row in [row for path in RESULTS.glob("*.json") for row in load_rows(path)]:
         assert row["case"] in CASES and row["status"] == "measured"
