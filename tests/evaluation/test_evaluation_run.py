@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,14 +33,17 @@ from kara_hf.evaluation.measure.stand_in import stand_in
 from kara_hf.methods.float8 import Float8Cache
 from kara_hf.methods.oracle import OracleCache, OraclePolicy, future_attention
 from kara_hf.methods.peer_scores import ALIKE, BALANCE, NEWEST, POOL
-from kara_hf.methods.registry import METHODS, Plan, SharedSettings, make_method
-from kara_hf.methods.rules import OLD_SPELLINGS, RULES
+from kara_hf.methods.press_cache import PressCache
+from kara_hf.methods.registry import METHODS, Plan, SharedSettings, eviction_settings, make_method
+from kara_hf.methods.rules import OLD_SPELLINGS, PROMPT_KEPT, QUERY_AWARE, RULES
 from kara_hf.policy import SCORES, Window
 from kara_hf.tasks import reasoner_tasks as _tasks  # noqa: F401  registers the tasks of the bundled model
 from kara_hf.tasks.task import Example, make_task
 
 SKELETON = SharedSettings(window=16, recent=4, block_size=4, sinks=2, observation=4)
 TASK = "fact:generated=60"
+FRAMES = ("kara", "random", "kv-compress", "streaming-llm", "kv-compress-random", "kara-published")
+FRAMES += ("kv-compress-published",)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -375,6 +379,21 @@ def test_the_oracle_keeps_what_it_knows(reasoner):
             for place in future[layer][b, head, start:stop].topk(count).indices.sort().values
         ]
         assert kept == [0, *best, *range(48, 60)]
+
+
+@pytest.mark.parametrize(("floor", "recent", "least"), [(None, 0.5, 64), (None, 16, 0), (0, 0.5, 0), (40, 16, 40)])
+def test_both_frames_hold_as_much_at_least(reasoner, floor, recent, least):
+    """Behind a prompt that is kept; methods as published have no such bound."""
+    model, _ = reasoner
+    shared = SharedSettings(window=64, recent=recent, floor=floor, block_size=4)
+    press = SimpleNamespace(score=lambda *_: None, compression_ratio=0.0)
+    for rule, prompt in ((QUERY_AWARE, 0), (PROMPT_KEPT, 200)):
+        plan = Plan(shared, rule, 0.25, [200, 90])
+        held = {name: make_method(name).make(model, plan).policy.config.least_held for name in FRAMES}
+        evicting = dict.fromkeys(("kv-compress", "streaming-llm", "kv-compress-random"), prompt + least)
+        assert held == {"kara": least, "random": least, **evicting, "kara-published": 0, "kv-compress-published": 0}
+        of_presses = {name: eviction_settings(plan)[name] for name in ("retention", "min_cache_tokens", "protected")}
+        assert PressCache(model, press, **of_presses).policy.config.least_held == prompt + least
 
 
 def test_a_policy_has_one_compression():

@@ -47,7 +47,10 @@ def serve(
         float, typer.Option(help="Share of kept tokens picked singly by scores with chunks; 1 is plain top-k.")
     ] = KaraConfig.anchor_share,
     prompt_retention: Annotated[
-        float | None, typer.Option(help="Share of each prompt that is kept once it has been read [default: all].")
+        float | None,
+        typer.Option(
+            help="Share of each prompt, and the floor at least, that is kept once it was read [default: all]."
+        ),
     ] = None,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of each prompt that are kept, instead of a share [default: all].")

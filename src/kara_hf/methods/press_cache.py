@@ -123,7 +123,8 @@ class PressCache(CompressedCache):
         press: an instance of a kvpress `ScorerPress`, or anything with its `score` and `compression_ratio`.
         max_cache_tokens: tokens per KV head and layer that a sequence holds at most, on average, while it decodes.
         retention: share of the tokens that is kept, in (0, 1].
-        min_cache_tokens: with `retention`: tokens per KV head and layer that it leaves at least, on average.
+        min_cache_tokens: with `retention`: tokens per KV head and layer that it leaves at least, on average; None: as
+            `kara_hf.KVCompressCache`, so 0 for a number of `protected` ones.
         protected: newest tokens that are never evicted, whatever their score.
         sinks: first tokens that are never evicted.
         floor: further tokens that every head keeps at least.
@@ -149,7 +150,7 @@ class PressCache(CompressedCache):
         *,
         max_cache_tokens: int | None = None,
         retention: float | None = None,
-        min_cache_tokens: int = 0,
+        min_cache_tokens: int | None = None,
         protected: int = 0,
         sinks: int = 0,
         floor: int = 0,
@@ -172,7 +173,7 @@ class PressCache(CompressedCache):
         config = KVCompressConfig(
             max_cache_tokens=max_cache_tokens,
             retention=retention,
-            min_cache_tokens=min_cache_tokens or None,
+            min_cache_tokens=min_cache_tokens,
             protected=1 if protected == 0 else protected,  # the block that every row has, whatever is in it
             sinks=sinks,
             floor=floor,
