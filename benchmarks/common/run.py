@@ -67,6 +67,10 @@ class Run:
         return self.device.type == "cuda"
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def red(self) -> set[str]:
         """Ops with a check that failed or was not reached."""
         return {row["op"] for row in self.rows if "op" in row and row["status"] not in GREEN}
@@ -77,7 +81,7 @@ class Run:
         What the file holds of the same code, machine and settings is not measured again, checks excepted.
         """
         deadline = self.started + 60 * self.minutes * case.until
-        sizes, kind = as_read(sizes), {"dtype": str(self.dtype).removeprefix("torch."), "backend": self.backend}
+        sizes, kind = as_read(sizes), {"dtype": self.dtype_name, "backend": self.backend}
         here = origin(str(self.device))
         jobs = list(case.jobs(self, **case.sizes | sizes))
         for job in track(jobs, description=case.name, console=console, transient=True):

@@ -24,7 +24,7 @@ COLUMNS = [
     ("held / full", "{resident:.1%}"),
 ]
 KEPT = ("method", "rule", "budget", "n", "tokens", "kl", "kl_low", "kl_high", "kl_median", "kl_99", "kl_max", "same")
-KEPT += ("loss", "full_loss", "resident", "most", "difference", "difference_low", "difference_high", "wins", "losses")
+KEPT += ("loss", "full_loss", "resident", "end", "difference", "difference_low", "difference_high", "wins", "losses")
 SIZES: Row = {
     "model": "",
     "data": "",

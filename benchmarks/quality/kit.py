@@ -29,7 +29,7 @@ COLUMNS = [
 ]
 
 
-def evaluator_of(model: str = "", device: str | None = None) -> "Evaluator":
+def evaluator_of(model: str = "", device: str | None = None, dtype: str = "auto") -> "Evaluator":
     """An evaluator for a hub id or folder; for the bundled model if that is empty."""
     from kara_hf.evaluation.measure.evaluator import Evaluator
     from kara_hf.evaluation.measure.identity import weights_of
@@ -37,7 +37,7 @@ def evaluator_of(model: str = "", device: str | None = None) -> "Evaluator":
 
     if not model:
         torch.set_num_threads(1)  # it is too small for several
-    runner = LoadedModel(model or str(TINY), device=device)
+    runner = LoadedModel(model or str(TINY), device=device, dtype=dtype)
     runner.tokenizer.padding_side = "left"
     weights = weights_of(runner.model, model or str(TINY))
     return Evaluator(runner.model, runner.tokenizer, name=runner.name, weights=weights, limit=runner.limit)

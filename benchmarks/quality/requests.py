@@ -35,7 +35,7 @@ def asked(
     from kara_hf.evaluation.measure.evaluator import Request
     from kara_hf.methods.registry import make_method
 
-    evaluator = evaluator_of(sizes["model"])
+    evaluator = evaluator_of(sizes["model"], dtype=run.dtype_name)
     request = Request(
         methods=[make_method(method) if isinstance(method, str) else method for method in methods],
         budgets=sizes["budgets"],

@@ -62,7 +62,7 @@ def workload_jobs(
     if unknown:
         raise ValueError(f"methods={unknown} are not there; choose from {'; '.join(METHODS)}")
     can_serve()
-    evaluator = evaluator_of(model, device=str(run.device))
+    evaluator = evaluator_of(model, device=str(run.device), dtype=run.dtype_name)
     for task in tasks_of(tasks, evaluator.tokenizer):
         labels = {"model": evaluator.name, "task": task.name, "requests": requests, "sequences": sequences}
         yield Job(labels, partial(all_served, evaluator, task, requests, sequences, methods))

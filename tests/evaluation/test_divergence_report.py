@@ -60,7 +60,7 @@ def measured(tmp_path_factory):
                         "loss": 2 + kl.mean(),
                         "full_loss": 2.0,
                         "resident_bytes": held,
-                        "most_bytes": held,
+                        "end_bytes": 0.9 * held,
                         "full_bytes": 10_000,
                         "seconds": 0.5,
                         "settings": {},

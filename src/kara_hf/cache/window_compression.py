@@ -370,8 +370,7 @@ class WindowCompression(Compression):
         return max(self.policy.open_limit(sequence) for sequence in sequences)
 
     def replayable_steps(self) -> int:
-        # The last of them seals the window behind itself, as does the next where drafts were not counted on before.
-        return min(max(0, self.steps_to_compression()), sys.maxsize - 1) + 1
+        return max(1, self.steps_to_compression())  # the next one behind them seals before it is stored
 
     def capturable_steps(self) -> int:
         steps = min(self.steps_to_compression(), self.state.room)

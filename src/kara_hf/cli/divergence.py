@@ -235,7 +235,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     from ..evaluation.report.summary import budget_of, is_known, percent
 
     caption = (
-        "holds: of the full cache's bytes at the end; * over 3 % away from the budget. KL in nats: mean of documents "
+        "holds at most, of the full cache's bytes; * over 3 % away from the budget. KL in nats: mean of documents "
         "with its 95 % interval, then over tokens. same: equal likeliest tokens. loss: beyond the full cache's"
     )
     table = Table(

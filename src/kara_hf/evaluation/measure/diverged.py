@@ -20,7 +20,7 @@ LINES = Lines(
         "loss": float,
         "full_loss": float,
         "resident_bytes": int,
-        "most_bytes": int,
+        "end_bytes": int,
         "full_bytes": int,
         "seconds": float,
     },

@@ -77,9 +77,9 @@ def divergence(
 ) -> pd.DataFrame:
     """Forces documents through every method and the full cache, and keeps a line for each document and cell in `out`.
 
-    What `out` holds already is not measured again. A budget is a share of the full cache's bytes at the end of a
-    document; the share of tokens that leaves so much is found on one document. With ``equal="tokens"`` the budget is
-    that share.
+    What `out` holds already is not measured again. A budget is a share of the full cache's bytes, of which a method
+    holds so much at most; the share of tokens that it has to keep for that is found on one document. With
+    ``equal="tokens"`` the budget is that share.
 
     Args:
         model: a Transformers causal LM in evaluation mode.
@@ -180,7 +180,7 @@ class _Run:
         for rule, method, budget, seed in request.cells():
             cell = Cell(name, weights, TASK + data, rule, method.name, budget, request.equal, seed)
             plan = Plan(request.shared, rule, budget, [], seed, request.sharing)
-            fixed = {"shared": asdict(request.shared), "step": step, "model": of_model}
+            fixed = {"shared": asdict(request.shared), "step": step, "model": of_model, "resident": "most"}
             work = Work(cell, method, plan, fixed | method_identity(method, plan, model))
             found = stored_settings(out, cell, LINES)
             if found is not None:
@@ -319,7 +319,7 @@ class _Run:
             "loss": float(outcome.loss.mean(dtype=np.float64)),
             "full_loss": float(outcome.full_loss.mean(dtype=np.float64)),
             "resident_bytes": outcome.resident_bytes,
-            "most_bytes": outcome.most_bytes,
+            "end_bytes": outcome.end_bytes,
             "full_bytes": outcome.full_bytes,
             "seconds": outcome.seconds,
         }

@@ -216,8 +216,7 @@ class Evaluator:
         seen, most = 1, 0  # the last token that is generated is not read
         with cache.replaying():
             while seen < room:
-                # What brings the last replayable token compresses before it is stored: most is held one token earlier.
-                part = again[:, seen : seen + max(1, cache.replayable - 1)]
+                part = again[:, seen : seen + cache.replayable]
                 mask = torch.cat([mask, mask.new_ones(part.shape)], 1)
                 read_prompt(self.model, cache, part, mask)
                 seen, most = seen + part.shape[1], max(most, held_bytes(cache))

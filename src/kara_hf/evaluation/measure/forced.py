@@ -59,9 +59,9 @@ class Outcome:
         same: whether both find the same token likeliest, bool.
         loss: of the text's own next token, in nats, float32.
         full_loss: the same with the full cache.
-        resident_bytes: held at the end, of a batch a document's share.
-        most_bytes: held at most behind a forward; the prompt's, in which it is whole, is left out.
-        full_bytes: what the full cache holds at the end.
+        resident_bytes: held at most, of a batch a document's share; while the prompt is read, whole, is left out.
+        end_bytes: held at the end.
+        full_bytes: what the full cache holds at the end, and at most.
         seconds: that reading took, the prompt included; this and the bytes are a document's share of its batch.
     """
 
@@ -70,7 +70,7 @@ class Outcome:
     loss: np.ndarray
     full_loss: np.ndarray
     resident_bytes: int
-    most_bytes: int
+    end_bytes: int
     full_bytes: int
     seconds: float
 
@@ -79,7 +79,7 @@ class Forced:
     """A cache into which a batch of documents is read.
 
     Attributes:
-        most: bytes held at most behind a forced step.
+        most: bytes held at most behind a forward, that of the prompts left out.
         seconds: that its forwards took.
     """
 
@@ -186,8 +186,8 @@ def read_together(
                 same=same[number, b].bool().numpy(),
                 loss=loss[number, b].numpy(),
                 full_loss=full_loss[b].numpy(),
-                resident_bytes=held_bytes(reader.cache) // batch,
-                most_bytes=reader.most // batch,
+                resident_bytes=reader.most // batch,
+                end_bytes=held_bytes(reader.cache) // batch,
                 full_bytes=full_bytes // batch,
                 seconds=reader.seconds / batch,
             )

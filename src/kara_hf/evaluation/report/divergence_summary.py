@@ -30,8 +30,8 @@ class Divergences:
 
             n, tokens: documents, and forced tokens of all of them; kl with kl_low and kl_high: mean of the documents'
             means; kl_median, kl_99, kl_max: over all tokens; same and loss, each with low and high: the share of equal
-            likeliest tokens, and the loss beyond the full cache's; resident, most: shares of the full cache's bytes at
-            the end, and of the most behind any step; apart: by how much of its budget of bytes it holds more;
+            likeliest tokens, and the loss beyond the full cache's; resident, end: shares of the full cache's bytes that
+            it holds at most, and at the end; apart: by how much of its budget of bytes it holds more;
             difference with low, high, wins (documents at which it diverges less) and losses; bytes_apart, by how much
             it holds more than the reference; tokens_per_second.
         methods: in the order in which they are shown.
@@ -78,7 +78,7 @@ class Divergences:
             row |= named("same", mean_interval(by_document["same"].mean()))
             row |= named("loss", mean_interval((cell["loss"] - cell["full_loss"]).groupby(cell["number"]).mean()))
             row["full_loss"] = float(cell["full_loss"].mean())
-            for name in ("resident", "most"):
+            for name in ("resident", "end"):
                 row[name] = float((cell[f"{name}_bytes"] / cell["full_bytes"]).mean())
             for name in ("resident_bytes", "full_bytes"):
                 row[name] = float(cell[name].mean())
@@ -196,7 +196,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "loss": lambda row: loss_of(row) + _between(row, "loss", "{:+.3f}".format),
     "against": against,
     "less/more": lambda row: f"{row['wins']:.0f}/{row['losses']:.0f}" if is_known(row["wins"]) else "",
-    "most": lambda row: percent(row["most"]),
+    "at the end": lambda row: percent(row["end"]),
     "tokens/s": lambda row: rounded(row["tokens_per_second"]),
 }
 
@@ -212,9 +212,10 @@ def guide(divergences: Divergences, mark: Mark) -> list[str]:
         f"**Against {reference}**: the difference in KL on the same documents at the same budget, with its 95 % "
         "interval by paired bootstrap; bold where that leaves out 0 and both hold equal bytes; beside it, the "
         "documents at which the method diverges less and more. Few documents make intervals too narrow.",
-        "**Budget**: of the full cache's bytes at the end of a document. **Holds**: resident bytes there, measured; "
-        f"behind it, how far that is from the budget, where it is over {100 * EQUAL:g} %: such a method cannot hold "
-        "exactly so much. **Most**: behind any forward but the prompt's.",
+        "**Budget**: of the full cache's bytes at the end of a document. **Holds**: resident bytes at most, measured "
+        f"behind every forward but the prompt's; how far that is from the budget, where it is over {100 * EQUAL:g} %: "
+        "such a method cannot hold exactly so much. **At the end**: of the document, where a cache of windows may be "
+        "at its emptiest.",
         "Tokens are forced, several in a forward, and kept or dropped as decoding them one by one would. This says how "
         "far a method moves the model, not whether it still solves a task.",
     ]
