@@ -65,25 +65,25 @@ def workload_jobs(
     evaluator = evaluator_of(model, device=str(run.device), dtype=run.dtype_name)
     for task in tasks_of(tasks, evaluator.tokenizer):
         labels = {"model": evaluator.name, "task": task.name, "requests": requests, "sequences": sequences}
-        yield Job(labels, partial(all_served, evaluator, task, requests, sequences, methods))
+        for name in methods:
+            measure = partial(served, run, evaluator, task, labels | {"method": methods[0]}, name)
+            yield Job(labels | {"method": name}, measure)
 
 
-def all_served(evaluator: Any, task: Any, requests: int, sequences: int, methods: Sequence[str]) -> list[Row]:
-    """A row for each method, with what it answers right beside the first of them."""
+def served(run: Run, evaluator: Any, task: Any, first: Row, name: str) -> Row:
+    """What a method does with the requests, and what it answers right beside the row labelled `first`."""
     from kara_hf.evaluation.report.statistics import compare
 
-    prompts = [evaluator.prompt(task, number) for number in range(requests)]
+    prompts = [evaluator.prompt(task, number) for number in range(first["requests"])]
     longest = max(len(prompt.ids) + prompt.example.max_new_tokens for prompt in prompts)
-    rows: list[Row] = []
-    for name in methods:
-        row = served(evaluator, prompts, *METHODS[name], blocks=sequences * -(-longest // PAGE))
-        beside = compare(pd.Series(row["scores"]), pd.Series(rows[0]["scores"] if rows else row["scores"]))
-        assert beside is not None
-        rows.append({"method": name, "difference": beside.value, "low": beside.low, "high": beside.high} | row)
-    return rows
+    row = answered(evaluator, prompts, *METHODS[name], blocks=first["sequences"] * -(-longest // PAGE))
+    known = (row for row in run.rows if first.items() <= row.items())
+    beside = compare(pd.Series(row["scores"]), pd.Series(next(known, row)["scores"]))
+    assert beside is not None
+    return row | {"difference": beside.value, "low": beside.low, "high": beside.high}
 
 
-def served(evaluator: Any, prompts: Sequence[Any], kara: Row | None, of_engine: Row, blocks: int) -> Row:
+def answered(evaluator: Any, prompts: Sequence[Any], kara: Row | None, of_engine: Row, blocks: int) -> Row:
     """Answers all `prompts` at once in a pool of `blocks`."""
     from kara_hf.integration.generation import greedy
     from kara_hf.serving import kara_continuous_batching
