@@ -123,9 +123,10 @@ class KaraConfig(Settings):
             that is kept whole left out: a window then seals once what stays open behind it is that share of what is
             held after. Queries, if the score needs them, are held of all open tokens, which then grow with the
             sequence.
-        floor: tokens that a head holds at least, a prompt that is kept whole left out: a window seals once it leaves so
-            many, newer ones among them. The begin of an answer is then whole, at no more bytes than a long one ends
-            with. None: one window where `recent` is a share, of which little is too little; otherwise 0. Ours.
+        min_cache_tokens: tokens that a head holds at least, a prompt that is kept whole left out: a window seals once
+            it leaves so many, newer ones among them. The beginning of an answer is then whole, at no more bytes than a
+            long one ends with. None: one window where `recent` is a share, of which little is too little; otherwise
+            0. Ours.
         sinks: first tokens of a sequence that are kept whatever their score: language models lay the attention that
             they need nowhere on these, and fall apart without (arXiv 2309.17453). They are among the tokens that their
             window keeps; where they are more than that, the window keeps them and no others.
@@ -153,7 +154,7 @@ class KaraConfig(Settings):
     retention: float = 0.25
     window: int = 128
     recent: int | float = 0.5
-    floor: int | None = None
+    min_cache_tokens: int | None = None
     sinks: int = 4
     pin: Pins = ()
     score: str = "blend"
@@ -189,7 +190,7 @@ class KaraConfig(Settings):
             self.recent,
             "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)",
         )
-        for name, value in (("floor", self.least_held), ("sinks", self.sinks)):
+        for name, value in (("min_cache_tokens", self.least_held), ("sinks", self.sinks)):
             require(is_int(value) and value >= 0, name, value, "a whole number of tokens from 0 on")
         require(
             self.queries is None or (is_int(self.queries) and self.queries >= 1),
@@ -222,9 +223,9 @@ class KaraConfig(Settings):
 
     @property
     def least_held(self) -> int:
-        """Tokens that a head holds at least: `floor`, or what None stands for."""
-        if self.floor is not None:
-            return self.floor
+        """Tokens that a head holds at least: `min_cache_tokens`, or what None stands for."""
+        if self.min_cache_tokens is not None:
+            return self.min_cache_tokens
         return self.window if isinstance(self.recent, float) else 0
 
     @property

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.architectures import build
 from support.caches import state
-from transformers import AutoModelForSeq2SeqLM, DynamicCache, T5Config
+from transformers import AutoModelForSeq2SeqLM, DynamicCache, GenerationMixin, T5Config
 
 from kara_hf import KaraCache, PoolExhausted, attach, detach
 
@@ -184,6 +184,27 @@ def test_arguments_that_would_be_lost(model):
     with pytest.raises(ValueError, match=r"dropout=0.1 .*call model.eval\(\)"):
         model(ids, past_key_values=cache, use_cache=True)
     assert state(cache) == before
+
+
+@pytest.mark.parametrize("where", ["argument", "generation_config"])
+def test_a_call_without_a_cache(model, where):
+    """Every step would bring all tokens again."""
+    cache = used(model)
+    before = state(cache)
+    if where == "generation_config":
+        model.generation_config.use_cache = False
+    settings = {} if where == "generation_config" else {"use_cache": False}
+    with pytest.raises(ValueError, match="use_cache=False is not possible with a KaraCache.*set it to True"):
+        model.generate(**prompt(60, batch=2), past_key_values=cache, **GREEDY, **settings)
+    assert state(cache) == before
+    model.generation_config.use_cache = True
+    assert model.generate(**prompt(60, batch=2), past_key_values=cache, **GREEDY).shape == (2, 90)
+
+
+def test_a_transformers_that_does_not_say_what_a_prompt_is(model, monkeypatch):
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", lambda self, input_ids, **kwargs: {})
+    with pytest.raises(ImportError, match="does not give prepare_inputs_for_generation is_first_iteration"):
+        KaraCache(model)
 
 
 def test_soft_capping_that_sdpa_would_drop():

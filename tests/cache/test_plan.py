@@ -42,7 +42,7 @@ KARA = {
     "all": {"retention": 1.0},
     "quarter": {"retention": 0.25},
     "number": {"retention": 0.5, "recent": 20},
-    "floor": {"floor": 90},
+    "at least": {"min_cache_tokens": 90},
 }
 BUDGETS = {"third": {"retention": 0.3}, "tokens": {"retention": None, "max_cache_tokens": 128}}
 BITS = pytest.mark.parametrize("bits", [None, 4, slow(8)])

@@ -36,7 +36,7 @@ def test_the_begin_is_whole_up_to_the_floor(recent):
     """While tokens are decoded one by one; later as many are held as without a floor."""
     model, ids = build("llama"), torch.randint(3, 100, (1, 150))
     settings = SMALL | {"recent": recent, "compress_prompt": False}
-    caches = [KaraCache(model, floor=floor, **settings) for floor in (24, 0)]
+    caches = [KaraCache(model, min_cache_tokens=least, **settings) for least in (24, 0)]
     counts = [[len(cache.kept_positions(1)) - 8 for _ in feed(model, cache, ids, [8] + [1] * 142)] for cache in caches]
     whole = next(place for place, (mine, seen) in enumerate(zip(counts[0], range(143), strict=True)) if mine < seen)
     assert whole >= 24 + 12 and min(counts[0][whole:]) >= 24, "nothing is dropped before, and never too much"
@@ -44,7 +44,9 @@ def test_the_begin_is_whole_up_to_the_floor(recent):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"floor": 30}, *map(slow, ({"queries": 3}, {"score": "snapkv"}, {"score": "random"}))], ids=str
+    "settings",
+    [{}, {"min_cache_tokens": 30}, *map(slow, ({"queries": 3}, {"score": "snapkv"}, {"score": "random"}))],
+    ids=str,
 )
 def test_sequences_in_a_batch_are_as_alone_and_exact(settings):
     made = {"recent": 0.4, **settings, **SMALL}

@@ -381,11 +381,11 @@ def test_the_oracle_keeps_what_it_knows(reasoner):
         assert kept == [0, *best, *range(48, 60)]
 
 
-@pytest.mark.parametrize(("floor", "recent", "least"), [(None, 0.5, 64), (None, 16, 0), (0, 0.5, 0), (40, 16, 40)])
-def test_both_frames_hold_as_much_at_least(reasoner, floor, recent, least):
+@pytest.mark.parametrize(("given", "recent", "least"), [(None, 0.5, 64), (None, 16, 0), (0, 0.5, 0), (40, 16, 40)])
+def test_both_frames_hold_as_much_at_least(reasoner, given, recent, least):
     """Behind a prompt that is kept; methods as published have no such bound."""
     model, _ = reasoner
-    shared = SharedSettings(window=64, recent=recent, floor=floor, block_size=4)
+    shared = SharedSettings(window=64, recent=recent, min_cache_tokens=given, block_size=4)
     press = SimpleNamespace(score=lambda *_: None, compression_ratio=0.0)
     for rule, prompt in ((QUERY_AWARE, 0), (PROMPT_KEPT, 200)):
         plan = Plan(shared, rule, 0.25, [200, 90])

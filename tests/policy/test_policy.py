@@ -44,8 +44,8 @@ BAD_SETTINGS = [
     ("window", 1, "a whole number of tokens from 2 on"),
     ("window", 256.0, "a whole number of tokens from 2 on"),
     ("window", 250, "a multiple of block_size=16, so that sealing it frees whole blocks; round it or lower block_size"),
-    ("floor", -1, "a whole number of tokens from 0 on"),
-    ("floor", 0.5, "a whole number of tokens from 0 on"),
+    ("min_cache_tokens", -1, "a whole number of tokens from 0 on"),
+    ("min_cache_tokens", 0.5, "a whole number of tokens from 0 on"),
     ("recent", -1, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
     ("recent", 1.5, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
     ("recent", 1.0, "a whole number of tokens from 0 on, or a share of the tokens held in (0, 1)"),
@@ -469,7 +469,7 @@ def test_windows_due(window, recent):
 )
 def test_a_share_of_what_is_held_is_recent(share, retention, sinks, prompt, steps):
     """Exactly then a window seals when what is open behind it is its share of all that is held afterwards."""
-    policy = KaraPolicy(KaraConfig(window=16, retention=retention, recent=share, sinks=sinks, floor=0))
+    policy = KaraPolicy(KaraConfig(window=16, retention=retention, recent=share, sinks=sinks, min_cache_tokens=0))
     sequence = Counted(prompt, 0)
     for new in steps:
         sequence = Counted(sequence.tokens + new, sequence.open + new, sequence.kept)
@@ -508,7 +508,7 @@ def test_where_recent_tokens_are_a_share_retention_is_of_all_tokens(share, reten
 def test_what_a_window_leaves_is_never_below_the_floor(recent, retention, floor, sinks):
     """And a sequence that has outgrown it holds what it holds without one."""
     settings = {"window": 16, "retention": retention, "recent": recent, "sinks": sinks}
-    policy, plain = (KaraPolicy(KaraConfig(floor=each, **settings)) for each in (floor, 0))
+    policy, plain = (KaraPolicy(KaraConfig(min_cache_tokens=each, **settings)) for each in (floor, 0))
     sequence, other = Counted(0, 0), Counted(0, 0)
     for tokens in range(1, 1601):
         sequence = Counted(tokens, sequence.open + 1, sequence.kept)
@@ -527,9 +527,10 @@ def test_what_a_window_leaves_is_never_below_the_floor(recent, retention, floor,
 def test_the_floor_is_a_window_where_recent_tokens_are_a_share():
     assert KaraConfig().least_held == KaraConfig().window == 128 and KaraConfig(window=64).least_held == 64
     assert KaraConfig(recent=32).least_held == 0, "as published"
-    assert KaraConfig(recent=32, floor=48).least_held == 48 and KaraConfig(floor=0).least_held == 0
+    assert KaraConfig(recent=32, min_cache_tokens=48).least_held == 48
+    assert KaraConfig(min_cache_tokens=0).least_held == 0
     begin = Counted(tokens=200, open=200)
-    assert KaraPolicy(KaraConfig(floor=0)).due(begin) and not KaraPolicy(KaraConfig()).due(begin)
+    assert KaraPolicy(KaraConfig(min_cache_tokens=0)).due(begin) and not KaraPolicy(KaraConfig()).due(begin)
 
 
 # ---------------------------------------------------------------------------------------------------------------- sinks

@@ -21,7 +21,7 @@ from kara_hf.serving.server import count_blocks
 if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
     pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)
 
-WHOLE = {"retention": 1.0, "floor": 0}  # of traces; prompts are short
+WHOLE = {"retention": 1.0, "min_cache_tokens": 0}  # of traces; prompts are short
 LONG = {"shortest": 40, "longest": 70}
 TOKENS = 16
 

@@ -1,7 +1,6 @@
 """The caches by name: Kara, KV-Compress and PoD, each a `CompressedCache` under its own policy."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 from ..config import KaraConfig, KVCompressConfig, as_pins
@@ -23,8 +22,8 @@ class KaraCache(CompressedCache):
         window: tokens in a window; a multiple of `block_size`. Sealed once `recent` more tokens stand behind it.
         recent: newest tokens that are always kept whole; or a share, in (0, 1), of the tokens held behind a prompt that
             is kept whole, which grows with the sequence (ours).
-        floor: tokens that a head holds at least behind such a prompt, so that the begin of an answer stays whole; None:
-            one window where `recent` is a share, otherwise 0 (ours).
+        min_cache_tokens: tokens that a head holds at least behind such a prompt, so that the beginning of an answer
+            stays whole; None: one window where `recent` is a share, otherwise 0 (ours).
         sinks: first tokens of a sequence that are kept wherever the window that holds them seals, whatever the score:
             without them language models fall apart (arXiv 2309.17453). They are among the tokens that it keeps.
         pin: stretches ``(start, end)`` of true positions that are never evicted, in every sequence, as the sinks are;
@@ -60,10 +59,10 @@ class KaraCache(CompressedCache):
         retention: float = KaraConfig.retention,
         window: int = KaraConfig.window,
         recent: int | float = KaraConfig.recent,
-        floor: int | None = KaraConfig.floor,
+        min_cache_tokens: int | None = KaraConfig.min_cache_tokens,
         sinks: int = KaraConfig.sinks,
         pin: Iterable[tuple[int, int]] = (),
-        score: str | Path = KaraConfig.score,
+        score: str = KaraConfig.score,
         queries: int | None = KaraConfig.queries,
         anchor_share: float = KaraConfig.anchor_share,
         compress_prompt: bool = KaraConfig.compress_prompt,
@@ -81,10 +80,10 @@ class KaraCache(CompressedCache):
             retention=retention,
             window=window,
             recent=recent,
-            floor=floor,
+            min_cache_tokens=min_cache_tokens,
             sinks=sinks,
             pin=as_pins(pin),
-            score=str(score) if isinstance(score, Path) else score,
+            score=score,
             queries=queries,
             anchor_share=anchor_share,
             compress_prompt=compress_prompt,

@@ -65,7 +65,7 @@ def divergence(
     together: Annotated[int, typer.Option(help="Caches that are read together; fewer take less memory.")] = 16,
     window: options.Window = None,
     recent: options.Recent = None,
-    floor: options.Floor = None,
+    min_cache_tokens: options.MinCacheTokens = None,
     block_size: options.BlockSize = None,
     observation: options.Observation = None,
     sinks: options.Sinks = None,
@@ -122,7 +122,7 @@ def divergence(
         given = {
             "window": window,
             "recent": options.count_or_share(recent),
-            "floor": floor,
+            "min_cache_tokens": min_cache_tokens,
             "block_size": block_size,
             "observation": observation,
         }

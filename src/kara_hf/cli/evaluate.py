@@ -54,7 +54,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Sequences generated together, in each process.")] = 16,
     window: options.Window = None,
     recent: options.Recent = None,
-    floor: options.Floor = None,
+    min_cache_tokens: options.MinCacheTokens = None,
     block_size: options.BlockSize = None,
     observation: options.Observation = None,
     sinks: options.Sinks = None,
@@ -94,7 +94,7 @@ def evaluate(
         given = {
             "window": window,
             "recent": options.count_or_share(recent),
-            "floor": floor,
+            "min_cache_tokens": min_cache_tokens,
             "block_size": block_size,
             "observation": observation,
         }

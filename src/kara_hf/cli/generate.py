@@ -75,9 +75,7 @@ def generate(
     floor: Annotated[
         int | None,
         typer.Option(
-            help="kara, kv-compress: tokens that a head holds at least, for kara newer ones among them, so that the "
-            "begin of an answer stays whole [default: a window where the recent ones are a share]; for kv-compress "
-            "further ones [default: 0]."
+            help="kv-compress: further tokens that every head keeps at least, beside the first and newest [default: 0]."
         ),
     ] = None,
     score: Annotated[
@@ -113,8 +111,9 @@ def generate(
     min_cache_tokens: Annotated[
         int | None,
         typer.Option(
-            help="kv-compress: tokens per KV head and layer, on average, that --retention leaves at least "
-            f"[default: {LEAST_TOKENS} where the protected ones are a share]."
+            help="kara, kv-compress: tokens per KV head and layer, for kv-compress on average, that --retention leaves "
+            f"at least [default: kara, a window where the recent ones are a share; kv-compress, {LEAST_TOKENS} where "
+            "the protected ones are]."
         ),
     ] = None,
     observation: Annotated[

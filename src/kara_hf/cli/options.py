@@ -48,10 +48,10 @@ Recent = Annotated[
         f"[default: {KaraConfig.recent}; bundled model: 32].",
     ),
 ]
-Floor = Annotated[
+MinCacheTokens = Annotated[
     int | None,
     typer.Option(
-        help="Tokens that window and eviction methods hold at least, so that the begin of an answer stays whole "
+        help="Tokens that window and eviction methods hold at least, so that the beginning of an answer stays whole "
         "[default: one window where --recent is a share]."
     ),
 ]

@@ -27,13 +27,13 @@ def serve(
     recent: Annotated[
         float, typer.Option(metavar="N|SHARE", help="Newest tokens, always kept whole, or a share of those held.")
     ] = KaraConfig.recent,
-    floor: Annotated[
+    min_cache_tokens: Annotated[
         int | None,
         typer.Option(
             help="Tokens that a request holds at least behind its prompt [default: one window where --recent is a "
             "share]."
         ),
-    ] = KaraConfig.floor,
+    ] = KaraConfig.min_cache_tokens,
     sinks: Annotated[int, typer.Option(help="First tokens of a request, always kept.")] = KaraConfig.sinks,
     pin: Annotated[
         str,
@@ -49,7 +49,7 @@ def serve(
     prompt_retention: Annotated[
         float | None,
         typer.Option(
-            help="Share of each prompt, and the floor at least, that is kept once it was read [default: all]."
+            help="Share of each prompt, and --min-cache-tokens at least, that is kept once it was read [default: all]."
         ),
     ] = None,
     max_prompt_tokens: Annotated[
@@ -88,7 +88,7 @@ def serve(
             retention=retention,
             window=window,
             recent=count_or_share(recent),
-            floor=floor,
+            min_cache_tokens=min_cache_tokens,
             sinks=sinks,
             pin=parse_pins(pin),
             score=score,

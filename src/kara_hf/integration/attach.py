@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from .attention import AttentionHook, answering, masking
-from .prefill import read_ahead
+from .prefill import FIRST, check_first_is_told, read_ahead
 
 _lock = threading.RLock()
 
@@ -74,6 +74,7 @@ def decoder_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 def check_supported(model: PreTrainedModel) -> None:
     """Raises ValueError, with the reason, if a compressed cache could not reach the attention of `model`."""
+    check_first_is_told()
     name, own = type(model).__name__, decoder_config(model)._attn_implementation
     if model.config.is_encoder_decoder:
         raise ValueError(
@@ -181,7 +182,12 @@ def _keeps_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
         cache = kwargs.get(name)
         if not isinstance(cache, StepCache):
             return prepare(self, *args, **kwargs)
-        first = bool(kwargs.get("is_first_iteration"))
+        if kwargs.get("use_cache") is False:
+            raise ValueError(
+                f"use_cache=False is not possible with a {type(cache).__name__}: every step would bring all tokens "
+                "again, to be counted anew; leave it out or set it to True, in the generation_config too"
+            )
+        first = bool(kwargs.get(FIRST))
         if first:
             check_not_compiled(self)
         cache.inputs_prepared(first)

@@ -4,10 +4,23 @@ import inspect
 from typing import Any
 
 import torch
+import transformers
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+
+FIRST = "is_first_iteration"  # what `generate` calls it that a step reads a prompt
 
 # What of a model's inputs has an entry for each new token in its last dimension.
 _BY_TOKEN = {"input_ids", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids"}
+
+
+def check_first_is_told() -> None:
+    """Raises ImportError if this Transformers does not say which of its steps reads a prompt."""
+    if FIRST not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+        raise ImportError(
+            f"Transformers {transformers.__version__} does not give prepare_inputs_for_generation {FIRST}, by which a "
+            "cache tells prompts from drafts; install a version that does, as 5.17 and 5.24 do"
+        )
 
 
 def read_ahead(model: Any, size: int | None, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -160,9 +160,8 @@ class Kara(Compressed):
     def warm_up(self) -> WarmUp:
         """One window is sealed within a prompt."""
         recent = self.config.recent if isinstance(self.config.recent, int) else self.config.window
-        return WarmUp(
-            self.config.window + recent, 4, {"compress_prompt": True, "floor": 0, "max_bytes": None, "pin": ()}
-        )
+        forced = {"compress_prompt": True, "min_cache_tokens": 0, "max_bytes": None, "pin": ()}
+        return WarmUp(self.config.window + recent, 4, forced)
 
 
 class KVCompress(Compressed):

@@ -35,7 +35,7 @@ class SharedSettings:
 
     Attributes:
         window, recent: of the window methods; `recent`, tokens or a share, is protected by the eviction methods too.
-        floor: tokens that window and eviction methods hold at least; None: as `kara_hf.KaraConfig`.
+        min_cache_tokens: that window and eviction methods hold at least; None: as `kara_hf.KaraConfig`.
         block_size: slots per block.
         sinks: first tokens that window and eviction methods always keep where prompts are compressed.
         observation: last prompt queries that vote in eviction methods.
@@ -43,7 +43,7 @@ class SharedSettings:
 
     window: int = KaraConfig.window
     recent: int | float = KaraConfig.recent
-    floor: int | None = KaraConfig.floor
+    min_cache_tokens: int | None = KaraConfig.min_cache_tokens
     block_size: int = KaraConfig.block_size
     sinks: int = KaraConfig.sinks
     observation: int = 32
@@ -51,7 +51,8 @@ class SharedSettings:
     @property
     def least_held(self) -> int:
         """Tokens that each method holds at least behind a prompt that is kept whole."""
-        return KaraConfig(window=self.window, recent=self.recent, floor=self.floor, block_size=1).least_held
+        least = self.min_cache_tokens
+        return KaraConfig(window=self.window, recent=self.recent, min_cache_tokens=least, block_size=1).least_held
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def window_settings(plan: Plan) -> dict[str, Any]:
         "retention": plan.share,
         "window": plan.shared.window,
         "recent": plan.shared.recent,
-        "floor": plan.shared.floor,
+        "min_cache_tokens": plan.shared.min_cache_tokens,
         "sinks": plan.shared.sinks,
         "block_size": plan.shared.block_size,
         "compress_prompt": plan.rule != PROMPT_KEPT,
@@ -218,7 +219,7 @@ METHODS: dict[str, Method] = {
         Method("kara", windows(**KARA), "KaraCache as it comes"),
         Method(
             "kara-published",
-            windows("bidirectional", anchor_share=KaraConfig.anchor_share, recent=32, floor=0),
+            windows("bidirectional", anchor_share=KaraConfig.anchor_share, recent=32, min_cache_tokens=0),
             "Kara as published: bidirectional attention of all queries, Token2Chunk, 32 recent tokens",
         ),
         Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),

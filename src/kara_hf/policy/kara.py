@@ -89,7 +89,7 @@ class KaraPolicy:
 
     def recent_of(self, kept: int) -> int:
         """R: tokens that stay whole behind sealed windows of `kept` slots, of a share the fewest that make it up; or
-        what the slots lack to the floor.
+        what the slots lack to `least_held`.
         """
         recent = self.config.recent
         if isinstance(recent, float):

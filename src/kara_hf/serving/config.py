@@ -30,7 +30,7 @@ class ServingConfig(Settings):
             earlier times too, down to ``retention * window`` tokens whenever `window` more than the recent tokens are
             there: the control, for scores that need no queries.
         prompt_retention: share of a prompt's tokens that every KV head keeps once the prompt has been read, in (0, 1],
-            rounded up, and as many as the floor of `kara` at least; None: all of them.
+            rounded up, and as many as `kara.min_cache_tokens` at least; None: all of them.
         max_prompt_tokens: the most tokens of a prompt that every KV head keeps, instead of a share; None: all of them.
         observation: last tokens of a prompt whose queries vote on what is kept of it.
         conversations: the most requests that have ended whose compressed tokens stay in the pool, until their room is
