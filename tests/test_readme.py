@@ -33,7 +33,7 @@ def test_the_snippet_prints_what_is_shown(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     (snippet,) = (code for kind, code in FENCE.findall(README) if kind == "python")
     (printed,) = (code for kind, code in FENCE.findall(README) if kind == "text")
-    assert len(snippet.splitlines()) == 8
+    assert len(snippet.splitlines()) == 9
     if Version(transformers.__version__) < Version("5.24"):
         snippet = snippet.replace("cache=cache", "past_key_values=cache")
     exec(compile(snippet, "README.md", "exec"), {})

@@ -19,7 +19,8 @@ class KaraCache(CompressedCache):
         model: a Transformers causal LM, which may be wrapped by PEFT. It is attached by this call.
         retention: share of each window's tokens that every KV head keeps, in (0, 1]; where `recent` is a share, of all
             tokens, recent ones among them.
-        window: tokens in a window; a multiple of `block_size`. Sealed once `recent` more tokens stand behind it.
+        window: tokens in a window; a multiple of `block_size`. Sealed once `recent` more tokens stand behind it, and
+            `min_cache_tokens` are left.
         recent: newest tokens that are always kept whole; or a share, in (0, 1), of the tokens held behind a prompt that
             is kept whole, which grows with the sequence (ours).
         min_cache_tokens: tokens that a head holds at least behind such a prompt, so that the beginning of an answer
@@ -98,7 +99,7 @@ class KaraCache(CompressedCache):
 
 
 class KVCompressCache(CompressedCache):
-    """KV-Compress (arXiv 2410.00161): one budget for all KV heads of all layers, spent by the votes of queries.
+    """KV-Compress (arXiv 2410.00161): a budget of tokens, spent by the votes of queries.
 
     With ``levels=None`` every head keeps as much as it is worth, as published. By default all heads keep as much: that
     is nearer to the full cache on the language models that were measured.
