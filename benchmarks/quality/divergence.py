@@ -54,7 +54,7 @@ SMOKE |= {"window": 32}
 
 
 def variants() -> dict[str, Any]:
-    """Both caches as they come with one thing changed, by name, beside the kit's own methods."""
+    """Default settings of both caches with one thing changed, by name, beside the kit's own methods."""
     from kara_hf.methods.registry import KARA, Method, evictions, windows
 
     made = {

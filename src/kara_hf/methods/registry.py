@@ -216,7 +216,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("full", _full, "Transformers' DynamicCache", budgeted=False),
-        Method("kara", windows(**KARA), "KaraCache as it comes"),
+        Method("kara", windows(**KARA), "KaraCache with default settings"),
         Method(
             "kara-published",
             windows("bidirectional", anchor_share=KaraConfig.anchor_share, recent=32, min_cache_tokens=0),
@@ -236,7 +236,7 @@ METHODS: dict[str, Method] = {
         Method("recency", windows("recency"), "the newest tokens of the window"),
         Method("oracle", _oracle, "most future attention of the full-cache run: the upper bound", oracle=True),
         *(Method(name, windows(name), about) for name, about in PEERS.items()),
-        Method("kv-compress", evictions(), "KVCompressCache as it comes"),
+        Method("kv-compress", evictions(), "KVCompressCache with default settings"),
         Method(
             "kv-compress-published",
             evictions(**_PUBLISHED),
@@ -259,7 +259,7 @@ METHODS: dict[str, Method] = {
         Method("8bit", _all_in(bits=8), "all tokens, in 8 bits once they have settled", budgeted=False),
         Method("4bit", _all_in(bits=4), "the same in 4 bits", budgeted=False),
         Method("4bit-2bit", _all_in(key_bits=4, value_bits=2), "the same, values in 2 bits", budgeted=False),
-        Method("kara-4bit", windows(**KARA, bits=4), "KaraCache as it comes, and what is kept in 4 bits"),
+        Method("kara-4bit", windows(**KARA, bits=4), "KaraCache with default settings, and what is kept in 4 bits"),
         Method("key-difference-4bit", windows("key-difference", bits=4), "key-difference, and what is kept in 4 bits"),
         Method("key-difference-8bit", windows("key-difference", bits=8), "the same in 8 bits"),
         Method("random-4bit", windows("random", bits=4), "random tokens in 4 bits", random=True),
