@@ -151,7 +151,20 @@ def _direct_attention(
     return out.transpose(1, 2).contiguous()
 
 
-@functools.cache
+def _once(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`wrap` that makes one wrapper of each function. `torch.compile` would warn of `functools.cache` in any model."""
+    made: dict[Any, Any] = {}
+
+    @functools.wraps(wrap)
+    def look_up(own: Any) -> Any:
+        if own not in made:
+            made[own] = wrap(own)
+        return made[own]
+
+    return look_up
+
+
+@_once
 def answering(own: AttentionFunction) -> AttentionFunction:
     """`own`, but a carried key or an attention hook answers where there is one."""
     if hasattr(own, "answers_for"):
@@ -190,7 +203,7 @@ def answering(own: AttentionFunction) -> AttentionFunction:
     return attention
 
 
-@functools.cache
+@_once
 def masking(own: Callable[..., Any]) -> Callable[..., Any]:
     """`own`, but for later steps of a compressed layer what it says of all tokens seen, however it would say it.
 
