@@ -1,9 +1,10 @@
 """Settings of the methods: plain data that is checked when it is made and survives a round trip through JSON."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self
 
 Pins = tuple[tuple[int, int], ...]  # stretches of true positions from a first to a last, which is not in; ascending
 
@@ -113,7 +114,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class KaraConfig(Settings):
-    """Settings of Kara (arXiv 2607.01237): what is kept of every window of tokens.
+    """Settings of Kara (arXiv 2607.01237): what is kept of every window of tokens. `PUBLISHED` are those of the paper
+    where defaults are ours: ``KaraCache(model, **KaraConfig.PUBLISHED)``.
 
     Attributes:
         retention: share of a window's tokens that each KV head keeps, in (0, 1]; where `recent` is a share, the share
@@ -150,6 +152,10 @@ class KaraConfig(Settings):
     Raises:
         ValueError: a setting is out of range; the message names it, its value and the range.
     """
+
+    PUBLISHED: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"window": 256, "recent": 32, "score": "bidirectional", "queries": None}
+    )
 
     retention: float = 0.25
     window: int = 128
@@ -248,7 +254,9 @@ class KaraConfig(Settings):
 
 @dataclass(frozen=True)
 class KVCompressConfig(Settings):
-    """Settings of KV-Compress (arXiv 2410.00161): how much a sequence may hold, and what ranks its tokens.
+    """Settings of KV-Compress (arXiv 2410.00161): how much a sequence may hold, and what ranks its tokens. `PUBLISHED`
+    are those of the paper where defaults are ours, as in
+    ``KVCompressCache(model, retention=r, **KVCompressConfig.PUBLISHED)``.
 
     Exactly one of `max_cache_tokens` and `retention` is given. Both are averages over all KV heads and layers of a
     sequence; a single head may hold far more or less.
@@ -293,6 +301,8 @@ class KVCompressConfig(Settings):
         ValueError: a setting is out of range, or both or none of `max_cache_tokens` and `retention` are given; the
             message names the settings, their values and the remedy.
     """
+
+    PUBLISHED: ClassVar[Mapping[str, Any]] = MappingProxyType({"protected": 32, "votes": "sum", "levels": None})
 
     max_cache_tokens: int | None = None
     retention: float | None = None

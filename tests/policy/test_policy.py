@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.marks import most_examples
 
-from kara_hf.config import KaraConfig
+from kara_hf.config import KaraConfig, KVCompressConfig
 from kara_hf.policy import SCORES, KaraPolicy, Window, register_score, token2chunk, top_tokens
 from kara_hf.policy.scores import shuffle_runs
 
@@ -531,6 +531,18 @@ def test_the_floor_is_a_window_where_recent_tokens_are_a_share():
     assert KaraConfig(min_cache_tokens=0).least_held == 0
     begin = Counted(tokens=200, open=200)
     assert KaraPolicy(KaraConfig(min_cache_tokens=0)).due(begin) and not KaraPolicy(KaraConfig()).due(begin)
+
+
+def test_as_published_there_is_no_least_and_one_number_of_recent_tokens():
+    kara, kv = KaraConfig(**KaraConfig.PUBLISHED), KVCompressConfig(retention=0.25, **KVCompressConfig.PUBLISHED)
+    assert (kara.window, kara.recent, kara.score, kara.queries_held) == (256, 32, "bidirectional", 256)
+    assert (kv.protected, kv.votes, kv.levels) == (32, "sum", None)
+    assert kara.least_held == kv.least_held == 0
+    for config in (kara, kv):
+        fresh = type(config)(retention=0.25)
+        assert all(getattr(fresh, name) != value for name, value in config.PUBLISHED.items()), "a default of ours"
+        with pytest.raises(TypeError):
+            config.PUBLISHED["sinks"] = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- sinks

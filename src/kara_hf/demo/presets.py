@@ -107,7 +107,7 @@ class MethodPreset:
 _KARA = ("retention", "window", "recent", "sinks", "pin", "bits", "score", "anchor_share", "compress_prompt")
 _KV = ("retention", "protected", "sinks", "pin", "bits", "observation", "metric", "block_size")
 _ALL_QUERIES = (("queries", None),)  # what the bundled model needs: a few tell little of their keys
-_PUBLISHED = (("votes", "sum"), ("levels", None))  # heads that differ are what there is to see
+_RAGGED = (("votes", "sum"), ("levels", None))  # heads that differ are what there is to see
 FULL, KARA, RANDOM = "Full cache", "Kara", "Random control"
 METHOD_PRESETS = {
     KARA: MethodPreset(
@@ -128,7 +128,7 @@ METHOD_PRESETS = {
         "kv-compress",
         tuple(name for name in _KV if name != "protected"),
         retention=0.25,
-        fixed=(*_PUBLISHED, ("protected", 32)),
+        fixed=tuple(KVCompressConfig.PUBLISHED.items()),
         small=(("protected", 8),),
     ),
     "PoD": MethodPreset(
@@ -146,7 +146,7 @@ METHOD_PRESETS = {
         "kv-compress",
         _KV,
         retention=0.5,
-        small=_PUBLISHED,
+        small=_RAGGED,
         shares=True,
     ),
     RANDOM: MethodPreset(

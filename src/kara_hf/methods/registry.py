@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from ..cache.caches import KaraCache, KVCompressCache, PoDCache
 from ..cache.rounding import NEAREST
-from ..config import KaraConfig, require
+from ..config import KaraConfig, KVCompressConfig, require
 from ..integration.attach import detach
 from ..integration.shape import head_dim
 from ..needs import Need, Package, extra
@@ -207,8 +207,13 @@ def _press(name: str) -> Callable[[Any, Plan], Cache]:
     return make
 
 
-# KV-Compress (arXiv 2410.00161).
-_PUBLISHED: dict[str, Any] = {"votes": "sum", "protected": 32, "levels": None, "min_cache_tokens": 0}
+# As published there is no least. Windows are those of all window methods, so that only what ranks tokens differs.
+_PUBLISHED: dict[str, Any] = {**KVCompressConfig.PUBLISHED, "min_cache_tokens": 0}
+_KARA_PUBLISHED: dict[str, Any] = {
+    "anchor_share": KaraConfig.anchor_share,
+    "min_cache_tokens": 0,
+    **{name: value for name, value in KaraConfig.PUBLISHED.items() if name != "window"},
+}
 # What `KaraCache` is asked for where nothing is said.
 KARA = {name: getattr(KaraConfig, name) for name in ("score", "queries", "anchor_share")}
 
@@ -219,7 +224,7 @@ METHODS: dict[str, Method] = {
         Method("kara", windows(**KARA), "KaraCache with default settings"),
         Method(
             "kara-published",
-            windows("bidirectional", anchor_share=KaraConfig.anchor_share, recent=32, min_cache_tokens=0),
+            windows(**_KARA_PUBLISHED),
             "Kara as published: bidirectional attention of all queries, Token2Chunk, 32 recent tokens",
         ),
         Method("kara-top-k", windows("bidirectional"), "bidirectional attention without Token2Chunk"),
