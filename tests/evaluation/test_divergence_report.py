@@ -20,7 +20,7 @@ from kara_hf.cli import app as cli
 from kara_hf.evaluation import load_divergence, write_divergence
 from kara_hf.evaluation.measure.traces import own_traces
 from kara_hf.evaluation.report.divergence_page import SECTIONS, front_of
-from kara_hf.evaluation.report.divergence_summary import BINS, Divergences
+from kara_hf.evaluation.report.divergence_summary import BINS, Divergences, against, decides
 
 PROVENANCE = {"command": "kara-hf divergence", "device": "A processor", "versions": {"torch": "2.13.0"}, "date": "2026"}
 METHODS = {"random": 1.0, "kara": 0.1, "kv-compress": 0.4, "<b>odd</b>": 2.0}
@@ -87,10 +87,24 @@ def test_rows_are_paired_over_documents(measured):
     assert rows["full", 1.0]["kl_high"] == 0 and np.isnan(rows["full", 1.0]["difference"])
     unequal = rows["kv-compress", 0.25]
     assert unequal["apart"] == unequal["bytes_apart"] == pytest.approx(0.2)
-    assert "Of 5 comparisons with random at equal bytes, 3 diverge less, 2 diverge more" in found.verdict(str)
+    assert "Of 5 comparisons with random at equal bytes, or with fewer" in found.verdict(str)
+    assert "3 diverge less, 2 diverge more" in found.verdict(str)
     assert "1 more are at unequal bytes" in found.verdict(str)
     with pytest.raises(ValueError, match="reference='nobody' was not measured; choose one of full, random"):
         Divergences(measured, "nobody")
+
+
+def test_what_holds_less_and_is_nearer_decides(measured):
+    """At unequal bytes, that and nothing else."""
+    cell = (measured.method == "kv-compress") & (measured.budget == 0.25)
+    for held, told in ((3000, False), (2000, True)):
+        frame = measured.assign(resident_bytes=measured.resident_bytes.where(~cell, held))
+        found = Divergences(frame)
+        row = next(row for row in found.rows if (row["method"], row["budget"]) == ("kv-compress", 0.25))
+        assert row["difference_high"] < 0 and ("**" in against(row)) == decides(row) == told
+        assert f"{1 - told} more are at unequal bytes" in found.verdict(str)
+    worse = row | {"difference_low": 0.1, "difference_high": 0.2}
+    assert not decides(worse) and decides(worse | {"bytes_apart": 0.2})
 
 
 def test_curves_are_means_of_the_tokens_at_a_distance(measured):

@@ -124,14 +124,16 @@ class Divergences:
 
     def verdict(self, mark: Mark) -> str:
         """How many comparisons came out which way."""
-        rows = [row for row in self.rows if is_known(row["difference"]) and not is_unequal(row)]
-        unequal = sum(is_unequal(row) for row in self.rows)
+        known = [row for row in self.rows if is_known(row["difference"])]
+        rows = [row for row in known if decides(row)]
+        unequal = len(known) - len(rows)
         less, more = sum(row["difference_high"] < 0 for row in rows), sum(row["difference_low"] > 0 for row in rows)
         apart = sum(abs(row["apart"]) > EQUAL for row in self.rows if is_known(row["apart"]))
         return (
-            f"Of {len(rows)} comparisons with {mark(self.reference)} at equal bytes, {less} diverge less, {more} "
-            f"diverge more, and {len(rows) - less - more} are undecided at 95 %. {unequal} more are at unequal bytes, "
-            f"and decide nothing. {apart} cells hold over {100 * EQUAL:g} % more or less than their budget."
+            f"Of {len(rows)} comparisons with {mark(self.reference)} at equal bytes, or with fewer bytes on the better "
+            f"side, {less} diverge less, {more} diverge more, and {len(rows) - less - more} are undecided at 95 %. "
+            f"{unequal} more are at unequal bytes, and decide nothing. {apart} cells hold over {100 * EQUAL:g} % more "
+            "or less than their budget."
         )
 
 
@@ -170,16 +172,25 @@ def loss_of(row: Row) -> str:
 
 
 def is_unequal(row: Row) -> bool:
-    """Whether a row and the reference hold so different bytes that comparing them decides nothing."""
+    """Whether a row and the reference hold different bytes."""
     return is_known(row["bytes_apart"]) and abs(row["bytes_apart"]) > EQUAL
 
 
+def decides(row: Row) -> bool:
+    """Whether comparing a row with the reference says something: both hold equal bytes, or what holds less is clearly
+    nearer to the full cache.
+    """
+    if not is_unequal(row):
+        return True
+    return bool(row["difference_high"] < 0 if row["bytes_apart"] < 0 else row["difference_low"] > 0)
+
+
 def against(row: Row) -> str:
-    """Bold where the interval leaves out 0 and bytes are equal."""
+    """Bold where the interval leaves out 0, and bytes are equal or speak for the same side."""
     if not is_known(row["difference"]):
         return ""
     clear = row["difference_low"] > 0 or row["difference_high"] < 0
-    mark = "**" if clear and not is_unequal(row) else ""
+    mark = "**" if clear and decides(row) else ""
     held = f" at {row['bytes_apart']:+.0%} bytes" if is_unequal(row) else ""
     return f"{mark}{row['difference']:+.3g}{mark}{_between(row, 'difference', '{:+.3g}'.format)}{held}"
 
@@ -210,8 +221,8 @@ def guide(divergences: Divergences, mark: Mark) -> list[str]:
         "**Same token**: how often both find the same token likeliest. **Loss**: of the text's own next token, beyond "
         "the full cache's.",
         f"**Against {reference}**: the difference in KL on the same documents at the same budget, with its 95 % "
-        "interval by paired bootstrap; bold where that leaves out 0 and both hold equal bytes; beside it, the "
-        "documents at which the method diverges less and more. Few documents make intervals too narrow.",
+        "interval by paired bootstrap; bold where that leaves out 0 and both hold equal bytes, or the nearer one less; "
+        "beside it, the documents at which the method diverges less and more. Few documents make intervals too narrow.",
         "**Budget**: of the full cache's bytes at the end of a document. **Holds**: resident bytes at most, measured "
         f"behind every forward but the prompt's; how far that is from the budget, where it is over {100 * EQUAL:g} %: "
         "such a method cannot hold exactly so much. **At the end**: of the document, where a cache of windows may be "
