@@ -7,13 +7,16 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 from support.architectures import build
 from support.batches import ids, left_padded
 from support.caches import memory_of, state
 from support.marks import few, most_examples
 from support.sharing import SHARED, deep
+from support.shown import FENCE, TEXTS
 
 from kara_hf import CompressedCache, KaraCache, KVCompressCache, PoDCache, PoolExhausted, register_score
 from kara_hf.cache import saved_file
@@ -271,3 +274,25 @@ def test_what_is_more_than_settings_is_refused(model):
     cache = PressCache(model, Press(), retention=0.5)
     with pytest.raises(TypeError, match="PressPolicy cannot be saved"):
         cache.save("never.safetensors")
+
+
+def test_the_snippet_that_asks_a_loaded_cache(tmp_path):
+    """Of docs/save.md: its ids are those of padding here, and the text counts all the same."""
+    model = build("llama")
+    model.generation_config.pad_token_id = 0
+    code = next(code for _, code in FENCE.findall(TEXTS["docs/save.md"]) if "model.generate" in code)
+    if Version(transformers.__version__) < Version("5.24"):
+        code = code.replace("cache=cache", "past_key_values=cache")
+    book, question = ids(40)[None], ids(5, seed=1)[None]
+    cache = KVCompressCache(model, max_cache_tokens=32, **KV)
+    with torch.no_grad():
+        model(book, past_key_values=cache, use_cache=True)
+    cache.compress()
+    cache.save(tmp_path / "book.safetensors")
+    loaded = CompressedCache.load(tmp_path / "book.safetensors", model)
+    found = {"cache": loaded, "model": model, "torch": torch, "question": question}
+    exec(compile(code, "docs/save.md", "exec"), found)
+    whole = torch.cat([book, question], 1)
+    settings = {"attention_mask": torch.ones_like(whole), "max_new_tokens": 100}
+    expected = model.generate(whole, past_key_values=cache, **settings)
+    assert found["out"][0, 45:].tolist() == expected[0, 45:].tolist()

@@ -533,6 +533,13 @@ def test_the_floor_is_a_window_where_recent_tokens_are_a_share():
     assert KaraPolicy(KaraConfig(min_cache_tokens=0)).due(begin) and not KaraPolicy(KaraConfig()).due(begin)
 
 
+def test_the_first_window_seals_when_pages_say_so():
+    """README and docs/kara.md: by default at the 238th token behind the prompt."""
+    policy, config = KaraPolicy(KaraConfig()), KaraConfig()
+    first = next(tokens for tokens in range(1, 1000) if policy.due(Counted(tokens, tokens)))
+    assert first == 238 == config.window + config.least_held - config.kept_per_window
+
+
 def test_as_published_there_is_no_least_and_one_number_of_recent_tokens():
     kara, kv = KaraConfig(**KaraConfig.PUBLISHED), KVCompressConfig(retention=0.25, **KVCompressConfig.PUBLISHED)
     assert (kara.window, kara.recent, kara.score, kara.queries_held) == (256, 32, "bidirectional", 256)
