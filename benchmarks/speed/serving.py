@@ -26,15 +26,15 @@ from ..common.run import Run, Skip
 PAGE = 16
 WINDOW: Row = {"window": 64, "recent": 32, "anchor_share": 1.0}
 KEY_DIFFERENCE: Row = {"score": "key-difference", "anchor_share": 1.0, "period": 16}
-TRACE: Row = {"scope": "trace", "window": 256, "recent": 32, "retention": 0.5, "period": 16}
+TRACE: Row = {"unit": "trace", "window": 256, "recent": 32, "retention": 0.5, "period": 16}
 # Names and settings; None is the engine alone.
 METHODS: dict[str, Row | None] = {
     "engine alone": None,
     "off (retention 1)": WINDOW | {"retention": 1.0},
     "key-difference, 25 %": WINDOW | KEY_DIFFERENCE | {"retention": 0.25},
     "key-difference, 25 %, windows of 32": WINDOW | KEY_DIFFERENCE | {"retention": 0.25, "window": 32, "recent": 16},
-    "key-difference, 25 %, under pressure": WINDOW | KEY_DIFFERENCE | {"retention": 0.25, "when": "pressure"},
-    "key-difference, 25 %, at most 4 at once": WINDOW | KEY_DIFFERENCE | {"retention": 0.25, "requests": 4},
+    "key-difference, 25 %, under pressure": WINDOW | KEY_DIFFERENCE | {"retention": 0.25, "trigger": "pressure"},
+    "key-difference, 25 %, at most 4 at once": WINDOW | KEY_DIFFERENCE | {"retention": 0.25, "max_requests": 4},
     "key-difference, 50 %": WINDOW | KEY_DIFFERENCE | {"retention": 0.5},
     "bidirectional, 25 %": WINDOW | {"retention": 0.25, "period": 16},
     "Kara as published, 25 %": WINDOW | {"retention": 0.25, "anchor_share": 0.5, "period": 16},

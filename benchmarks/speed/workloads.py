@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[Row | None, Row]] = {
     "engine alone": (None, {}),
     "engine alone, nothing shared": (None, {"allow_block_sharing": False}),
     "Kara, 25 %": (QUARTER, {}),
+    "Kara, 25 %, 128 at least": (QUARTER | {"min_cache_tokens": 128}, {}),
     "Kara, 25 %, prompts too": (QUARTER | {"prompt_retention": 0.25}, {}),
     "Kara, 50 %, prompts too": (QUARTER | {"retention": 0.5, "prompt_retention": 0.5}, {}),
     "random, 25 %": (QUARTER | {"score": "random"}, {}),
