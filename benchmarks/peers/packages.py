@@ -34,6 +34,7 @@ METHODS = (
     f"{KV}, all tokens in 4 bits",
     KV,
     f"{KV}, 4 bits",
+    f"{KV}, in chunks",
     KARA,
     f"{QUANTIZED}, quanto",
     f"kvpress {FULL}",
@@ -106,7 +107,7 @@ def speed_aims(rows: Sequence[Row]) -> list[Aim]:
         "new": 12,
         "window": 8,
         "interval": 16,
-        "methods": METHODS[:5],
+        "methods": METHODS[:6],
     },
     aims=speed_aims,
 )

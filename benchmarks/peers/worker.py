@@ -23,6 +23,7 @@ Row = dict[str, Any]
 FULL, KARA, KV, QUANTIZED = "DynamicCache", "KaraCache", "KVCompressCache", "QuantizedCache"
 THEN = ", then "
 WARM_UP = 64  # tokens that are read before the clock runs, and as many are kept
+CHUNK = 512  # tokens of a prompt that a cache "in chunks" reads at once
 
 
 @dataclass
@@ -46,12 +47,15 @@ class Decoded:
 
 @dataclass
 class Cut:
-    """A cache, and what must be entered while the prompt is read and while tokens are decoded."""
+    """A cache, what must be entered while the prompt is read and while tokens are decoded, and how much of a prompt is
+    read at once; None: all.
+    """
 
     cache: Any
     held: Callable[[], int]
     reading: Any = contextlib.nullcontext()
     decoding: Any = contextlib.nullcontext()
+    chunk: int | None = None
 
 
 # --------------------------------------------------------------------------------------------------- with Transformers
@@ -80,11 +84,13 @@ def decode(model: Any, cut: Cut, ids: Any, new: int) -> Decoded:
             start = time.perf_counter()
             seen = 0 if number == 0 else ids.shape[1] + number - 1
             entered = tokens[-1] if tokens else ids
-            positions = torch.arange(seen, seen + entered.shape[1]).expand(len(ids), -1)
             with cut.reading if number == 0 else contextlib.nullcontext():
-                out = model(
-                    input_ids=entered, position_ids=positions, use_cache=True, logits_to_keep=1, **{given: cut.cache}
-                )
+                for part in entered.split(cut.chunk or entered.shape[1], 1):
+                    positions = torch.arange(seen, seen + part.shape[1]).expand(len(ids), -1)
+                    out = model(
+                        input_ids=part, position_ids=positions, use_cache=True, logits_to_keep=1, **{given: cut.cache}
+                    )
+                    seen += part.shape[1]
             tokens.append(out.logits[:, -1].argmax(-1, keepdim=True))
             seconds = time.perf_counter() - start
             if number == 0:
@@ -115,6 +121,9 @@ def ours(model: Any, name: str, job: Row) -> Cut:
         cache = KaraCache(model, retention=job["kept"] / job["prompt"], compress_prompt=True, **bits)
     elif how == "all tokens in 4 bits":
         cache = KVCompressCache(model, retention=1.0, bits=4)
+    elif how == "in chunks":
+        cache = KVCompressCache(model, max_cache_tokens=job["kept"], prefill_chunk=CHUNK)
+        return Cut(cache, lambda: held_bytes(cache), chunk=CHUNK)
     else:
         cache = KVCompressCache(model, max_cache_tokens=job["kept"], **bits)
     return Cut(cache, lambda: held_bytes(cache))

@@ -1,6 +1,7 @@
 """Queries of a sample of tokens: which they are, what they weigh, and that nobody but the score notices."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -39,6 +40,9 @@ def test_sampling_is_even_and_the_same_for_every_window(window, group, data):
         assert (held < tokens).all(), "what is read has come"
         for row, mine in zip(places, held.tolist(), strict=True):
             assert mine == [max(t for t, place in enumerate(row) if place == i) for i in range(len(mine))]
+    every = set(sampling.tokens_of(0, sampling.places(4 * window)).flatten().tolist())
+    for start, new in itertools.product(range(3 * window), (0, 1, 2, window)):
+        assert sampling.among(start, start + new) == any(token in every for token in range(start, start + new))
 
 
 @example(count=3, group=2, steps=[(10, False), (10, False), (2, False)], ragged=True)  # nothing new in a row

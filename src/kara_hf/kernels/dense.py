@@ -4,6 +4,7 @@ Shapes: query ``[B, Hq, S, Dk]``, keys ``[B, H, T, Dk]`` and values ``[B, H, T, 
 Hq / H query heads of a group follow one another. Softmax and accumulation are float32.
 """
 
+from functools import reduce
 from typing import TypedDict
 
 import torch
@@ -110,7 +111,7 @@ def weighted(weights: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) ->
     """Sum of `values` weighted as `probabilities` says: ``[B, Hq, S, Dv]``."""
     parts = _parts(values)
     shares = weights.flatten(2, 3).split([part.shape[2] for part in parts], -1)
-    out = torch.stack([share @ part.float() for share, part in zip(shares, parts, strict=True)]).sum(0)
+    out = reduce(torch.add, (share @ part.float() for share, part in zip(shares, parts, strict=True)))
     return out.to(dtype).reshape(weights.shape[0], -1, weights.shape[3], values.shape[-1])
 
 

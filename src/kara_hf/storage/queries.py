@@ -47,6 +47,10 @@ class Sampling:
         """Places that `tokens` tokens are written to."""
         return self.place(tokens - 1 + self.earlier[-1]) + 1 if tokens else 0
 
+    def among(self, start: int, stop: int) -> bool:
+        """Whether a query of tokens `start` to `stop` is held in any head."""
+        return any(self.place(start + ahead) < self.place(stop + ahead) for ahead in self.earlier)
+
     def rounded(self, places: int) -> int:
         """Places that a buffer has for so many."""
         return -(-places // self.growth) * self.growth
@@ -119,20 +123,21 @@ class QueryBuffer:
             self._write(self.buffer[b], queries[b] if real is None else queries[b][:, real[b]], start)
 
     def _write(self, buffer: torch.Tensor, queries: torch.Tensor, start: int) -> None:
-        """Those of `queries` ``[..., Hq, S, D]`` of tokens from `start` on that are of the sample, or may be yet."""
+        """Those of `queries` ``[..., Hq, S, D]`` of tokens from `start` on that are of the sample."""
         new, sampling = queries.shape[-2], self.sampling
-        if not new:
+        if not sampling.among(start, start + new):
             return
         if sampling.every:
             buffer.narrow(-2, start, new).copy_(queries)
             return
         first, last = sampling.place(start), sampling.places(start + new)
-        chosen = sampling.tokens_of(first, last).clip(max=start + new - 1) - start
+        chosen = sampling.tokens_of(first, last) - start
         chosen = np.tile(chosen, (buffer.shape[-3] // sampling.group, 1))[..., None]
-        index = torch.from_numpy(chosen.clip(min=0)).to(queries.device)
+        index = torch.from_numpy(chosen.clip(0, new - 1)).to(queries.device)
         found = queries.gather(-2, index.expand(*queries.shape[:-2], -1, queries.shape[-1])).to(buffer.dtype)
         held = buffer.narrow(-2, first, last - first)
-        held.copy_(torch.where(torch.from_numpy(chosen >= 0).to(queries.device), found, held))
+        brought = torch.from_numpy((0 <= chosen) & (chosen < new)).to(queries.device)
+        held.copy_(torch.where(brought, found, held))
 
     def window(self, sequences: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Queries of tokens `start` to `stop` of the named sequences: ``[b, Hq, n, D]``."""
