@@ -11,6 +11,7 @@ from support.sharing import SHARED, deep
 from transformers import DynamicCache
 
 from kara_hf import CompressedCache, KaraCache, KaraConfig, KVCompressCache, KVCompressConfig
+from kara_hf.cache.budget_compression import BudgetCompression
 from kara_hf.integration.prefill import read_ahead
 
 KV = {"max_cache_tokens": 32, "block_size": 4, "observation": 4}
@@ -107,6 +108,17 @@ def test_every_chunk_has_its_last_queries_vote_and_votes_stay(model):
     assert cache.sequences[0].voters == ((12, 16), (28, 32))
     cache.compress()
     assert cache.sequences[0].voters == ((12, 16), (28, 32), (44, 48))
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_behind_the_prompt_passes_are_a_block_apart(chunk, model, monkeypatch):
+    """A pass moves what every layer holds, so one for each token would make steps slow."""
+    cache, done = KVCompressCache(model, **KV, prefill_chunk=chunk), []
+    list(feed(model, cache, ids(77)[None], [16] * 4))
+    one_pass = BudgetCompression._pass
+    monkeypatch.setattr(BudgetCompression, "_pass", lambda *given: done.append(one_pass(*given)))
+    list(feed(model, cache, ids(77)[None], [1] * 13))
+    assert len(done) == 4
 
 
 def test_a_turn_is_cut_too_and_files_and_copies_go_on(model, tmp_path):

@@ -69,7 +69,7 @@ class BudgetCompression(Compression):
         self.voting = self.decoding and not drafts and self.decoded_vote
         if self.decoding and self.steps_to_compression() < step.new:
             self.compress(step.new)
-        elif not step.first and self.config.prefill_chunk is not None:
+        elif not step.first and not self.decoding and self.config.prefill_chunk is not None:
             self._pass(step.new, 0)
         elif not step.first:
             self._make_room(step.new)
