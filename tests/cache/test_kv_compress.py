@@ -437,6 +437,18 @@ def test_pools_are_moved_at_most_once_a_pass(model, monkeypatch, chosen):
     assert cache.compressed_layers[0].paged().rows().starts is not None
 
 
+@pytest.mark.parametrize("chosen", [{}, {"prefill_chunk": 35}], ids=str)
+def test_pools_stay_where_they_are_while_heads_keep_equally_many(model, monkeypatch, chosen):
+    """What a pass frees is what the tokens before the next one need."""
+    cache = make(max_cache_tokens=40, levels=1, **chosen)(model)
+    ids = prompt(220)["input_ids"]
+    run(model, cache, ids, [35] * 4 + [1] * 8)
+    held, moved = cache.report().resident_bytes, []
+    monkeypatch.setattr(Blocks, "_relayout", lambda *given: moved.append(given))
+    run(model, cache, ids, [1] * 60)
+    assert not moved and cache.report().resident_bytes == held == memory_of(cache)
+
+
 @pytest.mark.parametrize("modes", ["inggnni", slow("niginng")])
 def test_grad_and_inference_modes_may_change(model, modes):
     """What was stored in one mode is evicted, observed and written again in another."""

@@ -266,7 +266,8 @@ class BudgetCompression(Compression):
                     plan.append((layer, prompt, store, (prompt.real, kept, ahead, *beside)))
             self.state.meter.require(sum(store.fill_bytes(*what) for _, _, store, what in plan))
             if eviction is not None:
-                self._evict(eviction)
+                # Under a cap what one layer frees may be what another needs.
+                self._evict(eviction, ahead if self.state.meter.max_bytes is None else 0)
             while plan:
                 layer, prompt, store, what = plan[0]
                 store.fill(prompt.keys, prompt.values, prompt.positions, prompt.metric, *what)
@@ -278,8 +279,8 @@ class BudgetCompression(Compression):
                 store.close()
             raise
 
-    def _evict(self, eviction: Eviction) -> None:
-        """Moves what stays in the layers that are in blocks, and frees what was chosen."""
+    def _evict(self, eviction: Eviction, ahead: int) -> None:
+        """Moves what stays in the layers that are in blocks, and frees what `ahead` tokens more do not need."""
         freed, lengths = (part.cpu().numpy() for part in (eviction.freed, eviction.lengths))
         self.state.sequences = [  # first, so that nobody takes a sequence for whole should something fail on the way
             replace(s, open=0, segments=(Segment("sealed", 0, s.tokens, 0),)) if count else s
@@ -290,7 +291,8 @@ class BudgetCompression(Compression):
             if not isinstance(store, Prompt) and freed[:, rows].any():
                 for part, gone in store.parts(eviction.dropped[:, rows].to(store.device)):
                     after = torch.from_numpy(part.lengths).to(part.device) - gone.sum(2)
-                    part.evict(*moves(gone, after), after.cpu().numpy())
+                    grows = part is (store.whole if isinstance(store, RoundedStore) else store)
+                    part.evict(*moves(gone, after), after.cpu().numpy(), ahead if grows else 0)
 
     # ------------------------------------------------------------------------------------------------------- rounding
     def _round(self) -> None:

@@ -224,16 +224,16 @@ class PagedStore(Store):
         row = self.values.table[sequence : sequence + 1, head : head + 1]
         self.values.pools[2].view(-1)[slot_index(row, slots, self.block_size)[0, 0]] += metric
 
-    def evict(self, source: torch.Tensor, target: torch.Tensor, lengths: np.ndarray) -> None:
+    def evict(self, source: torch.Tensor, target: torch.Tensor, lengths: np.ndarray, ahead: int = 0) -> None:
         """Moves tokens of every row from slots `source` to `target` ``[B, H, M]`` int32, where it is not negative, and
-        keeps the first `lengths` ``[B, H]`` slots.
+        keeps the first `lengths` ``[B, H]`` slots, and blocks of the row that `ahead` tokens more would fill.
         """
         if source.shape[2]:
             everyone = torch.arange(len(lengths), device=self.device)
             compact(self.rows(), everyone, source, target)
         self.in_order = False
         self.lengths = lengths.astype(np.int32)
-        self._fit()
+        self._fit(ahead)
 
     def parts(self, slots: torch.Tensor) -> Iterator[tuple["PagedStore", torch.Tensor]]:
         """The stores that rows are made of, this one, and what `slots` ``[B, H, N]`` bool says of each one's own."""
@@ -380,13 +380,13 @@ class PagedStore(Store):
     def _used(self, lengths: np.ndarray) -> np.ndarray:
         return -(-lengths // self.block_size)
 
-    def _fit(self) -> None:
-        """Gives back blocks that hold no token, once they are worth a move."""
+    def _fit(self, ahead: int = 0) -> None:
+        """Gives back blocks that hold no token, nor one of `ahead` more in every row, once they are worth a move."""
         for blocks, lengths in self._pools():
-            used = self._used(lengths)
-            if self.tight:  # every row is about to take one more block
+            used = self._used(lengths + ahead)
+            if self.tight:  # rows that lack blocks are about to take some of those that are free
                 blocks.free_blocks(used)
-                blocks.shrink(used, 2 * used.size)
+                blocks.shrink(used, 0 if ahead and (blocks.counts >= used).all() else 2 * used.size)
             else:
                 blocks.shrink(used, SLACK * blocks.held_blocks)
         self._changed()
