@@ -28,9 +28,11 @@ METHODS: dict[str, tuple[Row | None, Row]] = {
     "engine alone, nothing shared": (None, {"allow_block_sharing": False}),
     "Kara, 25 %": (QUARTER, {}),
     "Kara, 25 %, 128 at least": (QUARTER | {"min_cache_tokens": 128}, {}),
+    "Kara, 50 %, 128 at least": (QUARTER | {"retention": 0.5, "min_cache_tokens": 128}, {}),
     "Kara, 25 %, prompts too": (QUARTER | {"prompt_retention": 0.25}, {}),
     "Kara, 50 %, prompts too": (QUARTER | {"retention": 0.5, "prompt_retention": 0.5}, {}),
     "random, 25 %": (QUARTER | {"score": "random"}, {}),
+    "random, 25 %, 128 at least": (QUARTER | {"score": "random", "min_cache_tokens": 128}, {}),
 }
 TASKS = "trace:generated=300"
 

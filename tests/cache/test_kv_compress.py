@@ -980,7 +980,7 @@ def test_the_mean_of_votes_is_their_sum_by_who_could_vote(observation):
         assert told[votes]
         list(feed(model, cache, ids, [6] + [1] * 10, mask))
         assert_promises(cache)
-    (total, positions, lengths), (mean, again, _) = told["sum"][0], told["mean"][0]
+    (_, total, positions, lengths), (_, mean, again, _) = told["sum"][0], told["mean"][0]
     assert torch.equal(positions, again)
     tokens = lengths.max(1).values
     for b, pad in enumerate((7, 0)):

@@ -2,10 +2,13 @@
 
 The end of a prompt shows when a single token follows. Until then everything is kept whole, so that a prompt that comes
 in chunks is judged by the same queries as one that comes at once; or, with `prefill_chunk`, what has come is cut before
-each further chunk, so that no more than the budget and one chunk is ever held. What is evicted is chosen over all
-layers and heads of a sequence, in passes between steps. There is one every `block_size` tokens, in which every row
-takes exactly one block more; a clock that all sequences share, and no row's own state, says when, so that a sequence is
-treated alike whatever batch it is in and whatever was forked.
+each further chunk, so that no more than the budget and one chunk is ever held. Where `generate` says that a prompt is
+complete and no row depends on another, each layer is cut as soon as it has been read, to what a pass over all layers
+would leave of it, so that at most one layer ever holds the whole prompt.
+
+What is evicted is chosen over all layers and heads of a sequence, in passes between steps. There is one every
+`block_size` tokens, in which every row takes exactly one block more; a clock that all sequences share, and no row's own
+state, says when, so that a sequence is treated alike whatever batch it is in and whatever was forked.
 """
 
 import sys
@@ -24,10 +27,12 @@ from .budget_cap import BudgetCap, rows_of
 from .compression import Compression
 from .layer import CompressedLayer
 from .pending_queries import PendingQueries
-from .rounding import OPENING, Rounding, round_chosen
+from .rounding import Rounding
 from .sequence import Kind, Segment, Sequence
 from .state import CacheState
 from .step import Step
+
+Filling = tuple[CompressedLayer, Stored, tuple[Any, ...]]  # a layer, the store for its prompt, and what `fill` takes
 
 
 class BudgetCompression(Compression):
@@ -39,6 +44,7 @@ class BudgetCompression(Compression):
         self.until = 0  # columns of the cache at which the next pass is due
         self.decoding = False
         self.voting = False
+        self.layerwise = False  # whether each layer is cut when this step is done with it
         self.rounding = Rounding.of(self.config, self.config.protected, state.sharing, state.steady)
         self.cap = BudgetCap(state, self.rounding, self.block_size)
 
@@ -67,6 +73,7 @@ class BudgetCompression(Compression):
         self.decoding = not step.first and (step.new == 1 or drafts or step.replayed)
         # Drafts do not vote: those that are refused could not take their votes back.
         self.voting = self.decoding and not drafts and self.decoded_vote
+        self.layerwise = step.first and step.complete and self._rows_are_apart
         if self.decoding and self.steps_to_compression() < step.new:
             self.compress(step.new)
         elif not step.first and not self.decoding and self.config.prefill_chunk is not None:
@@ -105,13 +112,49 @@ class BudgetCompression(Compression):
                 self._vote(layer, sequence, chosen)
 
     def layer_done(self, layer: CompressedLayer, step: Step) -> None:
-        pass
+        if self.layerwise:
+            layer.state.commit(step.new)
+            step.after = self._count_votes([layer], step.after)
+            dropped = self._dropped(layer, step) if self.policy.compresses else None
+            self._fill(*self._in_blocks(layer, dropped, self.block_size, True, step.after))
+            layer.state.undecided = 0
 
     def done(self, step: Step) -> list[Sequence]:
-        if not self.decoding:
+        if self.layerwise:
+            self.until = self.state.columns + step.new + self.block_size
+        elif not self.decoding:
             for layer in self.state.compressed_layers:
                 layer.state.commit(step.new)
         return step.after
+
+    @property
+    def _rows_are_apart(self) -> bool:
+        """Whether what a row keeps of a prompt depends on no other row, and not on the memory that others take."""
+        alike = self.config.levels == 1 or not self.policy.compresses
+        return alike and self.state.sharing is None and self.state.meter.max_bytes is None
+
+    def _dropped(self, layer: CompressedLayer, step: Step) -> torch.Tensor | None:
+        """Which slots of its prompt a layer gives up, ``[B, H, S]`` bool, if all others are like it; None: no slot."""
+        lengths, stored = layer.stored().lengths, [other for other in step.stored if other < layer.index]
+        heads, rows = lengths.shape[1], lengths.shape[1] * len(self.state.compressed_layers)
+        tokens, pins = np.array([s.tokens for s in step.after]), [s.pins for s in step.after]
+        more = rows if self.config.continual else 0
+        quota = self.policy.quota(tokens, rows, -(-tokens // self.block_size) * rows, more, pins)
+        if not quota.any():
+            return None
+        metric, positions = self._ranked(layer)
+        chosen = self.policy.evict(
+            metric,
+            positions,
+            torch.from_numpy(lengths).to(metric.device),
+            tokens,
+            -(-quota // rows) * heads,
+            voters=[s.voters for s in step.after],
+            pins=pins,
+            first_row=sum(self.state.layers[other].stored().lengths.shape[1] for other in stored),
+        )
+        step.after = _settled_where(step.after, chosen.freed.sum(1).tolist())
+        return chosen.dropped
 
     # ------------------------------------------------------------------------------------------------------- a pass
     def compress(self, ahead: int = 1) -> None:
@@ -142,7 +185,8 @@ class BudgetCompression(Compression):
         self._carry_out(ahead, self._choose(ahead, counted) if self.policy.compresses else None, settles=True)
         for layer in layers:
             layer.state.undecided = 0
-        self._round()
+        if self.rounding is not None:
+            self.rounding.round_settled(layers, state.sequences)
         self.until = state.columns + counted
         try:
             state.reserve(ahead)
@@ -151,17 +195,19 @@ class BudgetCompression(Compression):
                 layer.paged().free_blocks()
             state.reserve(ahead)
 
-    def _count_votes(self) -> None:
-        """Adds to the metric what the newest queries of a prompt or turn say; they are not needed afterwards."""
-        counts = [0] * len(self.state.sequences)
-        for layer in self.state.compressed_layers:
+    def _count_votes(self, layers: list[CompressedLayer], sequences: list[Sequence]) -> list[Sequence]:
+        """Adds to the metric what the newest queries of a prompt or turn say; they are not needed afterwards. Returns
+        the sequences with them among their voters.
+        """
+        counts = [0] * len(sequences)
+        for layer in layers:
             for sequence in range(len(counts)):
                 queries = layer.state.of(sequence)
                 if queries is not None:
                     self._vote(layer, sequence, queries)
                     counts[sequence] = queries.shape[1]
             layer.state.close()
-        self.state.sequences = [s.voted(count) for s, count in zip(self.state.sequences, counts, strict=True)]
+        return [s.voted(count) for s, count in zip(sequences, counts, strict=True)]
 
     def _vote(self, layer: CompressedLayer, sequence: int, queries: torch.Tensor) -> None:
         """Adds to the metric of a sequence what its newest `queries` ``[Hq, n, D]`` say about all its tokens."""
@@ -181,7 +227,7 @@ class BudgetCompression(Compression):
     def _choose(self, ahead: int, counted: int) -> Eviction | None:
         """What the budget and the cap ask for, or None if that is nothing."""
         if self.undecided:
-            self._count_votes()
+            self.state.sequences = self._count_votes(self.state.compressed_layers, self.state.sequences)
         lengths = np.concatenate([layer.stored().lengths for layer in self.state.compressed_layers], axis=1)
         tokens = np.array([sequence.tokens for sequence in self.state.sequences])
         blocks, rows = -(-lengths // self.block_size), lengths.shape[1]
@@ -253,39 +299,49 @@ class BudgetCompression(Compression):
 
         Raises `PoolExhausted` before anything changes.
         """
-        plan: list[tuple[CompressedLayer, Prompt, Stored, tuple[Any, ...]]] = []
+        plan: list[Filling] = []
         try:
             for layer, rows in rows_of(self.state):
-                prompt = layer.stored()
-                if isinstance(prompt, Prompt):
-                    dropped = None if eviction is None else eviction.dropped[:, rows].to(prompt.device)
-                    kept, store = prompt.kept(dropped), self.empty_store(layer, prompt.keys, prompt.values)
-                    beside: tuple[torch.Tensor, ...] = ()
-                    if self.rounding is not None:
-                        beside = (self._settled(prompt.positions[:, None], kept & settles, 0),)
-                    plan.append((layer, prompt, store, (prompt.real, kept, ahead, *beside)))
-            self.state.meter.require(sum(store.fill_bytes(*what) for _, _, store, what in plan))
+                if isinstance(layer.store, Prompt):
+                    dropped = None if eviction is None else eviction.dropped[:, rows]
+                    plan.append(self._in_blocks(layer, dropped, ahead, settles, self.state.sequences))
+            self.state.meter.require(sum(store.fill_bytes(*what) for _, store, what in plan))
             if eviction is not None:
                 # Under a cap what one layer frees may be what another needs.
                 self._evict(eviction, ahead if self.state.meter.max_bytes is None else 0)
             while plan:
-                layer, prompt, store, what = plan[0]
-                store.fill(prompt.keys, prompt.values, prompt.positions, prompt.metric, *what)
-                layer.store = store
-                prompt.close()
+                self._fill(*plan[0])
                 del plan[0]
         except BaseException:
-            for _, _, store, _ in plan:
+            for _, store, _ in plan:
                 store.close()
             raise
+
+    def _in_blocks(
+        self, layer: CompressedLayer, dropped: torch.Tensor | None, ahead: int, settles: bool, sequences: list[Sequence]
+    ) -> Filling:
+        """The empty store that a layer's prompt goes to without the slots that are `dropped`, and what fills it."""
+        prompt = layer.stored()
+        assert isinstance(prompt, Prompt)
+        kept = prompt.kept(None if dropped is None else dropped.to(prompt.device))
+        beside: tuple[torch.Tensor, ...] = ()
+        if self.rounding is not None:
+            beside = (self.rounding.settled(sequences, prompt.positions[:, None], kept & settles, 0),)
+        return layer, self.empty_store(layer, prompt.keys, prompt.values), (prompt.real, kept, ahead, *beside)
+
+    def _fill(self, layer: CompressedLayer, store: Stored, what: tuple[Any, ...]) -> None:
+        """Puts a layer's prompt into `store`."""
+        prompt = layer.stored()
+        assert isinstance(prompt, Prompt)
+        store.fill(prompt.keys, prompt.values, prompt.positions, prompt.metric, *what)
+        layer.store = store
+        prompt.close()
 
     def _evict(self, eviction: Eviction, ahead: int) -> None:
         """Moves what stays in the layers that are in blocks, and frees what `ahead` tokens more do not need."""
         freed, lengths = (part.cpu().numpy() for part in (eviction.freed, eviction.lengths))
-        self.state.sequences = [  # first, so that nobody takes a sequence for whole should something fail on the way
-            replace(s, open=0, segments=(Segment("sealed", 0, s.tokens, 0),)) if count else s
-            for s, count in zip(self.state.sequences, freed.sum(1), strict=True)
-        ]
+        # First, so that nobody takes a sequence for whole should something fail on the way.
+        self.state.sequences = _settled_where(self.state.sequences, freed.sum(1).tolist())
         for layer, rows in rows_of(self.state):
             store = layer.stored()
             if not isinstance(store, Prompt) and freed[:, rows].any():
@@ -293,35 +349,6 @@ class BudgetCompression(Compression):
                     after = torch.from_numpy(part.lengths).to(part.device) - gone.sum(2)
                     grows = part is (store.whole if isinstance(store, RoundedStore) else store)
                     part.evict(*moves(gone, after), after.cpu().numpy(), ahead if grows else 0)
-
-    # ------------------------------------------------------------------------------------------------------- rounding
-    def _round(self) -> None:
-        """Rounds what a pass has left that is neither among the first tokens nor among the newest, layer by layer."""
-        stores = [store for layer in self.state.compressed_layers if isinstance(store := layer.store, RoundedStore)]
-        waiting = [store for store in stores if not self._round_in(store)]
-        if waiting:  # other layers may hold free blocks that these need
-            for store in stores:
-                store.free_blocks()
-            for store in waiting:
-                self._round_in(store)
-
-    def _round_in(self, store: RoundedStore) -> bool:
-        """Whether there was room for it."""
-        rows = store.whole.rows()
-        positions = rows.dense_positions().expand(*rows.lengths.shape, -1)
-        chosen = self._settled(positions, positions >= 0, torch.from_numpy(store.records.lengths))
-        return not bool(chosen.any()) or round_chosen([(store, chosen)])
-
-    def _settled(self, positions: torch.Tensor, kept: torch.Tensor, rounded: torch.Tensor | int) -> torch.Tensor:
-        """Which of the tokens that are `kept` ``[B, H, N]`` bool are rounded now, where rows have `rounded` ``[B, H]``
-        records: none of a row whose first ones would be too few.
-        """
-        assert self.rounding is not None
-        sequences = self.state.sequences
-        stop = torch.tensor([s.tokens - self.rounding.near for s in sequences], device=kept.device)[:, None, None]
-        chosen = kept & (positions >= self.rounding.first) & (positions < stop)
-        begun = (torch.as_tensor(rounded, device=kept.device) > 0) | (chosen.sum(2) >= OPENING)
-        return chosen & begun[..., None]
 
     def empty_store(self, layer: CompressedLayer, keys: torch.Tensor, values: torch.Tensor) -> Stored:
         sizes = keys.shape[-1], values.shape[-1]
@@ -385,3 +412,11 @@ class BudgetCompression(Compression):
             f"crop({-count}) would reach behind the last eviction, {sequence.open} tokens ago in sequence {number}: "
             "what was evicted then is gone. Crop fewer tokens, or reset() the cache"
         )
+
+
+def _settled_where(sequences: list[Sequence], freed: list[int]) -> list[Sequence]:
+    """The sequences, settled as a whole where they gave up blocks."""
+    return [
+        replace(s, open=0, segments=(Segment("sealed", 0, s.tokens, 0),)) if count else s
+        for s, count in zip(sequences, freed, strict=True)
+    ]

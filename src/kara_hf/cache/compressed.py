@@ -374,9 +374,9 @@ class CompressedCache(SavableCache, Cache, StepCache):
         """Called by the model when its forward is done."""
         self.steps.forward_done()
 
-    def inputs_prepared(self, first: bool) -> None:
-        """Called by `generate` before every forward; `first`: of a prompt or turn."""
-        self.steps.turn = first
+    def inputs_prepared(self, first: bool, complete: bool) -> None:
+        """Called by `generate` before every forward; `first`: of a prompt or turn; `complete`: and of all of it."""
+        self.steps.turn, self.steps.complete = first, complete
         if first:
             if not self._announced:  # what an earlier call has switched on ended with it
                 for layer in self.layers:

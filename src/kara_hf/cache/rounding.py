@@ -102,6 +102,35 @@ class Rounding:
         tables = (blocks.size + of_keys.size) * int(blocks.max(initial=0)) * 4 + blocks.size * 4
         return held + tables + of_keys.size * 2 * sizes[0] * 4
 
+    def settled(
+        self, sequences: list[Sequence], positions: torch.Tensor, kept: torch.Tensor, rounded: torch.Tensor | int
+    ) -> torch.Tensor:
+        """Which of the tokens at `positions` ``[B, H or 1, N]`` that a pass has left, `kept` ``[B, H, N]`` bool, are
+        rounded now: those that are neither among the first nor among the newest, and none of a row whose first ones
+        would be too few. Rows have `rounded` ``[B, H]`` records.
+        """
+        stop = torch.tensor([s.tokens - self.near for s in sequences], device=kept.device)[:, None, None]
+        chosen = kept & (positions >= self.first) & (positions < stop)
+        begun = (torch.as_tensor(rounded, device=kept.device) > 0) | (chosen.sum(2) >= OPENING)
+        return chosen & begun[..., None]
+
+    def round_settled(self, layers: list[CompressedLayer], sequences: list[Sequence]) -> None:
+        """Rounds in every layer what a pass has left and is `settled`, as far as there is room."""
+        stores = [store for layer in layers if isinstance(store := layer.store, RoundedStore)]
+        waiting = [store for store in stores if not self._round_in(store, sequences)]
+        if waiting:  # other layers may hold free blocks that these need
+            for store in stores:
+                store.free_blocks()
+            for store in waiting:
+                self._round_in(store, sequences)
+
+    def _round_in(self, store: RoundedStore, sequences: list[Sequence]) -> bool:
+        """Whether there was room for it."""
+        rows = store.whole.rows()
+        positions = rows.dense_positions().expand(*rows.lengths.shape, -1)
+        chosen = self.settled(sequences, positions, positions >= 0, torch.from_numpy(store.records.lengths))
+        return not bool(chosen.any()) or round_chosen([(store, chosen)])
+
     def free(self, sequence: Sequence, window: int | None, unsure: int = 0) -> int:
         """How many tokens of a sequence may be rounded. None of the newest `unsure`, which may be taken back, counts.
 

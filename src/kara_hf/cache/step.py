@@ -35,6 +35,7 @@ class Step:
         recording: whether its tokens may be taken back by `crop`, at any length.
         drafts: whether they are drafts: neither part of a prompt nor of a turn.
         replayed: whether they were decoded before, and are to be treated as if they came one by one.
+        complete: whether they are all of a prompt or turn, none of which will be taken back.
         after: the sequences once the step is done.
         stored: indices of the layers that have stored its tokens.
         before: what Transformers' own layers held before it, by index.
@@ -59,6 +60,7 @@ class Step:
     recording: bool = False
     drafts: bool = False
     replayed: bool = False
+    complete: bool = False
     after: list[Sequence] = field(default_factory=list)
     stored: set[int] = field(default_factory=set)
     before: dict[int, dict[str, Any]] = field(default_factory=dict)

@@ -73,6 +73,7 @@ class Steps:
         self.given_real: torch.Tensor | None = None  # what stands in for the mask while a step is captured, [B, 1]
         self.replaying = False  # whether tokens that come together are taken for decoded ones
         self.turn = False  # whether the tokens of the next step are a prompt or turn, whatever is recorded
+        self.complete = False  # whether they are known to be all of it
         self._forget()
 
     def _forget(self) -> None:
@@ -142,6 +143,7 @@ class Steps:
         step.recording = any(layer.record_past for layer in state.compressed_layers)
         step.replayed = self.replaying and not step.first
         step.drafts = step.recording and not self.turn and not step.replayed
+        step.complete, self.complete = self.complete and not step.recording, False
         step.syncs = (
             step.first
             or step.new > 1

@@ -35,7 +35,7 @@ def plan(
     """Show what caches would hold, told from the model's config alone, and what fits.
 
     Counted are layers of full attention, with positions, tables and held queries; tokens are those of a head, at most.
-    A prompt is held whole while it is read, which comes on top where a cache compresses it.
+    While a prompt is read, all of it or one layer of it comes on top where a cache compresses it.
     """
     with readable_errors():
         check_dtype(dtype)

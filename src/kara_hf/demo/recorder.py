@@ -17,6 +17,7 @@ from .recording import Recording, rounded, runs_of
 SAMPLE_EVERY = 8  # tokens between two readings of `report()`, beside one at every change
 BYTES = ("nominal_bytes", "resident_bytes", "peak_bytes", "full_bytes")
 Scored = tuple[np.ndarray, np.ndarray]  # positions, ascending, and their scores
+Ranked = tuple[np.ndarray, np.ndarray, int]  # positions, ranking and length of a row
 
 
 class CacheRecorder:
@@ -37,7 +38,7 @@ class CacheRecorder:
         self._seen = 0  # tokens seen then
         self._segments: tuple[Segment, ...] = ()
         self._windows: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}  # since then: starts and scores, by row
-        self._pass: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # the last: positions, ranking, lengths
+        self._pass: list[Ranked] = []  # the last, row by row
         if self.cache is not None:
             policy = self.cache.policy
             if isinstance(policy, KaraPolicy):
@@ -53,8 +54,9 @@ class CacheRecorder:
         for head, values in zip(heads, scores[0].float().cpu().numpy(), strict=True):
             self._windows.setdefault((window.layer, head), []).append((window.starts[0], values))
 
-    def _note_pass(self, ranking: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> None:
-        self._pass = positions[0].cpu().numpy(), ranking[0].float().cpu().numpy(), lengths[0].cpu().numpy()
+    def _note_pass(self, first_row: int, ranking: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> None:
+        parts = positions[0].cpu().numpy(), ranking[0].float().cpu().numpy(), lengths[0].cpu().numpy()
+        self._pass[first_row:] = zip(*parts, strict=True)
 
     # ------------------------------------------------------------------------------------------------------- each step
     def step(self, text: str, seconds: float) -> None:
@@ -76,7 +78,7 @@ class CacheRecorder:
         recording = self.recording
         if recording.tokens and recording.samples[-1][0] != recording.seen:
             self._sample(recording.seen)
-        if self._pass is not None:
+        if self._pass:
             kept = [self._scored(row, alive) for row, alive in enumerate(self._alive)]
             self._write(recording.seen, [], [np.zeros(0, np.int64)] * len(kept), kept)
         if self.cache is not None:
@@ -126,9 +128,8 @@ class CacheRecorder:
 
     def _scored(self, row: int, wanted: np.ndarray) -> Scored:
         """What a row was judged by: of the last pass the `wanted` positions, or all windows since the last change."""
-        if self._pass is not None:  # ranks the rows of leads, in order
-            index = sorted(set(self._leads)).index(self._leads[row])
-            positions, ranking, length = (part[index] for part in self._pass)
+        if self._pass:  # ranks the rows of leads, in order
+            positions, ranking, length = self._pass[sorted(set(self._leads)).index(self._leads[row])]
             chosen = np.flatnonzero(np.isin(positions[:length], wanted))
             chosen = chosen[positions[chosen].argsort()]
             return positions[chosen], ranking[chosen]

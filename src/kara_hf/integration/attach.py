@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from .attention import AttentionHook, answering, masking
-from .prefill import FIRST, check_first_is_told, read_ahead
+from .prefill import FIRST, at_once, check_first_is_told, read_ahead
 
 _lock = threading.RLock()
 
@@ -42,8 +42,8 @@ class StepCache:
         """The model's forward is done, whichever layers ran."""
         raise NotImplementedError
 
-    def inputs_prepared(self, first: bool) -> None:
-        """`generate` is about to run the model: `first` in a call, or for one more token or draft."""
+    def inputs_prepared(self, first: bool, complete: bool) -> None:
+        """`generate` is about to run the model: `first` in a call, `complete` if on all that it was given."""
         raise NotImplementedError
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -190,7 +190,7 @@ def _keeps_cache(prepare: Callable[..., Any]) -> Callable[..., Any]:
         first = bool(kwargs.get(FIRST))
         if first:
             check_not_compiled(self)
-        cache.inputs_prepared(first)
+        cache.inputs_prepared(first, first and at_once(cache.prefill_chunk, kwargs))
         inputs = prepare(self, *args, **kwargs)
         dropped = inputs.get("cache", inputs.get("past_key_values")) is not cache
         seen = cache.get_seq_length()

@@ -9,6 +9,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 FIRST = "is_first_iteration"  # what `generate` calls it that a step reads a prompt
+_LENGTH = "next_sequence_length"  # which it says of what it reads at once, and not of chunks of `prefill_chunk_size`
 
 # What of a model's inputs has an entry for each new token in its last dimension.
 _BY_TOKEN = {"input_ids", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids"}
@@ -21,6 +22,13 @@ def check_first_is_told() -> None:
             f"Transformers {transformers.__version__} does not give prepare_inputs_for_generation {FIRST}, by which a "
             "cache tells prompts from drafts; install a version that does, as 5.17 and 5.24 do"
         )
+
+
+def at_once(size: int | None, arguments: dict[str, Any]) -> bool:
+    """Whether a prompt or turn comes in one forward, by the `arguments` of prepare_inputs_for_generation and by `size`,
+    most tokens in a chunk of ours.
+    """
+    return size is None and _LENGTH in arguments
 
 
 def read_ahead(model: Any, size: int | None, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -86,12 +86,15 @@ class Reading:
             and not any(hasattr(call.module, "kv_lora_rank") for call in self._calls)
         )
 
-    def into(self, cache: Cache) -> None:
-        """Fills `cache`, which is empty and `fits`, as the model's forward would.
+    def into(self, cache: Cache, complete: bool = False) -> None:
+        """Fills `cache`, which is empty and `fits`, as the model's forward would; `complete`: as under `generate`, which
+        says that nothing of the prompt is still to come.
 
         Raises:
             ValueError: what the cache raises; it is as it was then.
         """
+        if complete and isinstance(cache, StepCache):
+            cache.inputs_prepared(True, True)
         for layer, call in enumerate(self._calls):
             key, value = cache.update(call.key, call.value, layer)
             if isinstance(key, CarriedKey):

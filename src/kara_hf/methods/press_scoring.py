@@ -214,8 +214,12 @@ class PressCompression(BudgetCompression):
         for layer in self.state.compressed_layers:
             layer.state.trim(self.policy.observation or 0)
 
-    def _count_votes(self) -> None:
-        pass  # what the newest tokens say is asked in `_ranked`
+    @property
+    def _rows_are_apart(self) -> bool:
+        return False  # what all rows are left with is counted before the first is scored
+
+    def _count_votes(self, layers: list[CompressedLayer], sequences: list[Sequence]) -> list[Sequence]:
+        return sequences  # what the newest tokens say is asked in `_ranked`
 
     def _rank(self, lengths: np.ndarray, tokens: np.ndarray, quota: np.ndarray) -> Eviction:
         blocks = -(-lengths // self.block_size)

@@ -26,11 +26,12 @@ class KVCompressPolicy:
         config: the settings.
 
     Attributes:
-        watch: told of every pass, if there is somebody to tell: what it ranks tokens by and their true positions, both
-            ``[B, R, N]``, and lengths ``[B, R]`` of the rows, as `evict` gets them.
+        watch: told of every pass, if there is somebody to tell: which row of a sequence is its first, what it ranks
+            tokens by and their true positions, both ``[B, R, N]``, and lengths ``[B, R]`` of the rows, as `evict` gets
+            them.
     """
 
-    watch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+    watch: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
 
     def __init__(self, config: KVCompressConfig):
         self.config = config
@@ -182,13 +183,16 @@ class KVCompressPolicy:
             queries, keys, scaling=scaling, softcap=softcap, sink_logits=sink_logits, power=self.power, pool=pool
         )
 
-    def ranking(self, votes: torch.Tensor, positions: torch.Tensor, voters: list[Voters] | None = None) -> torch.Tensor:
+    def ranking(
+        self, votes: torch.Tensor, positions: torch.Tensor, voters: list[Voters] | None = None, first_row: int = 0
+    ) -> torch.Tensor:
         """What tokens are ranked by, larger is better kept: their votes, or what a control puts in their place.
 
         Args:
             votes: ``[B, R, N]`` float32. Read only where there are `votes`.
             positions: ``[B, R, N]`` integer, true position of the token in every slot.
             voters: of each sequence; needed for the mean.
+            first_row: which row of a sequence, over all layers, the first of these is.
 
         Returns:
             ``[B, R, N]`` float32.
@@ -196,7 +200,7 @@ class KVCompressPolicy:
         if self.config.metric == "recency":
             return positions.float()
         if self.config.metric == "random":
-            return noise(self.config.seed, positions)
+            return noise(self.config.seed, positions, first_row)
         return votes if self.config.votes == "sum" or voters is None else votes / could_vote(positions, voters)
 
     def evict(
@@ -209,6 +213,7 @@ class KVCompressPolicy:
         weights: torch.Tensor | None = None,
         voters: list[Voters] | None = None,
         pins: Sequence[Pins] | None = None,
+        first_row: int = 0,
     ) -> Eviction:
         """Frees `quota` blocks of each sequence, or as many as protected tokens, pins and the floor allow.
 
@@ -221,14 +226,15 @@ class KVCompressPolicy:
             weights: ``[R]`` integer, rows that each row stands for; None: itself alone.
             voters: of each sequence, as in `ranking`.
             pins: of each sequence.
+            first_row: as in `ranking`.
 
         Returns:
             See `kara_hf.policy.evict`.
         """
         device = metric.device
-        ranking = self.ranking(metric, positions, voters)
+        ranking = self.ranking(metric, positions, voters, first_row)
         if self.watch is not None:
-            self.watch(ranking, positions, lengths)
+            self.watch(first_row, ranking, positions, lengths)
         return evict(
             ranking,
             self.evictable(positions, torch.as_tensor(tokens, device=device), pins),
@@ -250,7 +256,7 @@ def could_vote(positions: torch.Tensor, voters: list[Voters]) -> torch.Tensor:
     return torch.stack(counts)
 
 
-def noise(seed: int, positions: torch.Tensor) -> torch.Tensor:
+def noise(seed: int, positions: torch.Tensor, first_row: int = 0) -> torch.Tensor:
     """Numbers in [0, 1) that depend on `seed`, row and position alone, on every device.
 
     They are the upper 24 bits of SplitMix64, applied to the seed, to that and the row, and to that and the position.
@@ -258,13 +264,14 @@ def noise(seed: int, positions: torch.Tensor) -> torch.Tensor:
     Args:
         seed: any integer; only its lower 64 bits count.
         positions: ``[B, R, N]`` integer.
+        first_row: number of the first row.
 
     Returns:
         ``[B, R, N]`` float32.
     """
     device = positions.device
     state = _mix(torch.tensor((seed + 2**63) % 2**64 - 2**63, device=device))
-    state = _mix(state + torch.arange(positions.shape[1], device=device)[:, None])
+    state = _mix(state + first_row + torch.arange(positions.shape[1], device=device)[:, None])
     return _unsigned_shift(_mix(state + positions), 40).float() / 2**24
 
 

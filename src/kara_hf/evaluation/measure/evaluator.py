@@ -124,7 +124,7 @@ class Evaluator:
             if reading is None or not reading.fits(cache):
                 reading = None
             else:
-                reading.into(cache)
+                reading.into(cache, complete=not late)
             if late:
                 inputs = self._with_questions(prompts, cache, inputs, is_read=reading is not None)
             first = self._first_tokens(reading, forced) if reading is not None and not late else None
