@@ -46,8 +46,8 @@ def plan(
 ) -> Planned:
     """What a cache with these `settings` holds of one sequence that has grown to `tokens` behind a prompt of `prompt`.
 
-    The prompt itself is held while it is read, whatever is kept of it: whole, or one layer of it where each is cut alone;
-    with `prefill_chunk` a chunk of it.
+    The prompt itself is held while it is read, whatever is kept of it: whole, or one layer of it where each is cut
+    alone; with `prefill_chunk` a chunk of it.
 
     Args:
         config: of the decoder; nothing else is read of the model.

@@ -87,8 +87,10 @@ class Reading:
         )
 
     def into(self, cache: Cache, complete: bool = False) -> None:
-        """Fills `cache`, which is empty and `fits`, as the model's forward would; `complete`: as under `generate`, which
-        says that nothing of the prompt is still to come.
+        """Fills `cache`, which is empty and `fits`, as the model's forward would.
+
+        Args:
+            complete: that nothing of the prompt is still to come, as `generate` says.
 
         Raises:
             ValueError: what the cache raises; it is as it was then.
