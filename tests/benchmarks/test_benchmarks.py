@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import time
 
@@ -330,6 +331,11 @@ def test_the_rows_that_are_kept_make_tables():
         assert "–" not in shown, shown
     done = invoke("table", "pod", "kv_compress", "--rows", RESULTS / "intel-r-xeon-r-processor.json")
     assert done.exit_code == 0 and "| layers in fours |" in done.output and "| aim | | measured |" in done.output
+
+
+def test_results_that_are_kept_name_no_place_on_the_machine_that_made_them():
+    for path in RESULTS.rglob("*.json*"):
+        assert not re.search(r"[ =\"](/|~/|[A-Z]:)[\w.]", path.read_text()), path
 
 
 # ---------------------------------------------------------------------------------------------------- what is printed
