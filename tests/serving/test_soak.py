@@ -8,9 +8,12 @@ import time
 import urllib.error
 import urllib.request
 
+import numpy as np
+import psutil
 import pytest
 import transformers
 from packaging.version import Version
+from support.marks import slow
 from support.serving import Server, free_port, single
 
 from kara_hf.bundled import BUNDLED_MODEL
@@ -22,7 +25,8 @@ if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
     pytest.skip(f"serving needs Transformers {LEAST_TRANSFORMERS}", allow_module_level=True)
 
 TEXT = "/v1/completions"
-REQUESTS, CLIENTS, BLOCKS = 300, 6, 46
+CLIENTS, BLOCKS = 6, 46
+SHORT = 12  # tokens of the answers whose latencies are compared
 NONSENSE = [
     b"",
     b"{",
@@ -40,10 +44,11 @@ class Traffic:
 
     def __init__(self, server: Server):
         self.server, self.wrong, self.counts = server, [], dict.fromkeys((200, 400, 500), 0)
+        self.seconds: list[float] = []  # that short answers took, in order
         self.problems = [make_problem("trace", generated=60, seed=90_000 + number).prompt for number in range(6)]
         loaded = LoadedModel(str(BUNDLED_MODEL))
         encoded = [loaded.encode(prompt, chat=False)[0].tolist() for prompt in self.problems]
-        tokens = [single(loaded.model, ids, 12, retention=1.0) for ids in encoded]  # before any window is sealed
+        tokens = [single(loaded.model, ids, SHORT, retention=1.0) for ids in encoded]  # before any window is sealed
         self.begin = [loaded.tokenizer.decode(answer, skip_special_tokens=True) for answer in tokens]
 
     def post(self, data: bytes, timeout: float = 120) -> tuple[int, str]:
@@ -90,9 +95,12 @@ class Traffic:
             self.stream(prompt, draw.choice((0, 50, 900))).close()
         else:
             for _ in range(draw.randint(1, 4)):
-                status, answer = self.post(self.body(prompt, draw.choice((12, 40, 150))))
+                tokens, start = draw.choice((SHORT, 40, 150)), time.perf_counter()
+                status, answer = self.post(self.body(prompt, tokens))
                 if not self.note(200, status, answer):
                     return
+                if tokens == SHORT:
+                    self.seconds.append(time.perf_counter() - start)
                 text = json.loads(answer)["choices"][0]["text"]
                 if prompt == self.problems[number] and not text.startswith(self.begin[number]):
                     self.wrong.append(f"{self.begin[number]!r} was to come, and {text!r} came")
@@ -106,24 +114,34 @@ class Traffic:
         return status == expected
 
 
-@pytest.mark.slow
-def test_nothing_is_lost_mixed_up_or_leaked():
+@pytest.mark.parametrize("requests", [slow(300), slow(5000)])
+def test_nothing_is_lost_mixed_up_or_leaked(requests):
     options = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
     with Server(free_port(), *options) as server:
         traffic = Traffic(server)
         silent = [traffic.stream(traffic.problems[0], 0) for _ in range(2)]
         clients = [
-            threading.Thread(target=traffic.client, args=(random.Random(number), REQUESTS // CLIENTS))
+            threading.Thread(target=traffic.client, args=(random.Random(number), requests // CLIENTS))
             for number in range(CLIENTS)
         ]
         for client in clients:
             client.start()
+        while len(traffic.seconds) < requests // 10 and any(client.is_alive() for client in clients):
+            time.sleep(1)
+        process = psutil.Process(server.process.pid)
+        memory = process.memory_info().rss
         for client in clients:
             client.join()
+        grown = process.memory_info().rss - memory
         for client in silent:
             client.close()
         assert not traffic.wrong, (traffic.wrong[:5], server.output()[-2000:])
-        assert traffic.counts[200] > REQUESTS // 2 and traffic.counts[400] > REQUESTS // 8
+        assert traffic.counts[200] > requests // 2 and traffic.counts[400] > requests // 8
+        first, *_, last = (np.median(part) for part in np.array_split(traffic.seconds, 5))
+        print(
+            f"{len(traffic.seconds)} short answers: {first:.2f} s at first and {last:.2f} s at last; {grown >> 20} MiB"
+        )
+        assert last < 1.3 * first and grown < 64 << 20
         metrics, steps = server.metrics(), -1.0
         while metrics["kara_steps"] != steps:  # what nobody waits for any more comes to an end
             steps = metrics["kara_steps"]
