@@ -28,6 +28,7 @@ class MostResident:
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
+        self.most = max(self.most, resident())  # however seldom the thread had its turn
 
 
 def resident() -> int:
