@@ -1,4 +1,4 @@
-"""What is held while a long prompt is read: all of it, or the budget and one chunk.
+"""What is held while a long prompt is read: all of it, or the budget and one layer of it, or one chunk.
 
 Every way has a process of its own, whose resident memory is read off beside the cache's own count. The prompt is of
 random tokens; positions beyond those that a model knows cost as much memory as others.

@@ -12,8 +12,8 @@ from benchmarks.speed.prompt import CHUNKS, KV, MostResident, measured, memory_a
 def test_chunks_hold_less():
     names = f"{FULL}, {CHUNKS}", f"{KV}, at once", f"{KV}, {CHUNKS}"
     full, whole, chunks = (measured(name, "", True, 400, 64, 32) for name in names)
-    assert full["of_full"] == pytest.approx(1) and whole["of_full"] > 1
-    assert chunks["of_full"] < 0.6 and chunks["rss_mb"] >= 0
+    assert full["of_full"] == pytest.approx(1) and chunks["rss_mb"] >= 0
+    assert chunks["of_full"] < whole["of_full"] < 0.8  # one of three layers, and the budget of all
 
 
 @pytest.mark.slow
