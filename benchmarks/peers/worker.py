@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,15 @@ class Decoded:
 
 @dataclass
 class Cut:
-    """A cache, what must be entered while the prompt is read and while tokens are decoded, and how much of a prompt is
-    read at once; None: all.
+    """A cache, what must be entered while the prompt is read and while tokens are decoded, and what reads a prompt and
+    returns logits behind it ``[B, V]``; None: a forward.
     """
 
     cache: Any
     held: Callable[[], int]
     reading: Any = contextlib.nullcontext()
     decoding: Any = contextlib.nullcontext()
-    chunk: int | None = None
+    read: Callable[[Any], Any] | None = None
 
 
 # --------------------------------------------------------------------------------------------------- with Transformers
@@ -77,21 +78,22 @@ def decode(model: Any, cut: Cut, ids: Any, new: int) -> Decoded:
     """Greedy tokens behind a prompt ``[B, S]`` int64; positions are those of all tokens, whatever is cut."""
     import torch
 
-    given = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    given = {name: cut.cache, "use_cache": True}
     tokens, steps, held, first = [], [], [], 0.0
     with MostResident() as memory, torch.inference_mode(), contextlib.ExitStack() as stack:
         for number in range(new):
             start = time.perf_counter()
             seen = 0 if number == 0 else ids.shape[1] + number - 1
             entered = tokens[-1] if tokens else ids
-            with cut.reading if number == 0 else contextlib.nullcontext():
-                for part in entered.split(cut.chunk or entered.shape[1], 1):
-                    positions = torch.arange(seen, seen + part.shape[1]).expand(len(ids), -1)
-                    out = model(
-                        input_ids=part, position_ids=positions, use_cache=True, logits_to_keep=1, **{given: cut.cache}
-                    )
-                    seen += part.shape[1]
-            tokens.append(out.logits[:, -1].argmax(-1, keepdim=True))
+            if number == 0 and cut.read is not None:
+                logits = cut.read(ids)
+            else:
+                positions = torch.arange(seen, seen + entered.shape[1]).expand(len(ids), -1)
+                with cut.reading if number == 0 else contextlib.nullcontext():
+                    out = model(input_ids=entered, position_ids=positions, logits_to_keep=1, **given)
+                logits = out.logits[:, -1]
+            tokens.append(logits.argmax(-1, keepdim=True))
             seconds = time.perf_counter() - start
             if number == 0:
                 first = seconds
@@ -121,12 +123,11 @@ def ours(model: Any, name: str, job: Row) -> Cut:
         cache = KaraCache(model, retention=job["kept"] / job["prompt"], compress_prompt=True, **bits)
     elif how == "all tokens in 4 bits":
         cache = KVCompressCache(model, retention=1.0, bits=4)
-    elif how == "in chunks":
-        cache = KVCompressCache(model, max_cache_tokens=job["kept"], prefill_chunk=CHUNK)
-        return Cut(cache, lambda: held_bytes(cache), chunk=CHUNK)
     else:
-        cache = KVCompressCache(model, max_cache_tokens=job["kept"], **bits)
-    return Cut(cache, lambda: held_bytes(cache))
+        chunk = CHUNK if how == "in chunks" else None
+        cache = KVCompressCache(model, max_cache_tokens=job["kept"], prefill_chunk=chunk, **bits)
+    read = partial(cache.read, complete=True) if kind in (KV, KARA) else None
+    return Cut(cache, lambda: held_bytes(cache), read=read)
 
 
 def of_kvpress(model: Any, name: str, job: Row) -> Cut:

@@ -85,8 +85,24 @@ def test_where_layers_cannot_be_cut_alone_the_prompt_is_cut_once(why):
         assert kept(once) == kept(cache)
 
 
-def test_what_is_read_without_generating_waits_for_its_question(model):
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_what_is_read_without_generating_waits_for_what_follows_unless_it_is_complete(model, chunk):
+    text = ids(150)[None]
+    caches = waiting, complete, generated = [KVCompressCache(model, **CUT, prefill_chunk=chunk) for _ in range(3)]
+    model.generate(text, past_key_values=generated, max_new_tokens=1, do_sample=False)
+    logits = waiting.read(text), complete.read(text, complete=True)
+    assert logits[0].equal(logits[1]) and state(complete) == state(generated)
+    assert (waiting.report().kept == 150).all() or chunk
+    assert (complete.report().kept <= 24).all() or chunk
+    after = [list(feed(model, cache, torch.cat([text, ids(20, 4)[None]], 1), [1] * 20)) for cache in caches]
+    assert all(one.equal(other) for one, other in zip(after[0], after[1], strict=True))
+    assert state(waiting) == state(complete)
+
+
+def test_that_a_prompt_is_complete_is_not_said_of_the_next_one(model):
     cache = KVCompressCache(model, **CUT)
+    with pytest.raises(IndexError):
+        cache.read(torch.tensor([[10**6]]), complete=True)
     cache.read(ids(150)[None])
     assert (cache.report().kept == 150).all()
 

@@ -205,17 +205,26 @@ class CompressedCache(SavableCache, Cache, StepCache):
         return self.state.columns
 
     @torch.no_grad()
-    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def read(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, complete: bool = False
+    ) -> torch.Tensor:
         """Has the model read a prompt or turn without generating, in chunks where `prefill_chunk` says so.
 
         Args:
             input_ids: ``[B, S]`` int64, the new tokens.
             attention_mask: ``[B, seen + S]`` int64; None: nothing is padding.
+            complete: that no more of it comes, as `generate` says of its own: what follows is decoded, and
+                `KVCompressCache` cuts each layer when it is read, where it can. Otherwise it waits for what follows.
 
         Returns:
             Logits behind the last token, ``[B, V]``.
         """
-        return read_prompt(self.binding.model, self, input_ids, attention_mask)
+        if complete:
+            self.inputs_prepared(True, self.prefill_chunk is None)
+        try:
+            return read_prompt(self.binding.model, self, input_ids, attention_mask)
+        finally:
+            self.steps.complete = False
 
     # --------------------------------------------------------------------------------------------- replaying into it
     @contextmanager
