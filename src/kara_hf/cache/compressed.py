@@ -219,8 +219,7 @@ class CompressedCache(SavableCache, Cache, StepCache):
         Returns:
             Logits behind the last token, ``[B, V]``.
         """
-        if complete:
-            self.inputs_prepared(True, self.prefill_chunk is None)
+        self.steps.complete = complete and self.prefill_chunk is None
         try:
             return read_prompt(self.binding.model, self, input_ids, attention_mask)
         finally:

@@ -78,7 +78,7 @@ def compress(
         ids = loaded.encode_text(text, chat=not no_chat)
         require(ids.shape[1] < loaded.limit, "file", str(file), f"shorter than the {loaded.limit} tokens of the model")
         made: Any = method.make(loaded.model)
-        made.read(ids)
+        made.read(ids, complete=True)
         made.compress()
         made.save(out)
         typer.echo(f"{_told(made)}; written to {out}")
